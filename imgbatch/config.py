@@ -1,0 +1,250 @@
+"""The whole configuration: small, typed, validated, unknown keys refused.
+
+Flags win over ``--set``, ``--set`` over the file, the file over the defaults here. The resolved configuration is
+stored with the run. Where a value is ``auto``, what it became is stored too (``run.json``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from imgbatch.errors import UsageError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputConfig(Section):
+    """What to label."""
+
+    manifest: str | None = None
+    """A Parquet file or a directory of them."""
+    limit: PositiveInt | None = None
+    """Only the first so many rows."""
+    duplicates: Literal["error", "keep"] = "error"
+    """What to do when an ``image_id`` stands there more than once."""
+
+
+class ModelConfig(Section):
+    """What labels it."""
+
+    path: str | None = None
+    """A model bundle (a directory)."""
+
+
+class PreprocessConfig(Section):
+    """Overrides of the bundle's own preprocessing; they change results and so the run."""
+
+    resize_size: PositiveInt | None = None
+    """Length of the shorter side after resizing, px."""
+    crop_size: PositiveInt | None = None
+    """Side of the centre crop that the model sees, px."""
+
+
+class FetchConfig(Section):
+    """Getting the bytes."""
+
+    timeout_s: float = Field(30.0, gt=0)
+    """Seconds that one request may take."""
+    retries: int = Field(4, ge=0)
+    """Further tries after a failure that may pass (timeouts, resets, 429, 500, 503)."""
+    in_flight: PositiveInt = 16
+    """Requests under way at once in each decode actor."""
+    max_bytes: PositiveInt = 256 * 2**20
+    """A larger file is ``TOO_LARGE``."""
+
+
+class DecodeConfig(Section):
+    """Turning bytes into pixels, in a child process that can be killed."""
+
+    timeout_s: float = Field(20.0, gt=0)
+    """Seconds that one image may take before it is a ``TIMEOUT`` row."""
+    memory_mb: PositiveInt = 2048
+    """Memory that decoding one image may take before it is an ``OUT_OF_MEMORY`` row."""
+    max_pixels: PositiveInt = 120_000_000
+    """An image of more pixels is ``TOO_LARGE``."""
+
+
+class ClassifyConfig(Section):
+    """How the job runs."""
+
+    unit_rows: PositiveInt | Auto = "auto"
+    """Rows per unit, what is decoded, written and retried as one; auto: see ``core.units.choose_unit_rows``."""
+    batch_size: PositiveInt | Auto = "auto"
+    """Images per forward pass; auto: 32 on a CPU, 256 on a GPU."""
+    engine: Literal["ray", "local"] = "ray"
+    """``ray``, or ``local``: the same stages in a plain loop in this process."""
+    backend: Literal["auto", "torch"] = "auto"
+    """What runs the model."""
+
+
+class ResourcesConfig(Section):
+    """How much of the machine or cluster; never changes a result."""
+
+    decode_actors: PositiveInt | Auto = "auto"
+    """Processes that fetch and decode, one core each."""
+    classify_actors: PositiveInt | Auto = "auto"
+    """Processes that run the model: one per GPU, or as many as share the cores."""
+    classify_threads: PositiveInt | Auto = "auto"
+    """Threads of each classify actor on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What the model runs on."""
+
+
+class OutputConfig(Section):
+    """What is written."""
+
+    path: str | None = None
+    """The output directory; may hold many runs."""
+    partition_by: tuple[str, ...] = ()
+    """Hive partitions: manifest columns, ``label``, ``date`` (of the plan, UTC) or ``bucket:N``."""
+    probabilities: Literal["auto", "all", "top_k", "none"] = "auto"
+    """``all`` keeps every class's probability, ``top_k`` the best few; auto: all up to 100 classes."""
+    top_k: PositiveInt = 5
+    """How many classes ``top_k`` lists."""
+    target_file_mb: PositiveInt = 128
+    """Size that output files aim at, MB."""
+    keep_units: bool = False
+    """Keep the unit files after the run has finished."""
+
+
+class ErrorsConfig(Section):
+    """When a run that is going wrong is stopped."""
+
+    max_rate: float = Field(0.05, ge=0, le=1)
+    """Share of the last 10,000 rows that may fail."""
+    min_rows: PositiveInt = 1000
+    """Rows before the share is judged."""
+
+
+class RunConfig(Section):
+    """How runs follow each other."""
+
+    on_unfinished: Literal["stop", "abandon"] = "stop"
+    """What to do about an unfinished run with other settings in the same output."""
+    new_run: bool = False
+    """Start a second run although one with this fingerprint has finished."""
+    no_progress_s: float = Field(1800.0, gt=0)
+    """Seconds without a committed unit after which the run ends with exit code 4."""
+
+
+class RayConfig(Section):
+    """Where the cluster is."""
+
+    address: str | None = None
+    """As for ``ray.init``; none: ``RAY_ADDRESS``, else a Ray of its own on this machine."""
+    object_store_mb: PositiveInt | None = None
+    """Size of the object store of a Ray of its own, MB; none: sized from the units in flight."""
+
+
+class Config(Section):
+    """One job's whole configuration."""
+
+    input: InputConfig = InputConfig()
+    model: ModelConfig = ModelConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    fetch: FetchConfig = FetchConfig()
+    decode: DecodeConfig = DecodeConfig()
+    classify: ClassifyConfig = ClassifyConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    output: OutputConfig = OutputConfig()
+    errors: ErrorsConfig = ErrorsConfig()
+    run: RunConfig = RunConfig()
+    ray: RayConfig = RayConfig()
+
+
+def load_config(
+    file: str | Path | None = None,
+    assignments: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration from a YAML file, ``section.key=value`` assignments and flags, in rising precedence.
+
+    Args:
+        file: a YAML file of sections, or none.
+        assignments: as given to ``--set``; values are read as YAML.
+        flags: dotted key to value; a value of ``None`` was not given.
+
+    Raises:
+        UsageError: one line that names the key at fault.
+    """
+    tree = _read_file(Path(file)) if file is not None else {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set {assignment}: expected section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {key}: {text!r} is not a YAML value") from error
+        _assign(tree, key.strip(), value)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _assign(tree, key, value)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """A validated :class:`Config` from nested plain values; raises :class:`UsageError` in one line."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # pydantic appends the branch of a union to the location; a person knows only section.key.
+        key = ".".join(str(part) for part in first["loc"][:2])
+        given = "" if first["type"] == "extra_forbidden" else f" (given: {first['input']!r})"
+        reason = (
+            f"unknown key; one of {', '.join(_known_keys(first['loc']))}"
+            if first["type"] == "extra_forbidden"
+            else first["msg"][0].lower() + first["msg"][1:]
+        )
+        raise UsageError(f"configuration: {key}: {reason}{given}") from error
+
+
+def option_names() -> list[str]:
+    """Every ``section.key``, in order: the public list that a test freezes."""
+    return [
+        f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        for key in field.annotation.model_fields  # type: ignore[union-attr]
+    ]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"configuration file {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise UsageError(f"configuration file {path}: not valid YAML: {detail}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(v, dict | None) for v in tree.values()):
+        raise UsageError(f"configuration file {path}: expected sections of keys, like 'input: {{manifest: …}}'")
+    return {section: dict(keys or {}) for section, keys in tree.items()}
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    section, dot, key = dotted.partition(".")
+    if not dot or not key or "." in key:
+        raise UsageError(f"--set {dotted}: expected section.key=value")
+    tree.setdefault(section, {})[key] = value
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    if len(location) == 1:
+        return list(Config.model_fields)
+    section = Config.model_fields[location[0]].annotation
+    return list(section.model_fields)  # type: ignore[union-attr]
