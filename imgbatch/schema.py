@@ -73,15 +73,11 @@ def check_no_collisions(column_names: Sequence[str]) -> None:
     """Raise :class:`UsageError` if a manifest column has the name of an output column, or twice the same name."""
     for name in column_names:
         if name in RESERVED_COLUMNS:
-            raise UsageError(
-                f"manifest: column {name!r} is the name of an output column; rename it in the manifest"
-            )
+            raise UsageError(f"manifest: column {name!r} is the name of an output column; rename it in the manifest")
     lowered = [name.lower() for name in column_names]
     for name, low in zip(column_names, lowered, strict=True):
         if lowered.count(low) > 1:
-            raise UsageError(
-                f"manifest: column {name!r} stands there twice (readers ignore case); rename one of them"
-            )
+            raise UsageError(f"manifest: column {name!r} stands there twice (readers ignore case); rename one of them")
 
 
 def plain_type(arrow_type: pa.DataType) -> pa.DataType:

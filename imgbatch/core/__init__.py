@@ -1,0 +1,1 @@
+"""Everything that does not need a cluster. No module here imports ray."""

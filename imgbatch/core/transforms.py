@@ -1,0 +1,113 @@
+"""Preprocessing as a value: what happens to an image between its bytes and the model.
+
+It belongs to the weights, is stored in the model bundle and prints as one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePolicy:
+    """How bytes become RGB; one policy for training, evaluation and classification."""
+
+    apply_orientation: bool = True
+    """Turn and mirror as the EXIF orientation says."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB, 0 to 255, that transparency is composited on."""
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+    """Allowed formats, by Pillow's names; anything else is ``UNSUPPORTED_FORMAT``."""
+
+
+@dataclass(frozen=True, slots=True)
+class CropGeometry:
+    """Sizes in px: the whole image is resized to ``resized``, and the crop starts at ``left``, ``top`` in it."""
+
+    resized_width: int
+    resized_height: int
+    left: int
+    top: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessSpec:
+    """``decode | resize(resize_size) | center_crop(crop_size) | normalise(mean, std)``."""
+
+    resize_size: int = 256
+    """Length of the shorter side after resizing, px; not less than ``crop_size``."""
+    crop_size: int = 224
+    """Side of the square that the model sees, px."""
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Per channel, of values scaled to 0 to 1."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Per channel, of values scaled to 0 to 1."""
+    decode: DecodePolicy = field(default_factory=DecodePolicy)
+
+    def __post_init__(self) -> None:
+        if self.crop_size < 1 or self.resize_size < self.crop_size:
+            raise ValueError(
+                f"resize_size {self.resize_size} must be at least crop_size {self.crop_size}, both at least 1"
+            )
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError("mean and std need one value per channel each")
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.mean)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of one decoded image: ``crop_size`` squared times channels, uint8."""
+        return self.crop_size * self.crop_size * self.num_channels
+
+    def geometry(self, width: int, height: int) -> CropGeometry:
+        """Where the crop lies for an image of ``width`` x ``height`` px, with torchvision's integer rounding.
+
+        ``Resize(resize_size)`` truncates the longer side, ``CenterCrop`` rounds the offset half to even
+        (torchvision/transforms/functional.py: ``_compute_resized_output_size``, ``center_crop``).
+        """
+        short, long = min(width, height), max(width, height)
+        resized_long = int(self.resize_size * long / short)
+        resized = (self.resize_size, resized_long) if width <= height else (resized_long, self.resize_size)
+        left = round((resized[0] - self.crop_size) / 2.0)
+        top = round((resized[1] - self.crop_size) / 2.0)
+        return CropGeometry(resized[0], resized[1], left, top)
+
+    def with_sizes(self, resize_size: int | None = None, crop_size: int | None = None) -> PreprocessSpec:
+        """A copy with other sizes; a ``crop_size`` alone keeps the ratio of the two."""
+        if resize_size is None and crop_size is None:
+            return self
+        new_crop = crop_size or min(self.crop_size, resize_size or self.crop_size)
+        new_resize = resize_size or max(new_crop, round(new_crop * self.resize_size / self.crop_size))
+        return replace(self, resize_size=new_resize, crop_size=new_crop)
+
+    def describe(self) -> str:
+        """One line, as ``model inspect`` prints it."""
+        return (
+            f"decode | resize({self.resize_size}, {self.interpolation}) | center_crop({self.crop_size}) "
+            f"| normalise({_numbers(self.mean)}; {_numbers(self.std)})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as model.json holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PreprocessSpec:
+        """The inverse of :meth:`to_dict`; unknown keys raise ``TypeError``."""
+        values = dict(values)
+        decode = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("decode", {}).items()}
+        values["mean"], values["std"] = tuple(values["mean"]), tuple(values["std"])
+        return cls(**values, decode=DecodePolicy(**decode))
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
