@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,19 +183,27 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
 
 
-def upload(local_file: Path, uri: str) -> None:
-    """Move a finished local file to ``uri`` (rename on a disk, PUT elsewhere), replacing what is there."""
+@contextlib.contextmanager
+def staged_file(uri: str) -> Iterator[Path]:
+    """A local file to write, which takes the place of ``uri`` when the block ends well (rename, or one PUT)."""
     if is_local(uri):
         path = local_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with local_file.open("rb") as file:
-            os.fsync(file.fileno())
-        local_file.replace(path)
-        _sync_directory(path.parent)
-        return
-    fs, path = filesystem(uri)
-    fs.put_file(str(local_file), path)
-    local_file.unlink()
+        staged = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    else:
+        staged = Path(tempfile.gettempdir(), f"imgbatch-{uuid.uuid4().hex}")
+    try:
+        yield staged
+        if is_local(uri):
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
+            staged.replace(path)
+            _sync_directory(path.parent)
+        else:
+            fs, remote = filesystem(uri)
+            fs.put_file(str(staged), remote)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def remove(uri: str) -> None:

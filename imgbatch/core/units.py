@@ -1,0 +1,83 @@
+"""Units: runs of consecutive manifest rows that are decoded, classified, written, committed and retried as one."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+MAX_UNIT_ROWS = 8192
+MAX_UNIT_PIXEL_BYTES = 80 * 2**20
+"""Keeps a decoded block under the 128 MiB at which Ray would split it."""
+MAX_UNIT_RESULT_BYTES = 32 * 2**20
+_SMALL_MANIFEST_UNITS = 32
+_SMALL_MANIFEST_ROWS = 32
+
+
+def choose_unit_rows(pixel_bytes: int, result_row_bytes: int, num_rows: int) -> int:
+    """The largest power of two, 1 to 8,192, whose pixels fit in 80 MiB and whose result rows fit in 32 MiB.
+
+    A manifest too small to fill the pools with such units gets smaller ones: about 32 units, of 32 rows or more.
+
+    Args:
+        pixel_bytes: bytes of one decoded image.
+        result_row_bytes: bytes of one result row, estimated.
+        num_rows: rows of the manifest.
+    """
+    fits = min(MAX_UNIT_PIXEL_BYTES // pixel_bytes, MAX_UNIT_RESULT_BYTES // result_row_bytes, MAX_UNIT_ROWS)
+    enough = max(_SMALL_MANIFEST_ROWS, num_rows // _SMALL_MANIFEST_UNITS)
+    return 1 << (max(1, min(fits, enough)).bit_length() - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One unit: rows ``first_row`` to ``first_row + num_rows`` of the run, all in one ``segment``."""
+
+    index: int
+    first_row: int
+    num_rows: int
+    segment: int
+    segment_offset: int
+    """Position of the unit's first row within its segment."""
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """How a run's rows are cut into units of at most ``unit_rows``.
+
+    ``segments`` are row counts that no unit straddles: one for the whole run, or the manifest's row groups where
+    the images are embedded in it.
+    """
+
+    unit_rows: int
+    segments: tuple[int, ...]
+
+    @cached_property
+    def _first_units(self) -> list[int]:
+        return [0, *accumulate(-(-rows // self.unit_rows) for rows in self.segments)]
+
+    @cached_property
+    def _first_rows(self) -> list[int]:
+        return [0, *accumulate(self.segments)]
+
+    @property
+    def num_units(self) -> int:
+        return self._first_units[-1]
+
+    @property
+    def num_rows(self) -> int:
+        return self._first_rows[-1]
+
+    def unit(self, index: int) -> Unit:
+        """The unit with this index; raises ``IndexError``."""
+        if not 0 <= index < self.num_units:
+            raise IndexError(f"unit {index} of {self.num_units}")
+        segment = bisect.bisect_right(self._first_units, index) - 1
+        offset = (index - self._first_units[segment]) * self.unit_rows
+        num_rows = min(self.unit_rows, self.segments[segment] - offset)
+        return Unit(index, self._first_rows[segment] + offset, num_rows, segment, offset)
+
+    def __iter__(self) -> Iterator[Unit]:
+        return (self.unit(index) for index in range(self.num_units))
