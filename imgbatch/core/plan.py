@@ -1,0 +1,330 @@
+"""Planning a run: its identity, its units and its rows, settled once and created if absent.
+
+The fingerprint covers what changes a result: the manifest's content, the model, the preprocessing, backend and
+device, and the settings of input, decode and output. It leaves out ``errors``, ``resources``, ``fetch`` and how the
+work is cut and batched, so that a rerun may change those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from imgbatch.config import Config, parse_config
+from imgbatch.core import storage
+from imgbatch.core.manifest import Manifest, open_manifest
+from imgbatch.core.model import ModelBundle, load_bundle
+from imgbatch.core.partitions import Partition, PartitionCheck, parse_partitions
+from imgbatch.core.rows import RowsReader, normalise_columns, select_rows, write_rows
+from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, utc_now
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.units import UnitLayout, choose_unit_rows
+from imgbatch.errors import UsageError
+from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, SCHEMA_VERSION, WINDOW
+
+DeviceKind = Literal["cpu", "cuda"]
+ProbabilityMode = Literal["all", "top_k", "none"]
+
+AUTO_ALL_MAX_CLASSES = 100
+_BASE_ROW_BYTES = 200
+_TOP_K_ENTRY_BYTES = 24
+_CHECK_MEMORY = "512MB"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is settled about a run for good (``plan.json``)."""
+
+    run_id: str
+    fingerprint: str
+    fields: dict[str, Any]
+    """What the fingerprint was taken of."""
+    layout: UnitLayout
+    predicted_at: str
+    """The one ``predicted_at`` of the run, UTC, ISO 8601."""
+    probabilities: ProbabilityMode
+    device: DeviceKind
+    backend: str
+    has_bytes: bool
+    parent: str | None
+    config: Config
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "fingerprint": self.fingerprint,
+            "fields": self.fields,
+            "num_rows": self.layout.num_rows,
+            "num_units": self.layout.num_units,
+            "unit_rows": self.layout.unit_rows,
+            "segments": list(self.layout.segments),
+            "predicted_at": self.predicted_at,
+            "probabilities": self.probabilities,
+            "device": self.device,
+            "backend": self.backend,
+            "has_bytes": self.has_bytes,
+            "parent": self.parent,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunPlan:
+        return cls(
+            run_id=values["run_id"],
+            fingerprint=values["fingerprint"],
+            fields=values["fields"],
+            layout=UnitLayout(values["unit_rows"], tuple(values["segments"])),
+            predicted_at=values["predicted_at"],
+            probabilities=values["probabilities"],
+            device=values["device"],
+            backend=values["backend"],
+            has_bytes=values["has_bytes"],
+            parent=values["parent"],
+            config=parse_config(values["config"]),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a stage needs to know about the run it works for; small, and the same in every process."""
+
+    paths: RunPaths
+    plan: RunPlan
+    config: Config
+    """Of this command: its ``resources``, ``fetch`` and ``errors`` may differ from the plan's."""
+    bundle: ModelBundle
+    spec: PreprocessSpec
+    partitions: tuple[Partition, ...]
+
+    @property
+    def run_id(self) -> str:
+        return self.plan.run_id
+
+    def pending_units(self) -> list[int]:
+        """Indices of the units without a unit file, in order."""
+        committed = self.paths.committed_units()
+        return [index for index in range(self.plan.layout.num_units) if index not in committed]
+
+
+def open_inputs(config: Config) -> tuple[Manifest, ModelBundle, PreprocessSpec]:
+    """The manifest, the bundle and the preprocessing after overrides; raises :class:`UsageError`."""
+    if config.input.manifest is None:
+        raise UsageError("input.manifest: not given; name one with --manifest")
+    if config.model.path is None:
+        raise UsageError("model.path: not given; name a model bundle with -m")
+    if config.output.path is None:
+        raise UsageError("output.path: not given; name a directory with -o")
+    manifest = open_manifest(config.input.manifest)
+    for name in (WINDOW, BANDS):
+        if name in manifest.schema.names:
+            raise UsageError(f"manifest {manifest.path}: column {name!r}: parts of rasters cannot be read yet; drop it")
+    bundle = load_bundle(config.model.path)
+    overrides = config.preprocess
+    try:
+        spec = bundle.preprocess.with_sizes(overrides.resize_size, overrides.crop_size)
+    except ValueError as error:
+        raise UsageError(f"preprocess: {error}") from error
+    return manifest, bundle, spec
+
+
+def plan_run(config: Config, device: DeviceKind) -> Run:
+    """The run that ``config`` means, planned now or earlier.
+
+    Raises:
+        UsageError: bad input, or an unfinished run with other settings stands in the way.
+    """
+    manifest, bundle, spec = open_inputs(config)
+    backend = "torch"
+    fields = {"manifest": manifest.content_identity(), **_result_fields(config, bundle, spec, device, backend)}
+    fingerprint = _fingerprint(fields)
+    out = storage.absolute(str(config.output.path))
+    storage.check_writable(out)
+    abandon = config.run.on_unfinished == "abandon"
+    run_id = choose_run_id(out, fingerprint, fields, new_run=config.run.new_run, abandon=abandon)
+    paths = RunPaths(out, run_id)
+    if not storage.exists(paths.plan):
+        num_rows = min(manifest.num_rows, config.input.limit or manifest.num_rows)
+        if num_rows == 0:
+            raise UsageError(f"manifest {manifest.path}: no rows")
+        segments = _embedded_segments(manifest, num_rows) if manifest.has_bytes else (num_rows,)
+        tables = (normalise_columns(table) for table in _manifest_rows(manifest, num_rows))
+        plan = _new_plan(
+            config, fields, run_id, segments, bundle, spec, has_bytes=manifest.has_bytes, parent=None, device=device
+        )
+        _create(paths, plan, tables, check_duplicates=config.input.duplicates == "error")
+    return open_run(paths, config, bundle, spec)
+
+
+def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: DeviceKind) -> Run:
+    """A child run over the rows of ``parent`` whose row_id is in ``failed_rows``; row_ids stay the parent's."""
+    manifest, bundle, spec = open_inputs(config)
+    parent_plan = RunPlan.from_json(dict(parent.plan))
+    identity = manifest.content_identity()
+    if identity != parent_plan.fields["manifest"]:
+        raise UsageError(f"manifest {manifest.path}: changed since run {parent.run_id}; classify it as a new run")
+    rows_digest = hashlib.sha256(np.sort(failed_rows.to_numpy()).tobytes()).hexdigest()
+    fields = {
+        "manifest": identity,
+        "parent": parent.run_id,
+        "rows": rows_digest,
+        **_result_fields(config, bundle, spec, device, "torch"),
+    }
+    out = parent.paths.out
+    run_id = choose_run_id(
+        out, _fingerprint(fields), fields, new_run=config.run.new_run, abandon=True, parent=parent.run_id
+    )
+    paths = RunPaths(out, run_id)
+    if not storage.exists(paths.plan):
+        reader = RowsReader(parent.paths)
+        tables = select_rows((reader.read(unit) for unit in parent_plan.layout), failed_rows)
+        plan = _new_plan(
+            config,
+            fields,
+            run_id,
+            (len(failed_rows),),
+            bundle,
+            spec,
+            has_bytes=manifest.has_bytes,
+            parent=parent.run_id,
+            device=device,
+        )
+        _create(paths, plan, tables, check_duplicates=False)
+        reader.close()
+    return open_run(paths, config, bundle, spec)
+
+
+def open_run(paths: RunPaths, config: Config, bundle: ModelBundle, spec: PreprocessSpec) -> Run:
+    """The planned run at ``paths``, to be worked on with this command's ``config``."""
+    plan = RunPlan.from_json(storage.read_json(paths.plan))
+    reader = RowsReader(paths)
+    partitions = parse_partitions(plan.config.output.partition_by, reader.schema)
+    reader.close()
+    return Run(paths, plan, config, bundle, spec, partitions)
+
+
+def _create(paths: RunPaths, plan: RunPlan, tables: Iterator[pa.Table], *, check_duplicates: bool) -> None:
+    first = next(tables)
+    check = PartitionCheck(parse_partitions(plan.config.output.partition_by, first.schema))
+
+    def checked() -> Iterator[pa.Table]:
+        yield check(first)
+        for table in tables:
+            yield check(table)
+
+    write_rows(paths, plan.layout, checked())
+    if check_duplicates:
+        refuse_duplicates(paths)
+    storage.create_if_absent(paths.plan, storage.json_bytes(plan.to_json()))
+
+
+def refuse_duplicates(paths: RunPaths) -> None:
+    """Raise :class:`UsageError` if an ``image_id`` stands twice in the run's rows; memory is bounded."""
+    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as connection:
+        connection.execute(f"set memory_limit='{_CHECK_MEMORY}'; set temp_directory='{spill}'")
+        if not storage.is_local(paths.rows):
+            connection.register_filesystem(storage.filesystem(paths.rows)[0])
+        found = connection.execute(
+            f"select {IMAGE_ID}, count(*) from read_parquet(?) group by 1 having count(*) > 1 limit 1",
+            [storage.join(paths.rows, "*.parquet")],
+        ).fetchone()
+    if found:
+        raise UsageError(
+            f"manifest: image_id {found[0]!r} stands there {found[1]} times; "
+            f"make it unique or allow it with --set input.duplicates=keep"
+        )
+
+
+def _manifest_rows(manifest: Manifest, num_rows: int) -> Iterator[pa.Table]:
+    first_row = 0
+    for table in manifest.iter_batches(limit=num_rows):
+        row_ids = pa.array(np.arange(first_row, first_row + table.num_rows, dtype=np.int64))
+        yield manifest.with_image_id(table, first_row).add_column(0, ROW_ID, row_ids)
+        first_row += table.num_rows
+
+
+def _embedded_segments(manifest: Manifest, num_rows: int) -> tuple[int, ...]:
+    segments, left = [], num_rows
+    for group in manifest.row_groups:
+        if left == 0:
+            break
+        segments.append(min(group.num_rows, left))
+        left -= segments[-1]
+    return tuple(segments)
+
+
+def _new_plan(
+    config: Config,
+    fields: dict[str, Any],
+    run_id: str,
+    segments: tuple[int, ...],
+    bundle: ModelBundle,
+    spec: PreprocessSpec,
+    *,
+    has_bytes: bool,
+    parent: str | None,
+    device: DeviceKind,
+) -> RunPlan:
+    probabilities = fields["output.probabilities"]
+    num_classes = len(bundle.class_names)
+    unit_rows = config.classify.unit_rows
+    if unit_rows == "auto":
+        row_bytes = _result_row_bytes(probabilities, num_classes, config.output.top_k)
+        unit_rows = choose_unit_rows(spec.pixel_bytes, row_bytes, sum(segments))
+    return RunPlan(
+        run_id=run_id,
+        fingerprint=_fingerprint(fields),
+        fields=fields,
+        layout=UnitLayout(unit_rows, segments),
+        predicted_at=utc_now(),
+        probabilities=probabilities,
+        device=device,
+        backend=fields["backend"],
+        has_bytes=has_bytes,
+        parent=parent,
+        config=config,
+    )
+
+
+def _result_row_bytes(probabilities: str, num_classes: int, top_k: int) -> int:
+    kept = 4 * num_classes if probabilities == "all" else 0
+    listed = 0 if probabilities == "none" else _TOP_K_ENTRY_BYTES * min(top_k, num_classes)
+    return _BASE_ROW_BYTES + kept + listed
+
+
+def _result_fields(
+    config: Config, bundle: ModelBundle, spec: PreprocessSpec, device: str, backend: str
+) -> dict[str, Any]:
+    probabilities = config.output.probabilities
+    if probabilities == "auto":
+        probabilities = "all" if len(bundle.class_names) <= AUTO_ALL_MAX_CLASSES else "top_k"
+    return {
+        "input.limit": config.input.limit,
+        "input.duplicates": config.input.duplicates,
+        "model": bundle.model_id,
+        "preprocess": json.loads(json.dumps(spec.to_dict())),
+        "backend": backend,
+        "device": device,
+        **{f"decode.{key}": value for key, value in config.decode.model_dump().items()},
+        "output.partition_by": list(config.output.partition_by),
+        "output.probabilities": probabilities,
+        "output.top_k": config.output.top_k,
+        "output.target_file_mb": config.output.target_file_mb,
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def _fingerprint(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def read_plan(entry: RunEntry) -> RunPlan:
+    """The plan of a listed run."""
+    return RunPlan.from_json(dict(entry.plan))

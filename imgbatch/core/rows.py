@@ -1,0 +1,116 @@
+"""A run's ``rows/``: the manifest's columns as the run saw them, one Parquet row group per unit.
+
+A unit is then one small read, however the manifest is laid out, and verification has its truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imgbatch.core import storage
+from imgbatch.core.manifest import Manifest
+from imgbatch.core.runs import RunPaths
+from imgbatch.core.units import Unit, UnitLayout
+from imgbatch.schema import IMAGE_ID, ROW_ID, URI
+
+UNITS_PER_FILE = 256
+"""Row groups in one file of ``rows/``: keeps the footer that every decode actor parses small."""
+
+
+def normalise_columns(table: pa.Table) -> pa.Table:
+    """``row_id, image_id, uri`` first (``uri`` null for embedded images), then the manifest's other columns."""
+    if URI not in table.column_names:
+        table = table.append_column(URI, pa.nulls(table.num_rows, pa.string()))
+    first = [ROW_ID, IMAGE_ID, URI]
+    return table.select([*first, *(name for name in table.column_names if name not in first)])
+
+
+def write_rows(paths: RunPaths, layout: UnitLayout, tables: Iterable[pa.Table]) -> None:
+    """Write ``rows/`` from tables in row order; equal input gives equal files, so a second writer does no harm."""
+    unit_tables = _cut(tables, (unit.num_rows for unit in layout))
+    for file_index in range(-(-layout.num_units // UNITS_PER_FILE)):
+        count = min(UNITS_PER_FILE, layout.num_units - file_index * UNITS_PER_FILE)
+        with storage.staged_file(paths.rows_file(file_index)) as staged:
+            first = next(unit_tables)
+            with pq.ParquetWriter(staged, first.schema, compression="zstd") as writer:
+                writer.write_table(first)
+                for _ in range(count - 1):
+                    writer.write_table(next(unit_tables))
+
+
+def _cut(tables: Iterable[pa.Table], sizes: Iterable[int]) -> Iterator[pa.Table]:
+    """``tables`` cut anew into pieces of the given sizes, holding one input table at a time."""
+    source = iter(tables)
+    held: list[pa.Table] = []
+    held_rows = 0
+    for size in sizes:
+        while held_rows < size:
+            table = next(source)
+            held.append(table)
+            held_rows += table.num_rows
+        joined = pa.concat_tables(held)
+        yield joined.slice(0, size).combine_chunks()
+        held, held_rows = [joined.slice(size)], held_rows - size
+
+
+class RowsReader:
+    """Reads units of ``rows/``; keeps the file last used open."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._file_index = -1
+        self._file: pq.ParquetFile | None = None
+
+    def read(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
+        """The unit's rows, in order."""
+        return self._open(unit.index // UNITS_PER_FILE).read_row_group(
+            unit.index % UNITS_PER_FILE, columns=columns, use_threads=False
+        )
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._open(0).schema_arrow
+
+    def _open(self, file_index: int) -> pq.ParquetFile:
+        if self._file is None or file_index != self._file_index:
+            self.close()
+            self._file = pq.ParquetFile(storage.open_input(self._paths.rows_file(file_index)))
+            self._file_index = file_index
+        return self._file
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close(force=True)
+            self._file = None
+
+
+class EmbeddedImages:
+    """Reads the ``bytes`` of rows of a manifest by row_id; keeps the row group last used."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._first_rows = np.cumsum([0, *(group.num_rows for group in manifest.row_groups)])
+        self._group_index = -1
+        self._group: pa.ChunkedArray | None = None
+
+    def read(self, row_ids: Sequence[int]) -> Iterator[bytes | None]:
+        """Each row's bytes, in order; ``None`` where the cell is null."""
+        for row_id in row_ids:
+            group_index = int(np.searchsorted(self._first_rows, row_id, side="right")) - 1
+            if self._group is None or group_index != self._group_index:
+                self._group = self._manifest.read_images(self._manifest.row_groups[group_index])
+                self._group_index = group_index
+            yield self._group[row_id - int(self._first_rows[group_index])].as_py()
+
+
+def select_rows(tables: Iterable[pa.Table], row_ids: pa.Array) -> Iterator[pa.Table]:
+    """Those rows whose row_id is in ``row_ids``, tables without any left out."""
+    for table in tables:
+        chosen = table.filter(pc.is_in(table[ROW_ID], value_set=row_ids))
+        if chosen.num_rows:
+            yield chosen

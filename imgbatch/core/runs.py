@@ -1,0 +1,268 @@
+"""Where a run's files stand, which runs an output holds, and which of them a command means."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from imgbatch.core import storage
+from imgbatch.errors import UsageError
+
+HEARTBEAT_EVERY_S = 10.0
+HEARTBEAT_STALE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """The names of one run's files under an output directory."""
+
+    out: str
+    run_id: str
+
+    def _of_run(self, *parts: str) -> str:
+        return storage.join(self.out, "runs", self.run_id, *parts)
+
+    @property
+    def root(self) -> str:
+        return self._of_run()
+
+    @property
+    def plan(self) -> str:
+        return self._of_run("plan.json")
+
+    @property
+    def rows(self) -> str:
+        return self._of_run("rows")
+
+    def rows_file(self, index: int) -> str:
+        return self._of_run("rows", f"part-{index:05d}.parquet")
+
+    @property
+    def units(self) -> str:
+        return self._of_run("units")
+
+    def unit_file(self, index: int) -> str:
+        return self._of_run("units", f"unit-{index:08d}.parquet")
+
+    @property
+    def finalize(self) -> str:
+        return self._of_run("finalize.json")
+
+    @property
+    def files(self) -> str:
+        return self._of_run("files.json")
+
+    @property
+    def run_json(self) -> str:
+        return self._of_run("run.json")
+
+    @property
+    def classes(self) -> str:
+        return self._of_run("classes.json")
+
+    @property
+    def query_sql(self) -> str:
+        return self._of_run("query.sql")
+
+    @property
+    def success(self) -> str:
+        return self._of_run("_SUCCESS")
+
+    @property
+    def abandoned(self) -> str:
+        return self._of_run("_ABANDONED")
+
+    @property
+    def heartbeat(self) -> str:
+        return self._of_run("heartbeat.json")
+
+    def data(self, kind: str) -> str:
+        """The run's directory under ``predictions`` or ``errors``."""
+        return storage.join(self.out, kind, f"run_id={self.run_id}")
+
+    def is_finished(self) -> bool:
+        return storage.exists(self.success)
+
+    def committed_units(self) -> set[int]:
+        """Indices of the units whose file is there."""
+        return {
+            int(info.uri.rsplit("unit-", 1)[1].removesuffix(".parquet"))
+            for info in storage.list_files(self.units, ".parquet")
+            if "/unit-" in info.uri
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RunEntry:
+    """One run of an output, as its plan says."""
+
+    paths: RunPaths
+    plan: Mapping[str, Any]
+    finished: bool
+    abandoned: bool
+
+    @property
+    def run_id(self) -> str:
+        return self.paths.run_id
+
+    @property
+    def parent(self) -> str | None:
+        return self.plan.get("parent")
+
+
+def list_runs(out: str) -> list[RunEntry]:
+    """Every run of ``out``, oldest plan first."""
+    entries = []
+    for plan_uri in _plan_files(out):
+        paths = RunPaths(out, plan_uri.rsplit("/", 2)[1])
+        try:
+            plan = storage.read_json(plan_uri)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{plan_uri}: not a readable plan ({error}); remove that run's directory") from error
+        entries.append(RunEntry(paths, plan, paths.is_finished(), storage.exists(paths.abandoned)))
+    return sorted(entries, key=lambda entry: (entry.plan["predicted_at"], entry.run_id))
+
+
+def _plan_files(out: str) -> list[str]:
+    runs = storage.join(out, "runs")
+    if not storage.exists(runs):
+        return []
+    fs, path = storage.filesystem(runs)
+    fs.invalidate_cache()
+    plans = [storage.join(runs, name.rstrip("/").rsplit("/", 1)[1], "plan.json") for name in fs.ls(path, detail=False)]
+    return [plan for plan in plans if storage.exists(plan)]
+
+
+def find_run(out: str, run_id: str | None = None) -> RunEntry:
+    """The run named ``run_id``, or the newest that was not abandoned; raises :class:`UsageError`."""
+    runs = list_runs(out)
+    if run_id is not None:
+        for entry in runs:
+            if entry.run_id == run_id:
+                return entry
+        known = ", ".join(entry.run_id for entry in runs) or "none"
+        raise UsageError(f"--run {run_id}: no such run in {out}; there are: {known}")
+    candidates = [entry for entry in runs if not entry.abandoned]
+    if not candidates:
+        raise UsageError(f"{out}: no run there; `imgbatch classify -o {out}` makes one")
+    return candidates[-1]
+
+
+def choose_run_id(
+    out: str, fingerprint: str, fields: Mapping[str, Any], *, new_run: bool, abandon: bool, parent: str | None = None
+) -> str:
+    """The id of the run that a command with this fingerprint continues or starts.
+
+    The newest run with the same fingerprint is continued, or done; ``new_run`` starts another beside a finished
+    one, with ``-2`` and so on after its id. An unfinished run with another fingerprint stops the command, or is
+    marked as abandoned.
+
+    Raises:
+        UsageError: an unfinished run differs; the message names the fields.
+    """
+    siblings = [entry for entry in list_runs(out) if entry.parent == parent and not entry.abandoned]
+    same = [entry for entry in siblings if entry.plan["fingerprint"] == fingerprint]
+    for entry in siblings:
+        if entry.finished or entry in same:
+            continue
+        if not abandon:
+            differing = ", ".join(differing_fields(entry.plan["fields"], fields))
+            raise UsageError(
+                f"output {out}: run {entry.run_id} is unfinished and was started with other settings ({differing}); "
+                f"finish it with those, or give it up with --set run.on_unfinished=abandon"
+            )
+        storage.create_if_absent(entry.paths.abandoned, b"")
+    run_id = "r" + fingerprint[:12]
+    if not same:
+        taken = {entry.run_id for entry in list_runs(out)}
+        return run_id if run_id not in taken else _next_id(run_id, taken)
+    newest = max(same, key=lambda entry: (len(entry.run_id), entry.run_id))
+    if newest.finished and new_run:
+        return _next_id(run_id, {entry.run_id for entry in list_runs(out)})
+    return newest.run_id
+
+
+def _next_id(run_id: str, taken: set[str]) -> str:
+    number = 2
+    while f"{run_id}-{number}" in taken:
+        number += 1
+    return f"{run_id}-{number}"
+
+
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """``name: old -> new`` of every field that differs, shortened for one line."""
+    return [
+        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+@contextmanager
+def heartbeat(paths: RunPaths) -> Iterator[None]:
+    """Says that a driver works on the run, and refuses if another one says so.
+
+    A courtesy only: two drivers at once are safe, because the first writer of a unit wins.
+
+    Raises:
+        UsageError: another driver's sign of life is younger than a minute.
+    """
+    _refuse_if_alive(paths)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while True:
+            storage.write_json(paths.heartbeat, {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+            if stop.wait(HEARTBEAT_EVERY_S):
+                return
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        storage.remove(paths.heartbeat)
+
+
+def _refuse_if_alive(paths: RunPaths) -> None:
+    try:
+        other = storage.read_json(paths.heartbeat)
+    except (FileNotFoundError, ValueError):
+        return
+    age_s = time.time() - other["time"]
+    same_host = other["host"] == socket.gethostname()
+    if age_s > HEARTBEAT_STALE_S or (same_host and not _is_running(other["pid"])):
+        return
+    raise UsageError(
+        f"run {paths.run_id}: another driver works on it (process {other['pid']} on {other['host']}, "
+        f"sign of life {age_s:.0f} s ago); wait for it, or stop it and try again in a minute"
+    )
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def utc_now() -> str:
+    """The time now, UTC, ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")

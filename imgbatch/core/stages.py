@@ -1,0 +1,174 @@
+"""The job's stages, the same in every engine: a unit's rows come in, a receipt goes out.
+
+    decode    unit index      -> decoded block   (fetch, decode, orient, resize, crop to uint8 NHWC)
+    classify  decoded block   -> classified block (normalise on the device, forward, probabilities, result rows)
+    commit    classified block -> receipt         (one immutable file per unit, create-if-absent)
+
+Blocks are Arrow tables, one per unit, so that an engine can pass them between processes without copying pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from imgbatch.core import results
+from imgbatch.core.decoder import Decoder
+from imgbatch.core.fetch import Fetcher
+from imgbatch.core.manifest import open_manifest
+from imgbatch.core.plan import Run
+from imgbatch.core.results import LabelRules, Receipt, prediction_columns, unit_table
+from imgbatch.core.rows import EmbeddedImages, RowsReader
+from imgbatch.errors import RowError, Stage, Status, row_error
+from imgbatch.schema import ROW_ID, UNIT_SCHEMA, URI
+
+UNIT = "unit"
+PIXELS = "pixels"
+_SECONDS = ("fetch_s", "decode_s", "classify_s")
+
+
+class DecodeStage:
+    """Fetches and decodes units. Holds a child process: close it, or use it as a context manager."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._rows = RowsReader(run.paths)
+        self._fetcher = Fetcher(run.config.fetch)
+        self._decoder = Decoder(run.spec, run.config.decode)
+        self._embedded = EmbeddedImages(open_manifest(str(run.config.input.manifest))) if run.plan.has_bytes else None
+
+    def __call__(self, unit_index: int) -> pa.Table:
+        """The unit's decoded block: row_id, pixels (uint8 NHWC, one fixed-size cell per row) and errors."""
+        unit = self._run.plan.layout.unit(unit_index)
+        rows = self._rows.read(unit, [ROW_ID, URI])
+        fetched_before = self._fetcher.fetch_s
+        decoded = self._decoder.decode(self._payloads(rows), unit.num_rows)
+        pixels = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(self._run.spec.pixel_bytes), unit.num_rows, [None, pa.py_buffer(decoded.pixels_NHWC)]
+        )
+        return pa.table(
+            {
+                ROW_ID: rows[ROW_ID].combine_chunks(),
+                PIXELS: pixels,
+                "width": decoded.widths,
+                "height": decoded.heights,
+                **_error_columns(decoded.errors),
+                UNIT: _constant(unit.index, unit.num_rows, pa.int32()),
+                "fetch_s": _constant(self._fetcher.fetch_s - fetched_before, unit.num_rows, pa.float64()),
+                "decode_s": _constant(decoded.decode_s, unit.num_rows, pa.float64()),
+            }
+        )
+
+    def _payloads(self, rows: pa.Table) -> Iterable[bytes | RowError]:
+        if self._embedded is None:
+            return self._fetcher.fetch(rows[URI].to_pylist())
+        missing = row_error(Status.EMPTY, Stage.FETCH, "the bytes column is null")
+        return (data if data is not None else missing for data in self._embedded.read(rows[ROW_ID].to_pylist()))
+
+    def close(self) -> None:
+        self._decoder.close()
+        self._fetcher.close()
+        self._rows.close()
+
+    def __enter__(self) -> DecodeStage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ClassifyStage:
+    """Runs the model over decoded blocks. Loads it once; importing torch happens here and not before."""
+
+    def __init__(self, run: Run, *, batch_size: int, num_threads: int | None) -> None:
+        from imgbatch.core.predict import Predictor
+
+        plan = run.plan
+        self._spec = run.spec
+        self._rules = LabelRules(
+            run.bundle.class_names, run.bundle.task, plan.probabilities, plan.config.output.top_k, run.bundle.thresholds
+        )
+        bundle = replace(run.bundle, preprocess=run.spec)
+        self._predictor = Predictor(bundle, device=plan.device, batch_size=batch_size, num_threads=num_threads)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """The unit's result rows (:data:`UNIT_SCHEMA`) with the unit's index and seconds beside them."""
+        started = time.perf_counter()
+        errors = _errors_of(block)
+        ok = np.array([error is None for error in errors], dtype=bool)
+        images_NHWC = self._images(block)
+        if not ok.all():
+            images_NHWC = images_NHWC[ok]
+        predictions = self._predictor.predict(images_NHWC)
+        for row, error in zip(np.flatnonzero(ok), predictions.errors, strict=True):
+            errors[row] = error
+        predicted = np.array([error is None for error in predictions.errors], dtype=bool)
+        table = unit_table(
+            block[ROW_ID].combine_chunks(),
+            errors,
+            block["width"].to_numpy(),
+            block["height"].to_numpy(),
+            prediction_columns(predictions.probs_NK[predicted], self._rules),
+        )
+        for name in (UNIT, "fetch_s", "decode_s"):
+            table = table.append_column(name, block[name])
+        elapsed = _constant(time.perf_counter() - started, table.num_rows, pa.float64())
+        return table.append_column("classify_s", elapsed)
+
+    def _images(self, block: pa.Table) -> np.ndarray:
+        cells = block[PIXELS].combine_chunks()
+        size, channels = self._spec.crop_size, self._spec.num_channels
+        flat = np.frombuffer(
+            cells.buffers()[1], np.uint8, len(cells) * self._spec.pixel_bytes, cells.offset * self._spec.pixel_bytes
+        )
+        return flat.reshape(len(cells), size, size, channels)
+
+
+class CommitStage:
+    """Writes the unit file of a classified block."""
+
+    def __init__(self, run: Run, *, defer: bool) -> None:
+        """``defer``: leave units that failed for reasons that may pass to a later pass."""
+        self._run = run
+        self._rows = RowsReader(run.paths)
+        self._defer_above = run.config.errors.max_rate if defer else None
+
+    def __call__(self, block: pa.Table) -> Receipt:
+        started = time.perf_counter()
+        unit_index = block[UNIT][0].as_py()
+        unit = self._run.plan.layout.unit(unit_index)
+        planned = self._rows.read(unit, [ROW_ID])[ROW_ID].combine_chunks()
+        receipt = results.commit_unit(
+            self._run.paths, unit_index, planned, block.select(UNIT_SCHEMA.names), defer_above=self._defer_above
+        )
+        seconds = {name.removesuffix("_s"): block[name][0].as_py() for name in _SECONDS}
+        seconds["commit"] = time.perf_counter() - started
+        return replace(receipt, seconds=seconds)
+
+    def close(self) -> None:
+        self._rows.close()
+
+
+def _error_columns(errors: Sequence[RowError | None]) -> dict[str, pa.Array]:
+    return {
+        "status": pa.array([e.status.value if e else None for e in errors], pa.string()),
+        "error_stage": pa.array([e.stage.value if e else None for e in errors], pa.string()),
+        "error_message": pa.array([e.message if e else None for e in errors], pa.string()),
+        "attempts": pa.array([e.attempts if e else None for e in errors], pa.int32()),
+    }
+
+
+def _errors_of(block: pa.Table) -> list[RowError | None]:
+    columns = (block[name].to_pylist() for name in ("status", "error_stage", "error_message", "attempts"))
+    return [
+        RowError(Status(status), Stage(stage), message, attempts) if status is not None else None
+        for status, stage, message, attempts in zip(*columns, strict=True)
+    ]
+
+
+def _constant(value: float, num_rows: int, arrow_type: pa.DataType) -> pa.Array:
+    return pa.repeat(pa.scalar(value, arrow_type), num_rows)
