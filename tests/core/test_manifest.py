@@ -11,6 +11,7 @@ import pytest
 
 from imgbatch.core.manifest import MAX_ROW_GROUP_BYTES, Manifest, open_manifest
 from imgbatch.errors import UsageError
+from imgbatch.schema import WINDOW_TYPE
 
 URIS = ["/images/a.jpg", "/images/b.jpg", "/images/c.jpg"]
 
