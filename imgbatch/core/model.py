@@ -1,0 +1,263 @@
+"""The model bundle: a directory that holds all it takes to label an image, and says where it came from.
+
+    MODEL/model.safetensors   weights
+    MODEL/model.json          everything else that decides a label, and provenance; written last
+    MODEL/metrics.json        what was measured
+    MODEL/README.md           the model card
+
+Nothing in a bundle is ever unpickled, model.json names no other file, and the weights' sha256 is checked before use.
+Reading and writing descriptions needs no torch; only ``load_network`` and what makes weights do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from imgbatch.core import storage
+from imgbatch.core.architectures import check_architecture, default_preprocess
+from imgbatch.core.classes import check_class_names, read_class_names
+from imgbatch.core.description import FORMAT_VERSION, Task, check_description, read_description
+from imgbatch.core.model_card import build_model_card
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.weights import (
+    expand_binary_head,
+    fit_network,
+    load_safetensors,
+    num_head_outputs,
+    published_name,
+    read_header,
+    read_state_dict,
+)
+from imgbatch.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WEIGHTS_FILE, DESCRIPTION_FILE, METRICS_FILE, CARD_FILE = (
+    "model.safetensors",
+    "model.json",
+    "metrics.json",
+    "README.md",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBundle:
+    """What model.json says, checked; the weights stay in their file until :func:`load_network`."""
+
+    path: str
+    """The directory, absolute, or its URI."""
+    arch: str
+    """One of ``architectures.ARCHITECTURES``."""
+    task: Task
+    class_names: tuple[str, ...]
+    """In the order of the logits."""
+    preprocess: PreprocessSpec
+    weights_sha256: str
+    """Hex digest of model.safetensors."""
+    temperature: float | tuple[float, ...] = 1.0
+    """What logits are divided by before the softmax or sigmoid: one number, or one per class; above 0."""
+    thresholds: dict[str, dict[str, float]] | None = None
+    """``{"accept" | "labels": {class name: probability, 0 to 1}}``; see ``description.THRESHOLD_KINDS``."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the weights came from; plain values."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def model_id(self) -> str:
+        """``m`` and 12 hex digits: equal for models that give equal results. Metrics and provenance do not count."""
+        decisive = {
+            "arch": self.arch,
+            "task": self.task,
+            "class_names": self.class_names,
+            "preprocess": self.preprocess.to_dict(),
+            "temperature": self.temperature,
+            "thresholds": self.thresholds,
+            "weights_sha256": self.weights_sha256,
+        }
+        return "m" + hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as model.json holds them."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model_id": self.model_id,
+            "arch": self.arch,
+            "task": self.task,
+            "class_names": list(self.class_names),
+            "preprocess": self.preprocess.to_dict(),
+            "temperature": self.temperature,
+            "thresholds": self.thresholds,
+            "weights_sha256": self.weights_sha256,
+            "provenance": self.provenance,
+        }
+
+
+def load_bundle(path: str) -> ModelBundle:
+    """Read and check a bundle's description, and that its head has one output per class. No torch, no weights.
+
+    Args:
+        path: the directory, a local path or a URI.
+
+    Raises:
+        UsageError: there is no bundle, or something in it is missing, odd or contradictory.
+    """
+    path = storage.absolute(str(path))
+    where = storage.join(path, DESCRIPTION_FILE)
+    bundle = ModelBundle(path=path, **check_description(read_description(where), where=where))
+    shapes = read_header(storage.join(path, WEIGHTS_FILE))
+    num_outputs = num_head_outputs(bundle.arch, shapes, where=storage.join(path, WEIGHTS_FILE))
+    if num_outputs != bundle.num_classes:
+        raise UsageError(f"{where}: {bundle.num_classes} class names, but the weights' head has {num_outputs} outputs")
+    return bundle
+
+
+def load_metrics(path: str) -> dict[str, Any]:
+    """What metrics.json holds; empty where there is none."""
+    try:
+        return storage.read_json(storage.join(str(path), METRICS_FILE))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UsageError(f"{storage.join(str(path), METRICS_FILE)}: not valid JSON ({error})") from error
+
+
+def load_network(bundle: ModelBundle) -> nn.Module:
+    """The bundle's network on the CPU, float32, in evaluation mode.
+
+    Raises:
+        UsageError: the weights are not those that model.json describes, or do not fit the architecture.
+    """
+    uri = storage.join(bundle.path, WEIGHTS_FILE)
+    try:
+        digest = storage.sha256(uri)
+    except OSError as error:
+        raise UsageError(f"{uri}: {error.strerror or error}") from error
+    if digest != bundle.weights_sha256:
+        raise UsageError(f"{uri}: not the weights that model.json describes (sha256 differs); make the bundle again")
+    state_dict = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_safetensors(uri).items()
+    }
+    return fit_network(bundle.arch, state_dict, crop_size=bundle.preprocess.crop_size, where=uri)
+
+
+def save_bundle(
+    path: str,
+    *,
+    arch: str,
+    task: Task,
+    class_names: tuple[str, ...] | list[str],
+    preprocess: PreprocessSpec,
+    state_dict: Mapping[str, Tensor],
+    temperature: float | tuple[float, ...] = 1.0,
+    thresholds: dict[str, dict[str, float]] | None = None,
+    provenance: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    overwrite: bool = True,
+) -> ModelBundle:
+    """Write a bundle; equal input gives equal bytes.
+
+    Args:
+        path: the directory or its URI.
+        state_dict: the weights of ``arch``, as its ``state_dict()`` names them, in any floating type.
+        temperature: see :class:`ModelBundle`, as for the other descriptions.
+        metrics: what was measured; plain values.
+        overwrite: replace a different model that is there.
+
+    Raises:
+        UsageError: the parts do not make a model (see :func:`load_bundle`), or another model is there.
+    """
+    import safetensors.torch
+
+    path = storage.absolute(str(path))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    num_outputs = num_head_outputs(arch, shapes, where=path)
+    if num_outputs != len(class_names):
+        raise UsageError(f"{path}: {len(class_names)} class names, but the weights' head has {num_outputs} outputs")
+    weights = safetensors.torch.save(tensors)
+    values = {
+        "arch": arch,
+        "task": task,
+        "class_names": class_names,
+        "preprocess": preprocess.to_dict(),
+        "temperature": temperature,
+        "thresholds": thresholds,
+        "provenance": provenance or {},
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    bundle = ModelBundle(path=path, **check_description(values, where=path))
+    if not overwrite:
+        _refuse_other_model(bundle)
+    storage.replace(storage.join(path, WEIGHTS_FILE), weights)
+    storage.write_json(storage.join(path, METRICS_FILE), metrics or {})
+    storage.replace(storage.join(path, CARD_FILE), build_model_card(bundle, shapes, metrics or {}).encode())
+    storage.write_json(storage.join(path, DESCRIPTION_FILE), bundle.to_dict())
+    return bundle
+
+
+def init_bundle(
+    path: str,
+    *,
+    arch: str,
+    weights: str,
+    classes: str,
+    task: Task = "multiclass",
+    resize_size: int | None = None,
+    crop_size: int | None = None,
+    overwrite: bool = False,
+) -> ModelBundle:
+    """Make a bundle from weights that somebody trained.
+
+    Args:
+        path: the directory to write.
+        weights: see ``weights.read_state_dict``; stored in the type they have, used as float32.
+        classes: ``imagenet1k``, or a file: see ``classes.read_class_names``.
+        resize_size: px, in place of what the architecture is published with; see ``PreprocessSpec.with_sizes``.
+        crop_size: px, likewise.
+        overwrite: replace a different model that is there.
+
+    Raises:
+        UsageError: the parts do not fit together, or another model is there.
+    """
+    check_architecture(arch)
+    class_names = check_class_names(read_class_names(classes), task=task, where=f"--classes {classes}")
+    try:
+        preprocess = default_preprocess(arch, published_name(weights) or "DEFAULT").with_sizes(resize_size, crop_size)
+    except ValueError as error:
+        raise UsageError(f"--resize-size, --crop-size: {error}") from error
+    state_dict = read_state_dict(weights, arch)
+    where = f"--weights {weights}"
+    num_outputs = num_head_outputs(arch, {n: tuple(t.shape) for n, t in state_dict.items()}, where=where)
+    if task == "binary" and num_outputs == 1:
+        state_dict = expand_binary_head(arch, state_dict)
+    elif num_outputs != len(class_names):
+        raise UsageError(
+            f"{where}: its head has {num_outputs} outputs, but --classes {classes} names {len(class_names)}"
+        )
+    network = fit_network(arch, state_dict, crop_size=preprocess.crop_size, where=where)
+    return save_bundle(
+        path,
+        arch=arch,
+        task=task,
+        class_names=class_names,
+        preprocess=preprocess,
+        state_dict=network.state_dict(),
+        provenance={"made_by": "imgbatch model init", "weights": weights.rsplit("/", 1)[-1], "classes": classes},
+        overwrite=overwrite,
+    )
+
+
+def _refuse_other_model(bundle: ModelBundle) -> None:
+    if not storage.exists(storage.join(bundle.path, DESCRIPTION_FILE)):
+        return
+    there = load_bundle(bundle.path).model_id
+    if there != bundle.model_id:
+        raise UsageError(f"{bundle.path}: holds another model ({there}); choose another place, or --overwrite it")
