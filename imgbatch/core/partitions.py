@@ -19,11 +19,11 @@ MAX_VALUE_CHARS = 200
 MAX_PARTITIONS = 10_000
 _SAFE_CHARS = " !$&'()+,;@^`~"
 _BUCKET = re.compile(r"bucket:(\d+)")
-_PARTITIONABLE = (
-    pa.types.is_string,
-    pa.types.is_integer,
-    pa.types.is_boolean,
-    pa.types.is_date,
+_DUCKDB_TYPES = (
+    (pa.types.is_string, "varchar"),
+    (pa.types.is_integer, "bigint"),
+    (pa.types.is_boolean, "boolean"),
+    (pa.types.is_date, "date"),
 )
 
 
@@ -34,6 +34,8 @@ class Partition:
     column: str
     source: str
     """A column of the rows, ``label``, ``date`` or ``bucket``."""
+    duckdb_type: str
+    """The type that readers should give the column."""
     num_buckets: int = 0
 
 
@@ -49,22 +51,23 @@ def parse_partitions(partition_by: Sequence[str], rows_schema: pa.Schema) -> tup
 
 def _parse(entry: str, rows_schema: pa.Schema) -> Partition:
     if entry in ("date", "label") and entry not in rows_schema.names:
-        return Partition(entry, entry)
+        return Partition(entry, entry, "date" if entry == "date" else "varchar")
     if match := _BUCKET.fullmatch(entry):
         num_buckets = int(match[1])
         if not 1 <= num_buckets <= MAX_PARTITIONS:
             raise UsageError(f"output.partition_by: {entry}: 1 to {MAX_PARTITIONS:,} buckets")
-        return Partition("bucket", "bucket", num_buckets)
+        return Partition("bucket", "bucket", "bigint", num_buckets)
     if entry not in rows_schema.names:
         raise UsageError(
             f"output.partition_by: the manifest has no column {entry!r}; also possible: date, label, bucket:N"
         )
     arrow_type = rows_schema.field(entry).type
-    if not any(is_type(arrow_type) for is_type in _PARTITIONABLE):
-        raise UsageError(
-            f"output.partition_by: column {entry!r} is {arrow_type}; text, whole numbers, booleans and dates can be"
-        )
-    return Partition(entry, entry)
+    for is_type, duckdb_type in _DUCKDB_TYPES:
+        if is_type(arrow_type):
+            return Partition(entry, entry, duckdb_type)
+    raise UsageError(
+        f"output.partition_by: column {entry!r} is {arrow_type}; text, whole numbers, booleans and dates can be"
+    )
 
 
 def partition_paths(table: pa.Table, partitions: Sequence[Partition], date: str) -> pa.Array:

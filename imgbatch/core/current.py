@@ -1,0 +1,63 @@
+"""``OUT/current.json``: which runs, and which of their files, make up what an output says now.
+
+It follows from the finished runs, so it can be made again at any time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from imgbatch.core import storage
+from imgbatch.core.runs import RunEntry, list_runs
+
+
+@dataclass(frozen=True)
+class CurrentRun:
+    """A finished run and its output files, relative to the output directory."""
+
+    run_id: str
+    parent: str | None
+    predicted_at: str
+    model_id: str
+    unique_ids: bool
+    """Whether no image_id stands twice in the run."""
+    num_predictions: int
+    num_errors: int
+    partition_types: dict[str, str]
+    """DuckDB type of each partition column, so that no reader guesses it from the directory names."""
+    predictions: list[str]
+    errors: list[str]
+
+
+def location(out: str) -> str:
+    return storage.join(out, "current.json")
+
+
+def update(out: str) -> None:
+    """Write current.json anew from the finished runs, oldest first."""
+    runs = [asdict(_entry(run)) for run in list_runs(out) if run.finished]
+    storage.write_json(location(out), {"runs": runs})
+
+
+def load(out: str) -> list[CurrentRun]:
+    """The finished runs, oldest first; empty where there is none."""
+    if not storage.exists(location(out)):
+        return []
+    return [CurrentRun(**run) for run in storage.read_json(location(out))["runs"]]
+
+
+def _entry(run: RunEntry) -> CurrentRun:
+    written = storage.read_json(run.paths.files)
+    files = {kind: [f for f in written["files"] if f["kind"] == kind] for kind in ("predictions", "errors")}
+    return CurrentRun(
+        run_id=run.run_id,
+        parent=run.parent,
+        predicted_at=run.plan["predicted_at"],
+        model_id=run.plan["fields"]["model"],
+        unique_ids=run.plan["fields"]["input.duplicates"] == "error",
+        num_predictions=sum(file["rows"] for file in files["predictions"]),
+        num_errors=sum(file["rows"] for file in files["errors"]),
+        partition_types=written["partition_types"],
+        predictions=[file["path"] for file in files["predictions"]],
+        errors=[file["path"] for file in files["errors"]],
+    )

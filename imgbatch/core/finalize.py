@@ -1,0 +1,342 @@
+"""Finalize: from unit files to the output, as a pure function of the unit files and of ``finalize.json``.
+
+    lay_out (finalize.json, created if absent) -> write files -> remove strays -> files.json -> _SUCCESS -> current.json
+
+Running it again, or twice at once, changes nothing: partitions, names, row order and bytes follow from the inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imgbatch.core import current, storage, views
+from imgbatch.core.partitions import partition_paths
+from imgbatch.core.plan import Run
+from imgbatch.core.rows import RowsReader
+from imgbatch.core.units import Unit
+from imgbatch.errors import ImgbatchError, Status
+from imgbatch.schema import (
+    ERROR_COLUMNS,
+    IMAGE_ID,
+    PREDICTED_AT_TYPE,
+    PREDICTION_COLUMNS,
+    ROW_ID,
+    SCHEMA_VERSION,
+    UNIT_SCHEMA,
+    URI,
+)
+
+PREDICTIONS, ERRORS = "predictions", "errors"
+OPEN_FILES = 64
+"""Output files written in one pass over the units."""
+BUFFERED_BYTES = 256 * 2**20
+"""Arrow bytes held over all open files before they become row groups."""
+MAX_ROW_GROUP_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One output file and the units whose rows it takes."""
+
+    path: str
+    """Relative to the output directory."""
+    kind: str
+    partition: str
+    """Directories below the run's, ``a=1/b=x``; empty without partitions."""
+    units: list[list[int]]
+    """Runs of unit indices, ``[first, last]``."""
+    rows: int
+
+    def unit_indices(self) -> list[int]:
+        return [index for first, last in self.units for index in range(first, last + 1)]
+
+
+def finalize(run: Run) -> dict[str, Any]:
+    """Make a run's output from its unit files; returns what files.json holds.
+
+    Raises:
+        ImgbatchError: a unit file is missing or damaged, named.
+    """
+    if not run.paths.is_finished():
+        files = _settled_layout(run)
+        written = _write_files(run, files)
+        _remove_strays(run, files)
+        counts = _count_statuses(written)
+        storage.write_json(run.paths.classes, _classes(run))
+        storage.write_json(
+            run.paths.files,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "counts": counts,
+                "partition_types": {p.column: p.duckdb_type for p in run.partitions},
+                "files": written,
+            },
+        )
+        storage.create_if_absent(run.paths.success, b"")
+    current.update(run.paths.out)
+    storage.replace(run.paths.query_sql, views.script(run.paths.out).encode())
+    if not run.config.output.keep_units:
+        storage.remove(run.paths.units)
+    return storage.read_json(run.paths.files)
+
+
+def _settled_layout(run: Run) -> list[OutputFile]:
+    if not storage.exists(run.paths.finalize):
+        layout = {"files": [asdict(file) for file in _lay_out(run)]}
+        storage.create_if_absent(run.paths.finalize, storage.json_bytes(layout))
+    return [OutputFile(**file) for file in storage.read_json(run.paths.finalize)["files"]]
+
+
+def _lay_out(run: Run) -> Iterator[OutputFile]:
+    """Which units make which file: each partition's rows in unit order, cut at units when a file is full."""
+    rows_of: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for unit, results, rows in _iter_units(run):
+        for kind, table in _split(run, results, rows).items():
+            paths = partition_paths(table, run.partitions if kind == PREDICTIONS else (), _date(run))
+            counts = Counter(paths.indices.to_pylist())
+            for index, path in enumerate(paths.dictionary.to_pylist()):
+                rows_of[kind, path].append((unit.index, counts[index]))
+    for kind in (PREDICTIONS, ERRORS):
+        if not any(key[0] == kind for key in rows_of) and not (kind == PREDICTIONS and run.partitions):
+            rows_of[kind, ""] = []  # an empty file, so that a reader finds the columns
+    rows_per_file = _rows_per_file(run)
+    for kind, partition in sorted(rows_of, key=lambda key: (key[0] != PREDICTIONS, key[1])):
+        for number, chunk in enumerate(_fill(rows_of[kind, partition], rows_per_file)):
+            name = "/".join(filter(None, [kind, f"run_id={run.run_id}", partition, f"part-{number:05d}.parquet"]))
+            yield OutputFile(name, kind, partition, _ranges([u for u, _ in chunk]), sum(n for _, n in chunk))
+
+
+def _fill(unit_rows: Sequence[tuple[int, int]], rows_per_file: int) -> Iterator[list[tuple[int, int]]]:
+    chunk: list[tuple[int, int]] = []
+    held = 0
+    for unit, rows in unit_rows:
+        if chunk and held + rows > rows_per_file:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append((unit, rows))
+        held += rows
+    yield chunk
+
+
+def _rows_per_file(run: Run) -> int:
+    stored = [*storage.list_files(run.paths.units, ".parquet"), *storage.list_files(run.paths.rows, ".parquet")]
+    bytes_per_row = max(1, sum(info.size for info in stored) // run.plan.layout.num_rows)
+    return max(1, run.plan.config.output.target_file_mb * 10**6 // bytes_per_row)
+
+
+def _ranges(indices: list[int]) -> list[list[int]]:
+    groups = itertools.groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
+    runs = ([index for _, index in group] for _, group in groups)
+    return [[run[0], run[-1]] for run in runs]
+
+
+def _iter_units(run: Run, indices: Sequence[int] | None = None) -> Iterator[tuple[Unit, pa.Table, pa.Table]]:
+    layout = run.plan.layout
+    reader = RowsReader(run.paths)
+    try:
+        for index in range(layout.num_units) if indices is None else indices:
+            unit = layout.unit(index)
+            yield unit, _read_unit(run, index), reader.read(unit)
+    finally:
+        reader.close()
+
+
+def _read_unit(run: Run, index: int) -> pa.Table:
+    uri = run.paths.unit_file(index)
+    try:
+        with storage.open_input(uri) as file:
+            table = pq.read_table(file, use_threads=False)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ImgbatchError(
+            f"unit file {uri}: missing or damaged ({error}); remove it and run the same command again"
+        ) from error
+    return table.cast(UNIT_SCHEMA)
+
+
+def _split(run: Run, results: pa.Table, rows: pa.Table) -> dict[str, pa.Table]:
+    """A unit's rows as output rows of each kind; a kind without rows is left out."""
+    ok = pc.equal(results["status"], Status.OK.value)
+    tables = {
+        PREDICTIONS: _join(rows.filter(ok), results.filter(ok).select(PREDICTION_COLUMNS), run),
+        ERRORS: _join(rows.filter(pc.invert(ok)), results.filter(pc.invert(ok)).select(ERROR_COLUMNS), None),
+    }
+    return {kind: table for kind, table in tables.items() if table.num_rows}
+
+
+def _join(rows: pa.Table, outcome: pa.Table, run: Run | None) -> pa.Table:
+    identity = [ROW_ID, IMAGE_ID, URI]
+    table = rows.select(identity)
+    for name in outcome.column_names:
+        table = table.append_column(outcome.schema.field(name), outcome[name])
+    if run is not None:
+        predicted_at = pa.scalar(datetime.fromisoformat(run.plan.predicted_at), PREDICTED_AT_TYPE)
+        table = table.append_column("model_id", pa.repeat(pa.scalar(run.bundle.model_id), rows.num_rows))
+        table = table.append_column("predicted_at", pa.repeat(predicted_at, rows.num_rows))
+    for name in rows.column_names[len(identity) :]:
+        table = table.append_column(rows.schema.field(name), rows[name])
+    return table
+
+
+def output_schema(run: Run, kind: str) -> pa.Schema:
+    """The one schema of the files of ``kind``: partition columns left out, metadata for readers."""
+    reader = RowsReader(run.paths)
+    rows = reader.schema.empty_table()
+    reader.close()
+    columns = PREDICTION_COLUMNS if kind == PREDICTIONS else ERROR_COLUMNS
+    table = _join(rows, UNIT_SCHEMA.empty_table().select(columns), run if kind == PREDICTIONS else None)
+    if kind == PREDICTIONS:
+        table = _drop_partition_columns(table, run)
+    metadata = {
+        "imgbatch.schema_version": SCHEMA_VERSION,
+        "imgbatch.run_id": run.run_id,
+        "imgbatch.classes": storage.json_bytes(_classes(run)),
+    }
+    return table.schema.with_metadata(metadata)
+
+
+def _drop_partition_columns(table: pa.Table, run: Run) -> pa.Table:
+    return table.drop_columns([p.column for p in run.partitions if p.column in table.column_names])
+
+
+def _classes(run: Run) -> dict[str, Any]:
+    return {
+        "task": run.bundle.task,
+        "model_id": run.bundle.model_id,
+        "class_names": list(run.bundle.class_names),
+    }
+
+
+def _date(run: Run) -> str:
+    return run.plan.predicted_at[:10]
+
+
+def _write_files(run: Run, files: list[OutputFile]) -> list[dict[str, Any]]:
+    schemas = {kind: output_schema(run, kind) for kind in (PREDICTIONS, ERRORS)}
+    written: list[dict[str, Any]] = []
+    for first in range(0, len(files), OPEN_FILES):
+        group = files[first : first + OPEN_FILES]
+        with ExitStack() as stack:
+            limit = min(MAX_ROW_GROUP_BYTES, BUFFERED_BYTES // len(group))
+            writers = {
+                file.path: stack.enter_context(_FileWriter(run, file, schemas[file.kind], limit)) for file in group
+            }
+            by_unit: dict[int, list[OutputFile]] = defaultdict(list)
+            for file in group:
+                for index in file.unit_indices():
+                    by_unit[index].append(file)
+            for unit, results, rows in _iter_units(run, sorted(by_unit)):
+                tables = _split(run, results, rows)
+                for kind, table in tables.items():
+                    wanted = {file.partition: file for file in by_unit[unit.index] if file.kind == kind}
+                    for partition, part in _by_partition(run, kind, table):
+                        if partition in wanted:
+                            writers[wanted[partition].path].add(part)
+        written += [writer.entry() for writer in writers.values()]
+    return written
+
+
+def _by_partition(run: Run, kind: str, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    if kind == ERRORS or not run.partitions:
+        yield "", table
+        return
+    paths = partition_paths(table, run.partitions, _date(run))
+    columns = _drop_partition_columns(table, run)
+    for index, path in enumerate(paths.dictionary.to_pylist()):
+        yield path, columns.filter(pc.equal(paths.indices, index))
+
+
+class _FileWriter:
+    """Buffers one output file's rows into row groups; the file takes its name when everything is in it."""
+
+    def __init__(self, run: Run, file: OutputFile, schema: pa.Schema, row_group_bytes: int) -> None:
+        self._file = file
+        self._schema = schema
+        self._row_group_bytes = row_group_bytes
+        self._uri = storage.join(run.paths.out, file.path)
+        self._held: list[pa.Table] = []
+        self._held_bytes = 0
+        self._counts: Counter[str] = Counter()
+        self._sha256 = ""
+        self._size = 0
+
+    def __enter__(self) -> _FileWriter:
+        self._stack = ExitStack()
+        self._staged = self._stack.enter_context(storage.staged_file(self._uri))
+        self._writer = pq.ParquetWriter(self._staged, self._schema, compression="zstd")
+        return self
+
+    def add(self, table: pa.Table) -> None:
+        statuses = table["status"] if self._file.kind == ERRORS else pa.array([Status.OK.value] * table.num_rows)
+        self._counts.update({entry["values"]: entry["counts"] for entry in pc.value_counts(statuses).to_pylist()})
+        self._held.append(table)
+        self._held_bytes += table.nbytes
+        if self._held_bytes >= self._row_group_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            self._writer.write_table(pa.concat_tables(self._held).cast(self._schema))
+            self._held, self._held_bytes = [], 0
+
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is None:
+            self._flush()
+        self._writer.close()
+        if exception[0] is None:
+            self._check_rows()
+            self._sha256, self._size = _digest(self._staged), self._staged.stat().st_size
+        self._stack.__exit__(*exception)
+
+    def _check_rows(self) -> None:
+        rows = sum(self._counts.values())
+        if rows != self._file.rows:
+            raise ImgbatchError(f"{self._file.path}: {rows} rows where finalize.json has {self._file.rows}")
+
+    def entry(self) -> dict[str, Any]:
+        """What files.json says of the file."""
+        return {
+            "path": self._file.path,
+            "kind": self._file.kind,
+            "partition": self._file.partition,
+            "rows": self._file.rows,
+            "bytes": self._size,
+            "sha256": self._sha256,
+            "counts": dict(sorted(self._counts.items())),
+        }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return _file_digest(file)
+
+
+def _file_digest(file: IO[bytes]) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def _count_statuses(written: list[dict[str, Any]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for entry in written:
+        total.update(entry["counts"])
+    return dict(sorted(total.items()))
+
+
+def _remove_strays(run: Run, files: list[OutputFile]) -> None:
+    """Remove what an earlier, interrupted finalize left under the run's own directories."""
+    keep = {storage.join(run.paths.out, file.path) for file in files}
+    for kind in (PREDICTIONS, ERRORS):
+        for info in storage.list_files(run.paths.data(kind)):
+            if info.uri not in keep:
+                storage.remove(info.uri)

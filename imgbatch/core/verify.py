@@ -1,0 +1,142 @@
+"""Verification: reads back what was written and holds it against the rows that were planned.
+
+With DuckDB rather than with the code that wrote it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import duckdb
+
+from imgbatch.core import storage
+from imgbatch.core.runs import RunEntry, find_run, list_runs
+from imgbatch.errors import UsageError
+
+_MEMORY = "1GB"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that must hold of a run."""
+
+    run_id: str
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What was checked of a run and its retries."""
+
+    checks: list[Check]
+    counts: dict[str, dict[str, int]]
+    """Rows by status, per run."""
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+
+def verify(out: str, run_id: str | None = None) -> VerifyResult:
+    """Check that every row of a run, and of its retries, came out exactly once and that its files are intact.
+
+    Args:
+        run_id: a run; none: the newest that is no retry.
+    """
+    root = _root(out, run_id)
+    runs = list_runs(out)
+    chain = [root, *_descendants(root, runs)]
+    checks: list[Check] = []
+    counts: dict[str, dict[str, int]] = {}
+    for run in chain:
+        if not run.finished:
+            done = len(run.paths.committed_units())
+            detail = f"unfinished: {done} of {run.plan['num_units']} units; run the same command again to continue"
+            checks.append(Check(run.run_id, "finished", False, detail))
+            continue
+        checks += _check_files(run)
+        if all(check.ok for check in checks if check.run_id == run.run_id):
+            checks += _check_rows(run, next((r for r in chain if r.run_id == run.parent), None))
+        counts[run.run_id] = storage.read_json(run.paths.files)["counts"]
+    return VerifyResult(checks, counts)
+
+
+def _root(out: str, run_id: str | None) -> RunEntry:
+    if run_id is not None:
+        return find_run(out, run_id)
+    roots = [run for run in list_runs(out) if run.parent is None and not run.abandoned]
+    if not roots:
+        raise UsageError(f"{out}: no run there to verify")
+    return roots[-1]
+
+
+def _descendants(root: RunEntry, runs: list[RunEntry]) -> Iterator[RunEntry]:
+    for run in runs:
+        if run.parent == root.run_id and not run.abandoned:
+            yield run
+            yield from _descendants(run, runs)
+
+
+def _check_files(run: RunEntry) -> Iterator[Check]:
+    listed = storage.read_json(run.paths.files)["files"]
+    for file in listed:
+        uri = storage.join(run.paths.out, file["path"])
+        try:
+            found = storage.sha256(uri)
+        except FileNotFoundError:
+            yield Check(run.run_id, "sha256", False, f"{file['path']}: missing")
+            continue
+        if found != file["sha256"]:
+            yield Check(run.run_id, "sha256", False, f"{file['path']}: content differs from files.json")
+    names = {storage.join(run.paths.out, file["path"]) for file in listed}
+    for kind in ("predictions", "errors"):
+        for info in storage.list_files(run.paths.data(kind)):
+            if info.uri not in names:
+                yield Check(run.run_id, "listing", False, f"{info.uri}: not in files.json")
+    yield Check(run.run_id, "files", True, f"{len(listed)} files, {sum(f['bytes'] for f in listed):,} bytes")
+
+
+def _check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
+    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as connection:
+        connection.execute(f"set memory_limit='{_MEMORY}'; set temp_directory='{spill}'")
+        if not storage.is_local(run.paths.out):
+            connection.register_filesystem(storage.filesystem(run.paths.out)[0])
+
+        def number(query: str) -> int:
+            row = connection.execute(query).fetchone()
+            return int(row[0]) if row else 0
+
+        listed = storage.read_json(run.paths.files)["files"]
+        connection.execute(f"create view planned as select row_id from {_parquet([_rows_glob(run)])}")
+        connection.execute(f"create view written as {_row_ids(run, listed)}")
+        num_planned, num_written = number("select count(*) from planned"), number("select count(*) from written")
+        num_distinct = number("select count(distinct row_id) from written")
+        missing = number("select count(*) from planned anti join written using (row_id)")
+        unknown = number("select count(*) from written anti join planned using (row_id)")
+        yield Check(run.run_id, "rows", num_planned == num_written, f"{num_written:,} of {num_planned:,} rows")
+        yield Check(run.run_id, "distinct", num_distinct == num_written, f"{num_distinct:,} distinct row_ids")
+        yield Check(run.run_id, "missing", missing == 0, f"{missing:,} planned rows without an outcome")
+        yield Check(run.run_id, "unknown", unknown == 0, f"{unknown:,} rows that were not planned")
+        if parent is not None:
+            failed = [file for file in storage.read_json(parent.paths.files)["files"] if file["kind"] == "errors"]
+            connection.execute(f"create view failed as {_row_ids(parent, failed)}")
+            strays = number("select count(*) from planned anti join failed using (row_id)")
+            yield Check(run.run_id, "retry", strays == 0, f"{strays:,} rows that had not failed in {parent.run_id}")
+
+
+def _rows_glob(run: RunEntry) -> str:
+    return storage.join(run.paths.rows, "*.parquet")
+
+
+def _row_ids(run: RunEntry, files: list[dict[str, str]]) -> str:
+    uris = [storage.join(run.paths.out, file["path"]) for file in files]
+    return f"select row_id from {_parquet(uris)}" if uris else "select null::bigint as row_id where false"
+
+
+def _parquet(uris: list[str]) -> str:
+    quoted = ", ".join("'" + uri.replace("'", "''") + "'" for uri in uris)
+    return f"read_parquet([{quoted}], hive_partitioning=false)"

@@ -1,0 +1,109 @@
+"""The output as DuckDB views, the same in ``imgbatch query``, in query.sql and in every command that reads it.
+
+predictions      one current row per image_id: the newest run that labelled it wins
+all_predictions  every prediction of every finished run
+errors           rows that failed and that no later run has labelled
+runs             one row per finished run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import duckdb
+
+from imgbatch.core import current, storage
+from imgbatch.core.current import CurrentRun
+from imgbatch.errors import UsageError
+
+
+def open_views(out: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB with the views over ``out``; close it when done.
+
+    Args:
+        memory_limit: as DuckDB's setting, ``2GB``; none: DuckDB's default.
+
+    Raises:
+        UsageError: no finished run there.
+    """
+    connection = duckdb.connect()
+    try:
+        if memory_limit is not None:
+            connection.execute(f"set memory_limit='{memory_limit}'")
+        if not storage.is_local(out):
+            connection.register_filesystem(storage.filesystem(out)[0])
+        connection.execute("set timezone='UTC'")
+        for statement in view_statements(out, current.load(out)):
+            connection.execute(statement)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def view_statements(out: str, runs: Sequence[CurrentRun]) -> list[str]:
+    """``create view`` statements over the finished ``runs`` of ``out``; raises :class:`UsageError` without any."""
+    if not runs:
+        raise UsageError(f"{out}: no finished run there")
+    base = storage.absolute(out)
+    predictions = _union([_read(base, run, run.predictions) for run in runs if run.predictions])
+    errors = _union([_read(base, run, run.errors) for run in runs])
+    return [
+        f"create view runs as {_runs_table(runs)}",
+        f"create view all_predictions as {predictions}",
+        f"create view predictions as {_current_predictions(runs)}",
+        f"create view errors as {_current_errors(runs, errors)}",
+    ]
+
+
+def script(out: str) -> str:
+    """The views as a script for ``duckdb -init``, with a first query to try."""
+    statements = [
+        statement.replace("create view", "create or replace view", 1) + ";"
+        for statement in view_statements(out, current.load(out))
+    ]
+    example = "-- select label, count(*) n, avg(probability) p from predictions group by label order by n desc;"
+    return "\n".join(["-- The output as views; made by imgbatch.", "set timezone='UTC';", *statements, example, ""])
+
+
+def _read(base: str, run: CurrentRun, files: Sequence[str]) -> str:
+    paths = ", ".join(_quote(storage.join(base, file)) for file in files)
+    types = ", ".join(f"{_quote(name)}: {kind}" for name, kind in {"run_id": "varchar", **run.partition_types}.items())
+    return f"select * from read_parquet([{paths}], hive_partitioning=true, hive_types={{{types}}})"
+
+
+def _union(selects: Sequence[str]) -> str:
+    return " union all by name ".join(selects)
+
+
+def _runs_table(runs: Sequence[CurrentRun]) -> str:
+    rows = ", ".join(
+        f"({_quote(run.run_id)}, {_quote(run.parent)}, timestamptz {_quote(run.predicted_at)}, "
+        f"{_quote(run.model_id)}, {run.num_predictions}, {run.num_errors})"
+        for run in runs
+    )
+    return f"select * from (values {rows}) t(run_id, parent, predicted_at, model_id, predictions, errors)"
+
+
+def _current_predictions(runs: Sequence[CurrentRun]) -> str:
+    if len(runs) == 1 and runs[0].unique_ids:
+        return "select * from all_predictions"
+    return (
+        "select * from all_predictions qualify row_number() over "
+        "(partition by image_id order by predicted_at desc, run_id desc, row_id desc) = 1"
+    )
+
+
+def _current_errors(runs: Sequence[CurrentRun], errors: str) -> str:
+    if len(runs) == 1 and runs[0].unique_ids:
+        return errors
+    return (
+        f"with failed as (select e.*, runs.predicted_at as failed_at from ({errors}) e join runs using (run_id)) "
+        "select * exclude (failed_at) from failed where not exists (select 1 from all_predictions p "
+        "where p.image_id = failed.image_id and p.predicted_at > failed.failed_at) "
+        "qualify row_number() over (partition by image_id order by failed_at desc, run_id desc, row_id desc) = 1"
+    )
+
+
+def _quote(text: str | None) -> str:
+    return "null" if text is None else "'" + text.replace("'", "''") + "'"
