@@ -112,9 +112,12 @@ def list_files(uri: str, suffix: str = "") -> list[FileInfo]:
 
 
 def iter_files(uri: str, suffix: str = "") -> Iterator[FileInfo]:
-    """As :func:`list_files`, in the order of a walk, without holding the listing."""
+    """As :func:`list_files`, in the order of a walk, without holding the listing.
+
+    Raises ``OSError`` for a directory that may not be read; one that vanishes meanwhile is left out.
+    """
     if is_local(uri):
-        for directory, subdirectories, names in os.walk(local_path(uri)):
+        for directory, subdirectories, names in os.walk(local_path(uri), onerror=_raise_unless_gone):
             subdirectories.sort()
             for name in sorted(names):
                 if name.endswith(suffix):
@@ -130,6 +133,19 @@ def iter_files(uri: str, suffix: str = "") -> Iterator[FileInfo]:
             info = files[name]
             if name.endswith(suffix):
                 yield FileInfo(fs.unstrip_protocol(info["name"]), int(info["size"]), _version(info))
+
+
+def listing_prefix(uri: str) -> str:
+    """What every URI that a listing of ``uri`` yields starts with; ends in a slash."""
+    if is_local(uri):
+        return str(local_path(uri)).rstrip("/") + "/"
+    fs, path = filesystem(uri)
+    return fs.unstrip_protocol(path).rstrip("/") + "/"
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _version(info: dict[str, Any]) -> str:
