@@ -162,12 +162,21 @@ def as_manifest(data: ParquetDataset) -> Manifest:
 
 def find_problems(data: ParquetDataset) -> list[str]:
     """What keeps a dataset from being a manifest, seen from its schema and footers; a line each, worst first."""
-    schema = data.schema
+    problems = schema_problems(data.schema, data.path)
+    if BYTES in data.schema.names:
+        problems.extend(_too_large_row_groups(data))
+    if data.num_rows == 0:
+        problems.append("no rows")
+    return problems
+
+
+def schema_problems(schema: pa.Schema, path: str) -> list[str]:
+    """What keeps a plain schema from being a manifest's, a line each; ``path`` is what the advice names."""
     problems = []
     if URI not in schema.names and BYTES not in schema.names:
         problems.append(
             f"neither a {URI!r} nor a {BYTES!r} column (columns: {', '.join(schema.names) or 'none'}); "
-            f"'imgbatch manifest build {data.path} --column uri=NAME -o MANIFEST' renames one"
+            f"'imgbatch manifest build {path} --column uri=NAME -o MANIFEST' renames one"
         )
     for field in schema:
         if field.name in _EXPECTED and not _EXPECTED[field.name].accepts(field.type):
@@ -176,10 +185,6 @@ def find_problems(data: ParquetDataset) -> list[str]:
         check_no_collisions(schema.names)
     except UsageError as error:
         problems.append(str(error).removeprefix("manifest: "))
-    if BYTES in schema.names:
-        problems.extend(_too_large_row_groups(data))
-    if data.num_rows == 0:
-        problems.append("no rows")
     return problems
 
 

@@ -228,8 +228,7 @@ def _is_data(path: str, uri: str) -> bool:
 
 
 def _below(path: str, uri: str) -> list[str]:
-    base = str(storage.local_path(path)) if storage.is_local(path) else path
-    return uri.removeprefix(base.rstrip("/")).strip("/").split("/")
+    return uri.removeprefix(storage.listing_prefix(path)).split("/")
 
 
 def _refuse_unsafe_extensions(uri: str, footer: bytes) -> None:
