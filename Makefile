@@ -41,7 +41,7 @@ lock: $(UV_READY)
 
 clean:
 	rm -rf $(VENV) out/demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find imgbatch jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv comes from its own entry in the lock, so that its hash is checked like every other.
 $(UV_READY): requirements.lock
