@@ -196,7 +196,7 @@ def _head(tables: Iterable[pa.Table], limit: int | None) -> Iterator[pa.Table]:
 
 def _find_files(path: str) -> list[FileInfo]:
     try:
-        if _is_file(path):
+        if storage.is_file(path):
             return [storage.file_info(path)]
         found = storage.exists(path)
         files = [info for info in storage.list_files(path, SUFFIX) if _is_data(path, info.uri)] if found else []
@@ -214,13 +214,6 @@ def _find_files(path: str) -> list[FileInfo]:
                 f"{path}: partition directories ({partition}) are not read as columns; write the column into the files"
             )
     return files
-
-
-def _is_file(path: str) -> bool:
-    if storage.is_local(path):
-        return storage.local_path(path).is_file()
-    fs, inner = storage.filesystem(path)
-    return fs.isfile(inner)
 
 
 def _is_data(path: str, uri: str) -> bool:

@@ -86,6 +86,15 @@ def exists(uri: str) -> bool:
     return fs.exists(path)
 
 
+def is_file(uri: str) -> bool:
+    """Whether there is a file, not a directory, now."""
+    if is_local(uri):
+        return local_path(uri).is_file()
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    return fs.isfile(path)
+
+
 @dataclass(frozen=True, slots=True)
 class FileInfo:
     """A file found by a listing: ``uri``, ``size`` in bytes, and ``version`` (etag, or mtime in ns)."""
