@@ -38,7 +38,7 @@ def local_path(uri: str) -> Path:
 
 def join(base: str, *parts: str) -> str:
     """``base`` and ``parts`` with one slash between them."""
-    return "/".join([base.rstrip("/") or "/", *(part.strip("/") for part in parts)])
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) or "/"
 
 
 def absolute(uri: str) -> str:
