@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import hashlib
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from imgbatch.core import storage
+from imgbatch.errors import UsageError
+
+
+@pytest.fixture(params=["path", "file-uri", "memory"])
+def base(request, tmp_path):
+    """A folder on a disk, by path and by URI, and one in fsspec's memory."""
+    if request.param == "path":
+        yield str(tmp_path)
+    elif request.param == "file-uri":
+        yield tmp_path.as_uri()
+    else:
+        folder = f"memory://{uuid.uuid4().hex}"
+        yield folder
+        storage.remove(folder)
+
+
+def leftovers(base: str) -> list[str]:
+    return [info.uri for info in storage.list_files(base) if ".tmp" in info.uri]
+
+
+def test_the_first_writer_wins(base):
+    uri = storage.join(base, "deep", "unit.bin")
+    assert storage.create_if_absent(uri, b"first")
+    assert not storage.create_if_absent(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    assert leftovers(base) == []
+
+
+def test_one_of_many_writers_at_once_wins(tmp_path):
+    uri = str(tmp_path / "unit.bin")
+    contents = [str(number).encode() * 1000 for number in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        outcomes = list(pool.map(lambda data: storage.create_if_absent(uri, data), contents))
+    assert outcomes.count(True) == 1
+    assert storage.read_bytes(uri) == contents[outcomes.index(True)]
+    assert [path.name for path in tmp_path.iterdir()] == ["unit.bin"]
+
+
+def test_on_a_disk_without_links_the_first_writer_still_wins(tmp_path):
+    path = tmp_path / "unit.bin"
+    assert storage._create_without_links(path, b"first")
+    assert not storage._create_without_links(path, b"second")
+    assert path.read_bytes() == b"first"
+
+
+def test_replace_takes_the_place_of_what_was_there(base):
+    uri = storage.join(base, "current.json")
+    storage.write_json(uri, {"a": 1})
+    storage.write_json(uri, {"b": "ä"})
+    assert storage.read_json(uri) == {"b": "ä"}
+    assert storage.read_bytes(uri).endswith(b"}\n")
+    assert leftovers(base) == []
+
+
+def test_a_staged_file_appears_when_it_is_whole(base):
+    uri = storage.join(base, "deep", "part.parquet")
+    with storage.staged_file(uri) as path:
+        path.write_bytes(b"whole")
+        assert not storage.exists(uri)
+    assert storage.read_bytes(uri) == b"whole"
+    assert not path.exists()
+
+
+def test_a_staged_file_that_failed_leaves_nothing(base):
+    uri = storage.join(base, "part.parquet")
+
+    def fail() -> None:
+        with storage.staged_file(uri) as path:
+            path.write_bytes(b"half")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fail()
+    assert not storage.exists(uri)
+    assert storage.list_files(base) == []
+
+
+def test_listings_go_deep_in_order_and_by_suffix(base):
+    for name in ("b/2.txt", "a.txt", "b/1.txt", "c.json"):
+        storage.replace(storage.join(base, name), b"12345")
+    listed = storage.list_files(base, ".txt")
+    assert [info.uri.rpartition(Path(base).name)[2].lstrip("/") for info in listed] == ["a.txt", "b/1.txt", "b/2.txt"]
+    assert all(info.size == 5 for info in listed)
+    assert storage.list_files(storage.join(base, "nowhere")) == []
+
+
+def test_the_version_of_a_file_changes_with_it(base):
+    uri = storage.join(base, "image.jpg")
+    storage.replace(uri, b"1")
+    before = storage.file_info(uri)
+    storage.replace(uri, b"22")
+    after = storage.file_info(uri)
+    assert (before.size, after.size) == (1, 2)
+    assert before.version != after.version
+    with pytest.raises(FileNotFoundError):
+        storage.file_info(storage.join(base, "nowhere"))
+
+
+def test_removing_takes_a_file_or_a_folder_and_minds_no_absence(base):
+    storage.replace(storage.join(base, "x", "1"), b"1")
+    storage.replace(storage.join(base, "x", "2"), b"2")
+    storage.remove(storage.join(base, "x", "1"))
+    assert len(storage.list_files(base)) == 1
+    storage.remove(storage.join(base, "x"))
+    storage.remove(storage.join(base, "x"))
+    assert not storage.exists(storage.join(base, "x"))
+
+
+def test_sha256_is_that_of_the_whole_file(base):
+    data = bytes(range(256)) * 10_000
+    storage.replace(storage.join(base, "big"), data)
+    assert storage.sha256(storage.join(base, "big")) == hashlib.sha256(data).hexdigest()
+
+
+def test_a_writable_folder_passes_and_stays_empty(base):
+    storage.check_writable(storage.join(base, "out"))
+    assert storage.list_files(base) == []
+
+
+def test_a_folder_below_a_file_is_not_writable(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write there"):
+        storage.check_writable(str(tmp_path / "file" / "out"))
+
+
+def test_an_unknown_scheme_is_one_line():
+    with pytest.raises(UsageError, match="no support for gopher://"):
+        storage.exists("gopher://host/file")
+
+
+def test_paths_join_and_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.join("s3://b/", "/a/", "c") == "s3://b/a/c"
+    assert storage.join("/", "a") == "/a"
+    assert storage.absolute("m.parquet") == str(tmp_path / "m.parquet")
+    assert storage.absolute("s3://b/m") == "s3://b/m"
+
+
+def test_reading_opens_what_fsspec_opens(base):
+    storage.replace(storage.join(base, "x"), b"abc")
+    with storage.open_input(storage.join(base, "x")) as file:
+        assert file.read() == b"abc"

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgbatch.core.transforms import DecodePolicy, PreprocessSpec
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [
+        (640, 480),
+        (480, 640),
+        (256, 256),
+        (257, 256),
+        (500, 333),
+        (333, 500),
+        (31, 1000),
+        (1000, 31),
+        (1, 1),
+        (223, 224),
+    ],
+)
+@pytest.mark.parametrize(("resize_size", "crop_size"), [(256, 224), (232, 224), (64, 64), (73, 64), (342, 299)])
+def test_the_geometry_is_torchvisions(width, height, resize_size, crop_size):
+    from torchvision.transforms import functional
+
+    spec = PreprocessSpec(resize_size, crop_size)
+    geometry = spec.geometry(width, height)
+    resized = functional.resize(Image.new("RGB", (width, height)), resize_size)
+    assert (geometry.resized_width, geometry.resized_height) == resized.size
+
+    # A picture whose pixels say where they stand tells where torchvision cuts.
+    ruler = np.arange(resized.width * resized.height, dtype=np.int32).reshape(resized.height, resized.width)
+    first = functional.center_crop(Image.fromarray(ruler), crop_size).getpixel((0, 0))
+    assert first == geometry.top * resized.width + geometry.left
+
+
+def test_a_spec_survives_json():
+    spec = PreprocessSpec(73, 64, "bicubic", decode=DecodePolicy(background=(0, 0, 0), formats=("PNG",)))
+    assert PreprocessSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_an_unknown_key_is_refused():
+    with pytest.raises(TypeError, match="sharpness"):
+        PreprocessSpec.from_dict(PreprocessSpec().to_dict() | {"sharpness": 1})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"resize_size": 100, "crop_size": 224}, {"crop_size": 0}, {"mean": (0.5,)}, {"mean": (), "std": ()}],
+)
+def test_a_spec_that_cannot_work_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"resize_size|mean and std"):
+        PreprocessSpec(**arguments)
+
+
+def test_one_decoded_image_takes_its_pixels_in_bytes():
+    assert PreprocessSpec().pixel_bytes == 150_528
+    assert PreprocessSpec(64, 64, mean=(0.5,), std=(0.5,)).pixel_bytes == 4096
+
+
+@pytest.mark.parametrize(
+    ("resize_size", "crop_size", "expected"),
+    [
+        (None, None, (256, 224)),
+        (None, 112, (128, 112)),
+        (300, None, (300, 224)),
+        (200, None, (200, 200)),
+        (80, 64, (80, 64)),
+    ],
+)
+def test_other_sizes_keep_what_was_not_given(resize_size, crop_size, expected):
+    spec = PreprocessSpec().with_sizes(resize_size, crop_size)
+    assert (spec.resize_size, spec.crop_size) == expected
+
+
+def test_a_spec_prints_as_one_line():
+    assert PreprocessSpec().describe() == (
+        "decode | resize(256, bilinear) | center_crop(224) | normalise(0.485, 0.456, 0.406; 0.229, 0.224, 0.225)"
+    )
