@@ -1,0 +1,323 @@
+"""What a manifest is built from: folders and globs of images, single images, CSV or TSV lists, and Parquet.
+
+Every source knows its columns before it is read, and streams its rows in one fixed order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import IO, NamedTuple, Protocol, cast
+
+import pyarrow as pa
+from fsspec.utils import glob_translate
+
+from imgbatch.core import storage
+from imgbatch.core.parquet import BATCH_ROWS, SUFFIX, ParquetDataset, open_dataset
+from imgbatch.errors import UsageError, normalise_message
+from imgbatch.schema import TARGETS, URI
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""What is an image in a folder or glob, whatever the case."""
+
+LIST_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+class SourceRows(NamedTuple):
+    """Some rows of a source: ``table``, and each row's uri as the source itself spells it, where it has one.
+
+    ``names`` are paths below the folder that was listed, or the cells of a list: they stay the same when the
+    collection moves. ``folder`` is the name of the folder that was listed.
+    """
+
+    table: pa.Table
+    names: list[str | None] | None
+    folder: str = ""
+
+
+class Source(Protocol):
+    """Something that a manifest can be built from."""
+
+    @property
+    def path(self) -> str:
+        """Absolute, or a URI."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The manifest's columns that the source has, plain types."""
+
+    def iter_rows(self) -> Iterator[SourceRows]:
+        """Raises :class:`UsageError` at a row that cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """How the columns of CSV and Parquet become a manifest's.
+
+    Relative uris are resolved against ``root``, or else against the folder that the list lies in. With
+    ``targets_separator`` the strings of ``targets`` become lists; an empty one is an image of no class.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The manifest's name to the source's name; columns that are not named here keep theirs."""
+    root: str | None = None
+    targets_separator: str | None = None
+
+    def rename(self, path: str, names: Iterable[str]) -> dict[str, str]:
+        """The source's names to the manifest's, in order; raises :class:`UsageError`."""
+        names = list(names)
+        for new, old in self.columns.items():
+            if old not in names:
+                raise UsageError(f"--column {new}={old}: {path} has no column {old!r} (columns: {', '.join(names)})")
+        new_names = {old: new for new, old in self.columns.items()}
+        renamed = {name: new_names.get(name, name) for name in names}
+        for new, old in self.columns.items():
+            if list(renamed.values()).count(new) > 1:
+                raise UsageError(
+                    f"--column {new}={old}: {path} has a column {new!r} as well; "
+                    f"rename that too, like --column old_{new}={new}"
+                )
+        return renamed
+
+
+def open_sources(paths: Iterable[str], options: TableOptions) -> list[Source]:
+    """The sources that ``paths`` name, in their order; a glob of lists or Parquet files stands for each of them.
+
+    Raises:
+        UsageError: nothing there, of no known kind, or without a column that ``options`` name.
+    """
+    sources: list[Source] = []
+    for path in paths:
+        sources.extend(_open_source(_normal(path), path, options))
+    return sources
+
+
+def _open_source(path: str, given: str, options: TableOptions) -> Iterator[Source]:
+    lowered = path.lower()
+    if _MAGIC.search(path) and not _exists(path):
+        root, pattern = _split_glob(path)
+        if not lowered.endswith((*LIST_SUFFIXES, SUFFIX)):
+            yield ImageFolder(root, pattern)
+            return
+        matches = list(_iter_matches(root, pattern))
+        if not matches:
+            raise UsageError(f"{given}: no file matches")
+        for uri in matches:
+            yield from _open_source(uri, uri, options)
+    elif not _exists(path):
+        raise UsageError(f"{given}: there is no such file or directory")
+    elif lowered.endswith(LIST_SUFFIXES):
+        yield ListFile(path, options)
+    elif lowered.endswith(SUFFIX) or _holds_parquet(path):
+        yield ParquetTable(open_dataset(path), options)
+    elif lowered.endswith(IMAGE_SUFFIXES) and storage.is_file(path):
+        yield ImageFile(path)
+    elif storage.is_file(path):
+        known = ", ".join((*LIST_SUFFIXES, SUFFIX, *IMAGE_SUFFIXES))
+        raise UsageError(f"{given}: of no known kind ({known})")
+    else:
+        yield ImageFolder(path)
+
+
+_URI_SCHEMA = pa.schema([(URI, pa.string())])
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image, as when a shell expands a glob."""
+
+    path: str
+    schema: pa.Schema = _URI_SCHEMA
+
+    def iter_rows(self) -> Iterator[SourceRows]:
+        folder, name = posixpath.split(self.path)
+        yield _image_rows([self.path], [name], posixpath.basename(folder))
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images below a folder, at any depth, or those that match a glob; hidden ones are left out."""
+
+    path: str
+    pattern: str = "**"
+    schema: pa.Schema = _URI_SCHEMA
+
+    def iter_rows(self) -> Iterator[SourceRows]:
+        prefix = storage.listing_prefix(self.path)
+        images = (uri for uri in _iter_matches(self.path, self.pattern) if uri.lower().endswith(IMAGE_SUFFIXES))
+        while uris := list(islice(images, BATCH_ROWS)):
+            yield _image_rows(uris, [uri.removeprefix(prefix) for uri in uris], posixpath.basename(prefix.rstrip("/")))
+
+
+class ListFile:
+    """CSV or TSV, UTF-8, perhaps gzipped; the first line names the columns.
+
+    Every column is strings, so that an id like 0012 stays what it is; an empty cell is null.
+    """
+
+    def __init__(self, path: str, options: TableOptions) -> None:
+        self.path = path
+        self._options = options
+        header = next(self._iter_lines(), None)
+        if header is None:
+            raise UsageError(f"{path}: empty; the first line must name the columns")
+        self._renamed = options.rename(path, header)
+        if len(self._renamed) < len(header) or "" in header:
+            raise UsageError(f"{path} line 1: every column needs a name of its own")
+        if URI not in self._renamed.values():
+            raise UsageError(
+                f"{path}: no column {URI!r}; say which one holds the images with --column {URI}=NAME "
+                f"(columns: {', '.join(header)})"
+            )
+        self.schema = _table_schema(((name, pa.string()) for name in self._renamed.values()), options)
+
+    def iter_rows(self) -> Iterator[SourceRows]:
+        lines = self._iter_lines()
+        next(lines)
+        while batch := list(islice(lines, BATCH_ROWS)):
+            columns = [[cell or None for cell in column] for column in zip(*batch, strict=True)]
+            table = pa.table([pa.array(column, pa.string()) for column in columns], names=list(self._renamed.values()))
+            yield _table_rows(table, self.schema, posixpath.dirname(self.path), self._options)
+
+    def _iter_lines(self) -> Iterator[list[str]]:
+        delimiter = "\t" if self.path.lower().endswith((".tsv", ".tsv.gz")) else ","
+        width = line = 0
+        try:
+            with _open_text(self.path) as text:
+                reader = csv.reader(text, delimiter=delimiter, strict=True)
+                for cells in reader:
+                    line = reader.line_num
+                    width = width or len(cells)
+                    if cells and len(cells) != width:
+                        raise UsageError(
+                            f"{self.path} line {line}: {len(cells)} fields, but the first line has {width}"
+                        )
+                    if cells:
+                        yield cells
+        except (csv.Error, UnicodeDecodeError, OSError, EOFError) as error:
+            raise UsageError(f"{self.path} line {line + 1}: {normalise_message(error)}") from error
+
+
+class ParquetTable:
+    """A Parquet file or a directory of them, with uris or embedded images."""
+
+    def __init__(self, data: ParquetDataset, options: TableOptions) -> None:
+        self.path = data.path
+        self._data = data
+        self._options = options
+        self._renamed = options.rename(data.path, data.schema.names)
+        self.schema = _table_schema(((self._renamed[column.name], column.type) for column in data.schema), options)
+
+    def iter_rows(self) -> Iterator[SourceRows]:
+        is_directory = self._data.files[0].uri != self.path
+        folder = self.path if is_directory else posixpath.dirname(self.path)
+        for table in self._data.iter_batches():
+            renamed = table.rename_columns([self._renamed[name] for name in table.column_names])
+            yield _table_rows(renamed, self.schema, folder, self._options)
+
+
+def resolve(folder: str, uri: str) -> str:
+    """``uri`` made absolute: a relative one lies below ``folder``, which may be a URI itself."""
+    if "://" in uri:
+        return uri
+    scheme, separator, path = folder.rpartition("://")
+    if separator and not uri.startswith("/"):
+        return scheme + separator + posixpath.normpath(posixpath.join(path, uri))
+    return posixpath.normpath(posixpath.join(path, uri))
+
+
+@contextlib.contextmanager
+def _open_text(path: str) -> Iterator[IO[str]]:
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(storage.open_input(path))
+        if path.lower().endswith(".gz"):
+            stream = stack.enter_context(cast(IO[bytes], gzip.GzipFile(fileobj=stream)))
+        yield stack.enter_context(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+
+
+def _table_schema(fields: Iterable[tuple[str, pa.DataType]], options: TableOptions) -> pa.Schema:
+    schema = pa.schema(list(fields))
+    if options.targets_separator and TARGETS in schema.names:
+        index = schema.get_field_index(TARGETS)
+        schema = schema.set(index, pa.field(TARGETS, pa.list_(pa.string())))
+    return schema
+
+
+def _table_rows(table: pa.Table, schema: pa.Schema, folder: str, options: TableOptions) -> SourceRows:
+    names = None
+    if URI in table.column_names and pa.types.is_string(table.schema.field(URI).type):
+        names = table[URI].to_pylist()
+        root = _normal(options.root) if options.root else folder
+        uris = [name and resolve(root, name) for name in names]
+        table = table.set_column(table.schema.get_field_index(URI), URI, pa.array(uris, pa.string()))
+    if options.targets_separator and TARGETS in table.column_names:
+        lists = [_split(text, options.targets_separator) for text in table[TARGETS].to_pylist()]
+        index = table.schema.get_field_index(TARGETS)
+        table = table.set_column(index, TARGETS, pa.array(lists, pa.list_(pa.string())))
+    return SourceRows(table.cast(schema), names)
+
+
+def _split(text: str | list[str] | None, separator: str) -> list[str]:
+    parts = text if isinstance(text, list) else (text or "").split(separator)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _image_rows(uris: list[str], names: list[str], folder: str) -> SourceRows:
+    return SourceRows(pa.table([pa.array(uris, pa.string())], schema=_URI_SCHEMA), [*names], folder)
+
+
+def _iter_matches(root: str, pattern: str) -> Iterator[str]:
+    prefix = storage.listing_prefix(root)
+    matches = re.compile(glob_translate(pattern)).match
+    try:
+        for info in storage.iter_files(root):
+            name = info.uri.removeprefix(prefix)
+            if not matches(name) or any(part.startswith(".") for part in name.split("/")):
+                continue
+            if not name.isascii():
+                _check_unicode(info.uri)
+            yield info.uri
+    except UsageError:
+        raise
+    except Exception as error:  # every object store's client has exceptions of its own
+        raise UsageError(f"{root}: cannot be listed ({normalise_message(error)})") from error
+
+
+def _check_unicode(uri: str) -> None:
+    try:
+        uri.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{uri!a}: the file's name is not UTF-8; rename it") from error
+
+
+def _split_glob(path: str) -> tuple[str, str]:
+    first = _MAGIC.search(path)
+    slash = path.rfind("/", 0, first.start() if first else len(path))
+    return path[:slash] or "/", path[slash + 1 :]
+
+
+def _normal(path: str) -> str:
+    return posixpath.normpath(storage.absolute(path)) if storage.is_local(path) else path.rstrip("/")
+
+
+def _exists(path: str) -> bool:
+    try:
+        return storage.exists(path)
+    except UsageError:
+        raise
+    except Exception as error:  # as in _iter_matches
+        raise UsageError(f"{path}: cannot be read ({normalise_message(error)})") from error
+
+
+def _holds_parquet(path: str) -> bool:
+    fs, inner = storage.filesystem(path)
+    return fs.isdir(inner) and any(name.endswith(SUFFIX) for name in fs.ls(inner, detail=False))
