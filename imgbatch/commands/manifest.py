@@ -22,6 +22,7 @@ app = typer.Typer(help="Build and check manifests.", no_args_is_help=True)
 
 _MAX_TARGETS_SHOWN = 30
 _MAX_SAMPLE_SHOWN = 10
+_MAX_ID_CHARS = 26
 
 
 class From(StrEnum):
@@ -142,7 +143,7 @@ def _print_tally(tally: Tally) -> None:
 
 
 def _print_check(result: CheckResult) -> None:
-    console.print(Text(f"{result.path}: {result.num_rows:,} rows in {result.num_files:,} files"))
+    console.print(Text(f"{result.path}: {result.num_rows:,} rows, {result.num_files:,} file(s)"))
     columns = Table("column", "type", "nulls", box=SIMPLE)
     for name, arrow_type in result.columns.items():
         columns.add_row(Text(name), Text(arrow_type), f"{result.nulls.get(name, 0):,}")
@@ -164,6 +165,9 @@ def _sample_table(sample: list[SampledRow]) -> Table:
     for row in sorted(sample, key=lambda row: row.error is None)[:_MAX_SAMPLE_SHOWN]:
         size = "" if row.error else f"{row.width} x {row.height}"
         status = f"{row.error.status}: {row.error.message}" if row.error else "OK"
-        cells = [str(row.row_id), row.image_id or "", row.target or "", row.split or "", size, status]
+        # The end of a path tells images apart.
+        image_id = row.image_id or ""
+        shown_id = image_id if len(image_id) <= _MAX_ID_CHARS else "…" + image_id[-_MAX_ID_CHARS:]
+        cells = [str(row.row_id), shown_id, row.target or "", row.split or "", size, status]
         table.add_row(*(Text(cell) for cell in cells))
     return table
