@@ -35,9 +35,25 @@ def threshold_counts(positive_N: np.ndarray, scores_N: np.ndarray) -> ThresholdC
     return ThresholdCounts(scores_N[order][last_of_ties], hits, last_of_ties + 1 - hits)
 
 
+def roc_area(counts: ThresholdCounts) -> float:
+    """As :func:`roc_auc`, from counts."""
+    hits, misses = counts.true_positives, counts.false_positives
+    if not hits.size or not hits[-1] or not misses[-1]:
+        return float("nan")
+    area = np.trapezoid(np.concatenate([[0], hits]), np.concatenate([[0], misses]))
+    return float(area / (float(hits[-1]) * float(misses[-1])))
+
+
+def precision_area(counts: ThresholdCounts) -> float:
+    """As :func:`average_precision`, from counts."""
+    if not counts.true_positives.size or not counts.true_positives[-1]:
+        return float("nan")
+    return float(np.sum(np.diff(counts.recall, prepend=0.0) * counts.precision))
+
+
 def roc_auc(positive_N: np.ndarray, scores_N: np.ndarray) -> float:
     """Area under the ROC curve; NaN if all rows are positive or none is."""
-    return _roc_area(threshold_counts(positive_N, scores_N))
+    return roc_area(threshold_counts(positive_N, scores_N))
 
 
 def average_precision(positive_N: np.ndarray, scores_N: np.ndarray) -> float:
@@ -45,7 +61,7 @@ def average_precision(positive_N: np.ndarray, scores_N: np.ndarray) -> float:
 
     (scikit-learn returns 0 and a warning without positives; a class that cannot be measured is not a bad class.)
     """
-    return _average_precision(threshold_counts(positive_N, scores_N))
+    return precision_area(threshold_counts(positive_N, scores_N))
 
 
 def bootstrap_areas(
@@ -56,7 +72,9 @@ def bootstrap_areas(
     Each class is sorted once; a replicate is a weight per row. Classes without positives or negatives are left out.
     """
     num_rows = len(scores_NK)
-    weights_RN = rng.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=num_replicates).astype(np.float64)
+    # A row is drawn a dozen times at most; as bytes the weights of all replicates stay small.
+    evenly_N = np.full(num_rows, 1 / max(num_rows, 1))
+    weights_RN = np.stack([rng.multinomial(num_rows, evenly_N).astype(np.uint8) for _ in range(num_replicates)])
     aucs, precisions = [], []
     for positive_N, scores_N in zip(positive_NK.T, scores_NK.T, strict=True):
         order = np.argsort(-scores_N, kind="stable")
@@ -65,11 +83,11 @@ def bootstrap_areas(
         areas = np.empty((num_replicates, 2))
         for replicate, weights_N in enumerate(weights_RN):
             drawn_N = weights_N[order]
-            hits = np.cumsum(drawn_N * hit_N)[last_of_ties]
-            misses = np.cumsum(drawn_N)[last_of_ties] - hits
+            hits = np.cumsum(drawn_N * hit_N, dtype=np.int64)[last_of_ties]
+            misses = np.cumsum(drawn_N, dtype=np.int64)[last_of_ties] - hits
             seen = hits + misses > 0
             counts = ThresholdCounts(last_of_ties[seen], hits[seen], misses[seen])
-            areas[replicate] = _roc_area(counts), _average_precision(counts)
+            areas[replicate] = roc_area(counts), precision_area(counts)
         aucs.append(areas[:, 0])
         precisions.append(areas[:, 1])
     return nan_mean(np.array(aucs)), nan_mean(np.array(precisions))
@@ -118,20 +136,6 @@ def thin_out(num_points: int, limit: int) -> np.ndarray:
 def _last_of_ties(sorted_scores_N: np.ndarray) -> np.ndarray:
     changes = np.flatnonzero(np.diff(sorted_scores_N))
     return np.append(changes, len(sorted_scores_N) - 1) if len(sorted_scores_N) else changes
-
-
-def _roc_area(counts: ThresholdCounts) -> float:
-    hits, misses = counts.true_positives, counts.false_positives
-    if not hits.size or not hits[-1] or not misses[-1]:
-        return float("nan")
-    area = np.trapezoid(np.concatenate([[0], hits]), np.concatenate([[0], misses]))
-    return float(area / (float(hits[-1]) * float(misses[-1])))
-
-
-def _average_precision(counts: ThresholdCounts) -> float:
-    if not counts.true_positives.size or not counts.true_positives[-1]:
-        return float("nan")
-    return float(np.sum(np.diff(counts.recall, prepend=0.0) * counts.precision))
 
 
 def _point(counts: ThresholdCounts, at: int) -> OperatingPoint:

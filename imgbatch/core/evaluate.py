@@ -1,0 +1,197 @@
+"""How good the stored predictions are: metrics, slices, mistakes and likely label errors, without a model.
+
+DIR/metrics.json           everything that is a number
+DIR/mistakes.parquet       the most confident mistakes
+DIR/label_errors.parquet   targets that are likely wrong, the likeliest first
+DIR/confusion.parquet      target, label, count: every pair that occurs (single-label)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgbatch.core import multi_label, single_label, storage
+from imgbatch.core.rank_sample import RankSample
+from imgbatch.core.runs import RunPaths
+from imgbatch.core.scored import Scored, open_scored
+from imgbatch.core.slices import describe_slices
+
+FORMAT_VERSION = 1
+MAX_LISTED = 1000
+"""Rows of mistakes.parquet and of label_errors.parquet."""
+MAX_UNKNOWN_LISTED = 100
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What :func:`evaluate` found and where it wrote it."""
+
+    directory: str
+    metrics: dict[str, Any]
+    """What metrics.json holds."""
+
+
+def evaluate(
+    out: str,
+    *,
+    manifest: str | None = None,
+    directory: str | None = None,
+    split: str | None = None,
+    slice_by: Sequence[str] = (),
+    target_precision: float = 0.95,
+) -> Evaluation:
+    """Measure the current predictions of ``out`` against their targets.
+
+    Every image counts once. Rows without a prediction and targets that the model does not know are counted and
+    reported: they are left out of the metrics, and count as wrong in ``accuracy_of_all``.
+
+    Args:
+        manifest: where the targets are, joined on ``image_id``; none: the classified manifest's own.
+        directory: where to write; none: the newest run's directory.
+        split: only rows of this split.
+        slice_by: manifest columns; the metrics of each of their values, worst first.
+        target_precision: multi-label: of each label's operating point ``at_precision``.
+
+    Raises:
+        UsageError: no finished run, no targets, no such column; see :func:`scored.open_scored`.
+    """
+    with open_scored(out, manifest=manifest, split=split, slice_by=slice_by) as scored:
+        labeller = scored.labeller
+        directory = storage.absolute(directory or RunPaths(out, labeller.run_ids[-1]).root)
+        rows = _count_rows(scored)
+        sample = RankSample(rows["measured"], labeller.num_classes, seed=_SEED)
+        if labeller.is_multilabel:
+            measured = _measure_multi_label(scored, sample, directory, target_precision)
+        else:
+            measured = _measure_single_label(scored, sample, directory)
+        metrics = {
+            "format_version": FORMAT_VERSION,
+            "task": labeller.task,
+            "run_ids": labeller.run_ids,
+            "model_ids": labeller.model_ids,
+            "targets": manifest or "the classified manifest",
+            "split": split,
+            "rows": rows,
+            "accuracy_of_all": rows.pop("right") / rows["with_target"],
+            **measured,
+            "slices": describe_slices(scored),
+        }
+    plain = to_plain(metrics)
+    storage.write_json(storage.join(directory, "metrics.json"), plain)
+    return Evaluation(directory, plain)
+
+
+def _count_rows(scored: Scored) -> dict[str, Any]:
+    predicted, measured, right = scored.fetch_row(
+        "select count(*), count(*) filter (is_known), count(*) filter (is_right) from scored"
+    )
+    by_status = scored.connection.execute(
+        "select coalesce(status, 'NOT_CLASSIFIED') as status, count(*) from unpredicted group by 1 order by 2 desc, 1"
+    ).fetchall()
+    unknown = _unknown_targets(scored)
+    num_all = scored.fetch_row("select count(*) from predictions")[0]
+    without = sum(count for _, count in by_status)
+    return {
+        "with_target": predicted + without,
+        "predicted": predicted,
+        "coverage": predicted / (predicted + without),
+        "measured": measured,
+        "without_prediction": without,
+        "without_prediction_by_status": dict(by_status),
+        "unknown_target": sum(unknown.values()),
+        "unknown_targets": dict(list(unknown.items())[:MAX_UNKNOWN_LISTED]),
+        "predicted_without_target": num_all - predicted,
+        "right": right,
+    }
+
+
+def _unknown_targets(scored: Scored) -> dict[str, int]:
+    """Targets that the model has no class for, of rows with and without a prediction, most frequent first."""
+    names = "select unnest(truth) as name" if scored.labeller.is_multilabel else "select truth as name"
+    scored.connection.register("known_names", pa.table({"name": list(scored.labeller.class_names)}))
+    return dict(
+        scored.connection.execute(
+            f"select name, count(*) from ({names} from scored union all {names} from unpredicted) "
+            "anti join known_names using (name) where name is not null group by name order by 2 desc, 1"
+        ).fetchall()
+    )
+
+
+def _measure_single_label(scored: Scored, sample: RankSample, directory: str) -> dict[str, Any]:
+    sums = single_label.collect(scored, sample)
+    metrics = single_label.summarise(scored, sums)
+    _write_confusion(scored, sums.confusion_KK, directory)
+    mistakes = scored.connection.sql(
+        "select image_id, uri, truth as target, label, probability from scored where is_known and not is_right "
+        f"order by probability desc, image_id limit {MAX_LISTED}"
+    ).to_arrow_table()
+    metrics["mistakes"] = _write(directory, "mistakes", mistakes)
+    if scored.labeller.has_probabilities:
+        suspects = single_label.iter_suspects(scored, sums.self_confidence.thresholds())
+        metrics["label_errors"] = _write_first(directory, "label_errors", suspects, "margin", "ascending")
+    return metrics
+
+
+def _measure_multi_label(scored: Scored, sample: RankSample, directory: str, target_precision: float) -> dict[str, Any]:
+    sums = multi_label.collect(scored, sample)
+    metrics = multi_label.summarise(scored, sums, target_precision=target_precision)
+    if scored.labeller.has_probabilities:
+        mistakes = multi_label.iter_mistakes(scored)
+        metrics["mistakes"] = _write_first(directory, "mistakes", mistakes, "probability", "descending")
+        suspects = multi_label.iter_suspects(scored, sums.self_confidence)
+        metrics["label_errors"] = _write_first(directory, "label_errors", suspects, "margin", "ascending")
+    return metrics
+
+
+def _write_confusion(scored: Scored, confusion_KK: np.ndarray, directory: str) -> None:
+    names = pa.array(scored.labeller.class_names)
+    target, label = np.nonzero(confusion_KK)
+    counts = pa.array(confusion_KK[target, label])
+    table = pa.table({"target": names.take(pa.array(target)), "label": names.take(pa.array(label)), "count": counts})
+    _write(directory, "confusion", table)
+
+
+def _write_first(
+    directory: str, name: str, tables: Iterable[pa.Table], column: str, order: str
+) -> dict[str, Any] | None:
+    """Write the first rows by ``column`` (then image_id) of many tables, holding few of them at once."""
+    keys = [(column, order), ("image_id", "ascending")]
+    first: pa.Table | None = None
+    count = 0
+    for table in tables:
+        count += table.num_rows
+        joined = table if first is None else pa.concat_tables([first, table])
+        first = joined.sort_by(keys).slice(0, MAX_LISTED)
+    if first is None:
+        return {"file": None, "listed": 0, "found": 0}
+    return _write(directory, name, first) | {"found": count}
+
+
+def _write(directory: str, name: str, table: pa.Table) -> dict[str, Any]:
+    file = f"{name}.parquet"
+    with storage.staged_file(storage.join(directory, file)) as staged:
+        pq.write_table(table, staged, compression="zstd")
+    return {"file": file, "listed": table.num_rows}
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` with arrays as lists, NumPy's numbers as Python's, and NaN as null, as JSON wants them."""
+    if isinstance(value, dict):
+        return {key: to_plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(each) for each in value]
+    if isinstance(value, np.ndarray):
+        return to_plain(value.tolist())
+    if isinstance(value, np.generic):
+        return to_plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

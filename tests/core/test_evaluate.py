@@ -1,0 +1,283 @@
+"""Evaluation of stored predictions, held to scikit-learn on the same arrays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn import metrics as oracle
+
+from imgbatch.core import rank_sample
+from imgbatch.core.evaluate import evaluate
+from imgbatch.errors import UsageError
+
+CLASSES = ("ash", "birch", "cedar", "elm")
+
+
+def make_probs(targets_N: np.ndarray, num_classes: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(len(targets_N), num_classes)) + 1.5 * (targets_N[:, None] == np.arange(num_classes))
+    exp = np.exp(logits)
+    return (exp / exp.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def targets() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, len(CLASSES), 500)
+
+
+def named(indices) -> list[str]:
+    return [CLASSES[k] for k in indices]
+
+
+def test_multiclass_metrics_equal_the_oracle(store_run, targets):
+    probs = make_probs(targets, 4)
+    metrics = evaluate(str(store_run(CLASSES, probs, columns={"target": named(targets)}))).metrics
+    predicted = probs.argmax(axis=1)
+    precision, recall, f1, support = oracle.precision_recall_fscore_support(targets, predicted)
+    assert metrics["top1"] == pytest.approx(oracle.accuracy_score(targets, predicted))
+    assert metrics["accuracy_of_all"] == metrics["top1"]
+    assert metrics["balanced_accuracy"] == pytest.approx(oracle.balanced_accuracy_score(targets, predicted))
+    assert metrics["top5"] == 1.0
+    assert metrics["macro"]["f1"] == pytest.approx(f1.mean())
+    assert metrics["log_loss"] == pytest.approx(oracle.log_loss(targets, probs), abs=1e-6)
+    brier = oracle.brier_score_loss(targets, probs, scale_by_half=False, labels=range(4))
+    assert metrics["brier"] == pytest.approx(brier, abs=1e-6)
+    one_hot = targets[:, None] == np.arange(4)
+    auc = oracle.roc_auc_score(one_hot, probs, average="macro")
+    assert metrics["rank"]["roc_auc"] == pytest.approx(auc, abs=1e-6)
+    ap = oracle.average_precision_score(one_hot, probs, average="macro")
+    assert metrics["rank"]["mean_average_precision"] == pytest.approx(ap, abs=1e-6)
+    assert metrics["rank"]["sample"] == {"rows": 500, "of": 500, "seed": 0}
+    assert metrics["confusion"] == oracle.confusion_matrix(targets, predicted).tolist()
+    for k, entry in enumerate(metrics["per_class"]):
+        assert entry["class_name"] == CLASSES[k]
+        assert entry["support"] == support[k]
+        assert (entry["precision"], entry["recall"], entry["f1"]) == pytest.approx((precision[k], recall[k], f1[k]))
+        low, high = entry["intervals"]["f1"]
+        assert low < f1[k] < high
+    low, high = metrics["intervals"]["top1"]
+    assert low < metrics["top1"] < high
+    assert metrics["unavailable"] == {}
+
+
+def test_binary_metrics_are_of_the_second_class(store_run):
+    targets = np.random.default_rng(2).integers(0, 2, 300)
+    probs = make_probs(targets, 2)
+    out = store_run(("no", "yes"), probs, task="binary", columns={"target": ["yes" if t else "no" for t in targets]})
+    metrics = evaluate(str(out)).metrics
+    assert metrics["rank"]["roc_auc"] == pytest.approx(oracle.roc_auc_score(targets, probs[:, 1]), abs=1e-6)
+    ap = oracle.average_precision_score(targets, probs[:, 1])
+    assert metrics["rank"]["average_precision"] == pytest.approx(ap, abs=1e-6)
+    assert metrics["brier"] == pytest.approx(oracle.brier_score_loss(targets, probs[:, 1]), abs=1e-6)
+
+
+def test_multi_label_metrics_equal_the_oracle(store_run):
+    rng = np.random.default_rng(3)
+    truth = rng.random((400, 4)) < [0.1, 0.4, 0.7, 0.0]
+    probs = np.clip(rng.random((400, 4)) * 0.7 + 0.3 * truth, 0, 1).astype(np.float32)
+    lists = [named(np.flatnonzero(row)) for row in truth]
+    out = store_run(CLASSES, probs, task="multilabel", columns={"targets": pa.array(lists, pa.list_(pa.string()))})
+    result = evaluate(str(out))
+    metrics, said = result.metrics, probs >= 0.5
+    assert metrics["exact_match"] == pytest.approx(oracle.accuracy_score(truth, said))
+    assert metrics["hamming_loss"] == pytest.approx(oracle.hamming_loss(truth, said))
+    for kind in ("macro", "micro", "weighted"):
+        expected = oracle.f1_score(truth, said, average=kind, zero_division=0)
+        assert metrics[kind]["f1"] == pytest.approx(expected, abs=1e-6)
+    ap = np.mean([oracle.average_precision_score(truth[:, k], probs[:, k]) for k in range(3)])
+    assert metrics["rank"]["mean_average_precision"] == pytest.approx(ap, abs=1e-6)
+    assert metrics["rank"]["classes_measured"] == 3
+    losses = [oracle.log_loss(truth[:, k], probs[:, k], labels=[False, True]) for k in range(4)]
+    assert metrics["log_loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+    assert metrics["per_class"][3]["average_precision"] is None
+    point = metrics["per_class"][2]["at_precision"]
+    accepted = probs[:, 2] >= point["threshold"]
+    assert point["precision"] == pytest.approx(truth[accepted, 2].mean())
+    assert point["precision"] >= 0.95
+    assert metrics["mistakes"]["found"] == (truth != said).sum()
+    mistakes = pq.read_table(Path(result.directory, "mistakes.parquet"))
+    assert mistakes["probability"].to_pylist() == sorted(mistakes["probability"].to_pylist(), reverse=True)
+    assert metrics["label_errors"]["found"] > 0
+
+
+def test_rows_without_a_prediction_and_unknown_targets_are_counted(store_run, targets):
+    probs = make_probs(targets, 4)
+    names = named(targets)
+    names[:3] = ["oak", "oak", "yew"]
+    names[3] = None
+    failed = {"image_id": ["bad-1", "bad-2"], "status": ["NOT_FOUND", "CORRUPT"], "target": ["ash", "oak"]}
+    metrics = evaluate(str(store_run(CLASSES, probs, columns={"target": names}, failed=failed))).metrics
+    rows = metrics["rows"]
+    assert rows["with_target"] == 501
+    assert rows["predicted"] == 499
+    assert rows["measured"] == 496
+    assert rows["without_prediction"] == 2
+    assert rows["without_prediction_by_status"] == {"CORRUPT": 1, "NOT_FOUND": 1}
+    assert rows["unknown_targets"] == {"oak": 3, "yew": 1}
+    assert rows["predicted_without_target"] == 1
+    assert rows["coverage"] == pytest.approx(499 / 501)
+    right = (probs.argmax(axis=1) == targets)[4:].sum()
+    assert metrics["top1"] == pytest.approx(right / 496)
+    assert metrics["accuracy_of_all"] == pytest.approx(right / 501)
+
+
+def test_targets_may_come_from_another_manifest(store_run, targets, tmp_path):
+    probs = make_probs(targets, 4)
+    failed = {"image_id": ["bad"], "status": ["EMPTY"]}
+    out = store_run(CLASSES, probs, failed=failed)
+    ids = [f"image-{i}" for i in range(200)] + ["bad", "never seen"]
+    table = {
+        "image_id": ids,
+        "uri": ids,
+        "target": [*named(targets[:200]), "ash", "ash"],
+        "site": ["a", "b"] * 101,
+    }
+    pq.write_table(pa.table(table), tmp_path / "targets.parquet")
+    result = evaluate(
+        str(out), manifest=str(tmp_path / "targets.parquet"), directory=str(tmp_path / "eval"), slice_by=["site"]
+    )
+    rows = result.metrics["rows"]
+    assert (rows["with_target"], rows["predicted"], rows["predicted_without_target"]) == (202, 200, 300)
+    assert rows["without_prediction_by_status"] == {"EMPTY": 1, "NOT_CLASSIFIED": 1}
+    assert result.metrics["top1"] == pytest.approx((probs.argmax(axis=1) == targets)[:200].mean())
+    assert json.loads(Path(tmp_path, "eval", "metrics.json").read_text()) == result.metrics
+    assert sum(entry["rows"] for entry in result.metrics["slices"][0]["values"]) == 202
+
+
+def test_slices_come_worst_first(store_run, targets):
+    probs = make_probs(targets, 4)
+    right = probs.argmax(axis=1) == targets
+    sites = np.where(right, "easy", "hard").tolist()
+    sites[:50] = [None] * 50
+    years = (2000 + targets).tolist()
+    columns = {"target": named(targets), "site": sites, "year": years}
+    metrics = evaluate(str(store_run(CLASSES, probs, columns=columns)), slice_by=["site", "year"]).metrics
+    by_site, by_year = metrics["slices"]
+    assert [entry["value"] for entry in by_site["values"]] == ["hard", None, "easy"]
+    assert by_site["values"][0]["accuracy"] == 0
+    assert by_site["values"][1]["accuracy"] == pytest.approx(right[:50].mean())
+    accuracies = [entry["accuracy"] for entry in by_year["values"]]
+    assert accuracies == sorted(accuracies)
+    for entry in by_year["values"]:
+        of_year = targets == int(entry["value"]) - 2000
+        assert entry["accuracy"] == pytest.approx(right[of_year].mean())
+        assert entry["balanced_accuracy"] == pytest.approx(right[of_year].mean())
+        low, high = entry["interval"]
+        assert low < entry["accuracy"] < high
+
+
+def test_only_rows_of_the_split_count(store_run, targets):
+    probs = make_probs(targets, 4)
+    splits = np.where(np.arange(500) < 100, "test", "train").tolist()
+    out = str(store_run(CLASSES, probs, columns={"target": named(targets), "split": splits}))
+    metrics = evaluate(out, split="test").metrics
+    assert metrics["rows"]["with_target"] == 100
+    assert metrics["top1"] == pytest.approx((probs.argmax(axis=1) == targets)[:100].mean())
+    with pytest.raises(UsageError, match="split 'dev'"):
+        evaluate(out, split="dev")
+
+
+@pytest.mark.parametrize(
+    ("keep", "top_k", "missing"), [("top_k", 5, []), ("top_k", 2, ["top5"]), ("none", 5, ["top5"])]
+)
+def test_what_needs_all_probabilities_says_so(store_run, keep, top_k, missing):
+    targets = np.random.default_rng(5).integers(0, 12, 300)
+    classes = [f"class {k}" for k in range(12)]
+    probs = make_probs(targets, 12)
+    out = store_run(classes, probs, columns={"target": [classes[t] for t in targets]}, keep=keep, top_k=top_k)
+    metrics = evaluate(str(out)).metrics
+    assert metrics["top1"] == pytest.approx((probs.argmax(axis=1) == targets).mean())
+    assert sorted(metrics["unavailable"]) == sorted(["log_loss", "brier", "rank", "label_errors", *missing])
+    assert all(metrics[name] is None for name in ("log_loss", "brier", "rank"))
+    if not missing:
+        assert metrics["top5"] == pytest.approx(oracle.top_k_accuracy_score(targets, probs, k=5))
+
+
+def test_planted_label_errors_are_found_first(store_run, tmp_path):
+    targets = np.random.default_rng(6).integers(0, 4, 400)
+    probs = np.full((400, 4), 0.01, np.float32)
+    probs[np.arange(400), targets] = 0.97
+    given = named(targets)
+    given[7] = CLASSES[(targets[7] + 1) % 4]
+    result = evaluate(str(store_run(CLASSES, probs, columns={"target": given})), directory=str(tmp_path / "eval"))
+    assert result.metrics["label_errors"] == {"file": "label_errors.parquet", "listed": 1, "found": 1}
+    (row,) = pq.read_table(tmp_path / "eval" / "label_errors.parquet").to_pylist()
+    assert row["image_id"] == "image-7"
+    assert row["suggested"] == CLASSES[targets[7]]
+    (mistake,) = pq.read_table(tmp_path / "eval" / "mistakes.parquet").to_pylist()
+    assert (mistake["image_id"], mistake["target"]) == ("image-7", given[7])
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["all right", "all wrong"])
+def test_degenerate_targets_give_numbers_or_null(store_run, right):
+    probs = np.tile(np.array([[0.7, 0.1, 0.1, 0.1]], np.float32), (20, 1))
+    metrics = evaluate(str(store_run(CLASSES, probs, columns={"target": ["ash" if right else "elm"] * 20}))).metrics
+    assert metrics["top1"] == float(right)
+    assert metrics["rank"]["roc_auc"] is None
+    assert metrics["risk_coverage"]["area"] == float(not right)
+    assert "NaN" not in json.dumps(metrics)
+
+
+def test_nothing_measured_is_null_with_a_reason(store_run):
+    probs = make_probs(np.zeros(5, int), 4)
+    metrics = evaluate(str(store_run(CLASSES, probs, columns={"target": ["oak"] * 5}))).metrics
+    assert metrics["top1"] is None
+    assert metrics["accuracy_of_all"] == 0
+    assert "no row has both" in metrics["unavailable"]["log_loss"]
+
+
+def test_rank_metrics_of_many_rows_come_from_a_stated_sample(store_run, targets, monkeypatch):
+    monkeypatch.setattr(rank_sample, "MAX_ROWS", 100)
+    probs = make_probs(targets, 4)
+    out = str(store_run(CLASSES, probs, columns={"target": named(targets)}))
+    first, second = (evaluate(out).metrics["rank"] for _ in range(2))
+    assert first == second
+    assert first["sample"]["of"] == 500
+    assert 50 < first["sample"]["rows"] < 150
+    full = oracle.average_precision_score(targets[:, None] == np.arange(4), probs)
+    assert first["mean_average_precision"] == pytest.approx(full, abs=0.15)
+
+
+def test_a_newer_run_supersedes_an_older_one(store_run, targets):
+    worse, better = make_probs(targets, 4, seed=8), make_probs(targets, 4, seed=9)
+    store_run(CLASSES, worse, columns={"target": named(targets)})
+    out = store_run(
+        CLASSES,
+        better[:100],
+        columns={"target": named(targets[:100])},
+        run_id="r000000000002",
+        predicted_at="2026-01-03T03:04:05.000000+00:00",
+        failed={"image_id": ["image-100", "new"], "status": ["EMPTY", "EMPTY"], "target": ["ash", "ash"]},
+    )
+    result = evaluate(str(out))
+    assert result.directory.endswith("r000000000002")
+    rows = result.metrics["rows"]
+    assert (rows["with_target"], rows["predicted"], rows["without_prediction"]) == (501, 500, 1)
+    expected = np.concatenate([better[:100], worse[100:]]).argmax(axis=1)
+    assert result.metrics["top1"] == pytest.approx((expected == targets).mean())
+
+
+def test_wrong_usage_is_one_line(store_run, targets, tmp_path):
+    probs = make_probs(targets, 4)
+    with pytest.raises(UsageError, match="no finished run"):
+        evaluate(str(tmp_path / "nowhere"))
+    out = str(store_run(CLASSES, probs, columns={"target": named(targets)}))
+    with pytest.raises(UsageError, match=r"--slice-by sight: no such column .*target"):
+        evaluate(out, slice_by=["sight"])
+    with pytest.raises(UsageError, match="no column 'split'"):
+        evaluate(out, split="test")
+    twice = tmp_path / "twice.parquet"
+    pq.write_table(pa.table({"image_id": ["a", "a"], "uri": ["a", "a"], "target": ["ash", "elm"]}), twice)
+    with pytest.raises(UsageError, match="'a' stands there more than once"):
+        evaluate(out, manifest=str(twice))
+    bare = store_run(CLASSES, probs, out="bare")
+    with pytest.raises(UsageError, match="no column 'target'"):
+        evaluate(str(bare))
+    store_run(CLASSES[:3], probs[:, :3], out="bare", run_id="r000000000002", image_ids=map(str, range(500)))
+    with pytest.raises(UsageError, match="different classes"):
+        evaluate(str(bare))
