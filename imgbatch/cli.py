@@ -7,10 +7,10 @@ import sys
 import traceback
 from typing import Annotated
 
-import click
 import typer
+from typer.exceptions import TyperException
 
-from imgbatch.commands import manifest, model
+from imgbatch.commands import evaluate, manifest, model
 from imgbatch.commands.common import messages
 from imgbatch.errors import ExitCode, ImgbatchError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(manifest.app, name="manifest")
 app.add_typer(model.app, name="model")
+app.command("evaluate")(evaluate.evaluate)
 
 
 @app.callback()
@@ -43,14 +44,15 @@ def run(arguments: list[str]) -> int:
     """One command line; returns the exit code. Expected failures print one line."""
     try:
         return app(arguments, standalone_mode=False) or ExitCode.DONE
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return ExitCode.USAGE
-    except click.ClickException as error:
-        return _fail(f"{error.format_message()} (see imgbatch --help)", ExitCode.USAGE)
+    except TyperException as error:
+        message = error.format_message()
+        if "\n" in message:  # a group without a command: the message is its help
+            typer.echo(message, err=True)
+            return ExitCode.USAGE
+        return _fail(f"{message} (see imgbatch --help)", ExitCode.USAGE)
     except ImgbatchError as error:
         return _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; the same command continues", ExitCode.INTERRUPTED)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.FAILED)
