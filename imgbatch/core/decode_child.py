@@ -1,0 +1,122 @@
+"""The process that decodes, so that a hang, a crash or a flood of memory ends here and not in the job.
+
+Started by :mod:`imgbatch.core.decode_process` as ``python -m imgbatch.core.decode_child SETTINGS``; standard input
+is a socket to the parent, on which it says ``READY`` and then follows :mod:`imgbatch.core.decode_protocol` until
+the socket closes.
+
+Each image is decoded under a timer whose signal is left at its default action: it kills the process even while C
+code holds the interpreter's lock, which no handler written in Python could.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from imgbatch.core.decode_protocol import (
+    DONE,
+    END_UNIT,
+    EXIT_OUT_OF_MEMORY,
+    FRAME,
+    OPEN_UNIT,
+    READY,
+    ChildSettings,
+    RowState,
+    UnitBuffer,
+)
+from imgbatch.core.images import Decoded, decode_image
+from imgbatch.errors import Status
+
+
+def main(settings: ChildSettings, connection: socket.socket) -> None:
+    """Decode until the other end of ``connection`` closes."""
+    _prepare(settings)
+    connection.sendall(READY)
+    _silence_standard_error()
+    unit: UnitBuffer | None = None
+    while True:
+        header, descriptors, _, _ = socket.recv_fds(connection, FRAME.size, 1)
+        header += _receive(connection, FRAME.size - len(header)) if header else b""
+        if len(header) < FRAME.size:
+            return
+        row, size = FRAME.unpack(header)
+        if row == OPEN_UNIT:
+            unit = UnitBuffer(descriptors[0], settings.spec, size)
+            os.close(descriptors[0])
+        elif row == END_UNIT:
+            unit = None
+            connection.sendall(DONE)
+        else:
+            data = _receive(connection, size)
+            if len(data) < size or unit is None:
+                return
+            _decode_row(unit, row, data, settings)
+
+
+def _prepare(settings: ChildSettings) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    # Ctrl-C reaches the whole process group; what to do about it is the parent's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warnings.simplefilter("ignore")
+    # max_pixels takes the place of Pillow's own limit.
+    Image.MAX_IMAGE_PIXELS = None
+    # Otherwise Pillow imports plugins when the first image asks for them, at that image's expense.
+    Image.init()
+    _limit_memory(settings.memory_bytes)
+
+
+def _limit_memory(allowance: int) -> None:
+    """Let this process grow by ``allowance`` bytes of private memory; the shared pixels do not count."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmData:"))
+        limit = int(line.split()[1]) * 1024 + allowance
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _silence_standard_error() -> None:
+    # From now on it carries only the remarks of C libraries about images, thousands of them in some collections.
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.close(descriptor)
+
+
+def _decode_row(unit: UnitBuffer, row: int, data: bytes, settings: ChildSettings) -> None:
+    started = time.perf_counter()
+    unit.states_N[row] = RowState.STARTED
+    signal.setitimer(signal.ITIMER_REAL, settings.timeout_s)
+    outcome = decode_image(data, settings.spec, max_pixels=settings.max_pixels)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if isinstance(outcome, Decoded):
+        unit.pixels_NHWC[row] = outcome.pixels_HWC
+        unit.widths_N[row], unit.heights_N[row] = outcome.width, outcome.height
+        unit.states_N[row] = RowState.DECODED
+    elif outcome.status is Status.OUT_OF_MEMORY:
+        os._exit(EXIT_OUT_OF_MEMORY)
+    else:
+        unit.put_error(row, outcome)
+    unit.add_busy(time.perf_counter() - started)
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    """``size`` bytes, or fewer where the connection closed."""
+    parts: list[bytes] = []
+    while size and (data := connection.recv(size, socket.MSG_WAITALL)):
+        parts.append(data)
+        size -= len(data)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=os.dup(sys.stdin.fileno())) as parent:
+        main(ChildSettings.from_json(sys.argv[1]), parent)
