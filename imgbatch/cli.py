@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from imgbatch.commands import evaluate, manifest, model
+from imgbatch.commands import classify, evaluate, manifest, model, output
 from imgbatch.commands.common import messages
 from imgbatch.errors import ExitCode, ImgbatchError
 
@@ -24,6 +24,12 @@ app = typer.Typer(
 )
 app.add_typer(manifest.app, name="manifest")
 app.add_typer(model.app, name="model")
+app.command("classify")(classify.classify)
+app.command("retry")(classify.retry)
+app.command("status")(output.status)
+app.command("verify")(output.verify)
+app.command("query")(output.query)
+app.command("clean")(output.clean)
 app.command("evaluate")(evaluate.evaluate)
 
 

@@ -85,9 +85,10 @@ def finalize(run: Run) -> dict[str, Any]:
             },
         )
         storage.create_if_absent(run.paths.success, b"")
-    current.update(run.paths.out)
-    storage.replace(run.paths.query_sql, views.script(run.paths.out).encode())
-    if not run.config.output.keep_units:
+    if run.run_id not in {entry.run_id for entry in current.load(run.paths.out)}:
+        current.update(run.paths.out)
+        storage.replace(run.paths.query_sql, views.script(run.paths.out).encode())
+    if not run.plan.config.output.keep_units:
         storage.remove(run.paths.units)
     return storage.read_json(run.paths.files)
 

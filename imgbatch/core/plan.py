@@ -163,8 +163,12 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
     return open_run(paths, config, bundle, spec)
 
 
-def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: DeviceKind) -> Run:
-    """A child run over the rows of ``parent`` whose row_id is in ``failed_rows``; row_ids stay the parent's."""
+def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: DeviceKind, *, attempt: int) -> Run:
+    """A child run over the rows of ``parent`` whose row_id is in ``failed_rows``; row_ids stay the parent's.
+
+    Args:
+        attempt: the how many-eth retry of the parent, from 1.
+    """
     manifest, bundle, spec = open_inputs(config)
     parent_plan = RunPlan.from_json(dict(parent.plan))
     identity = manifest.content_identity()
@@ -174,6 +178,7 @@ def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: 
     fields = {
         "manifest": identity,
         "parent": parent.run_id,
+        "attempt": attempt,
         "rows": rows_digest,
         **_result_fields(config, bundle, spec, device, "torch"),
     }

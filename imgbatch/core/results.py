@@ -159,6 +159,10 @@ class Receipt:
     """One error message per status."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Busy seconds per stage: fetch, decode, classify, commit."""
+    started_at: float = 0.0
+    """When work on the unit began, seconds since 1970."""
+    isolated: bool = False
+    """Whether the unit had to be classified row by row in processes of their own."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

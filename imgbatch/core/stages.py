@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from imgbatch.core import results
-from imgbatch.core.decoder import Decoder
+from imgbatch.core.decoder import DecodedUnit, Decoder
 from imgbatch.core.fetch import Fetcher
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.plan import Run
@@ -28,6 +28,8 @@ from imgbatch.schema import ROW_ID, UNIT_SCHEMA, URI
 
 UNIT = "unit"
 PIXELS = "pixels"
+DECODE_COLUMNS = (UNIT, "started_at", "fetch_s", "decode_s")
+"""What a block carries beside its rows, the same in each: the unit, and what it took so far."""
 _SECONDS = ("fetch_s", "decode_s", "classify_s")
 
 
@@ -43,10 +45,11 @@ class DecodeStage:
 
     def __call__(self, unit_index: int) -> pa.Table:
         """The unit's decoded block: row_id, pixels (uint8 NHWC, one fixed-size cell per row) and errors."""
+        started_at = time.time()
         unit = self._run.plan.layout.unit(unit_index)
         rows = self._rows.read(unit, [ROW_ID, URI])
         fetched_before = self._fetcher.fetch_s
-        decoded = self._decoder.decode(self._payloads(rows), unit.num_rows)
+        decoded = self.decode_rows(rows)
         pixels = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(self._run.spec.pixel_bytes), unit.num_rows, [None, pa.py_buffer(decoded.pixels_NHWC)]
         )
@@ -58,10 +61,15 @@ class DecodeStage:
                 "height": decoded.heights,
                 **_error_columns(decoded.errors),
                 UNIT: _constant(unit.index, unit.num_rows, pa.int32()),
+                "started_at": _constant(started_at, unit.num_rows, pa.float64()),
                 "fetch_s": _constant(self._fetcher.fetch_s - fetched_before, unit.num_rows, pa.float64()),
                 "decode_s": _constant(decoded.decode_s, unit.num_rows, pa.float64()),
             }
         )
+
+    def decode_rows(self, rows: pa.Table) -> DecodedUnit:
+        """Any rows with ``row_id`` and ``uri``, fetched and decoded."""
+        return self._decoder.decode(self._payloads(rows), rows.num_rows)
 
     def _payloads(self, rows: pa.Table) -> Iterable[bytes | RowError]:
         if self._embedded is None:
@@ -114,7 +122,7 @@ class ClassifyStage:
             block["height"].to_numpy(),
             prediction_columns(predictions.probs_NK[predicted], self._rules),
         )
-        for name in (UNIT, "fetch_s", "decode_s"):
+        for name in DECODE_COLUMNS:
             table = table.append_column(name, block[name])
         elapsed = _constant(time.perf_counter() - started, table.num_rows, pa.float64())
         return table.append_column("classify_s", elapsed)
@@ -147,7 +155,7 @@ class CommitStage:
         )
         seconds = {name.removesuffix("_s"): block[name][0].as_py() for name in _SECONDS}
         seconds["commit"] = time.perf_counter() - started
-        return replace(receipt, seconds=seconds)
+        return replace(receipt, seconds=seconds, started_at=block["started_at"][0].as_py())
 
     def close(self) -> None:
         self._rows.close()

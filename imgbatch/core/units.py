@@ -79,5 +79,12 @@ class UnitLayout:
         num_rows = min(self.unit_rows, self.segments[segment] - offset)
         return Unit(index, self._first_rows[segment] + offset, num_rows, segment, offset)
 
+    def unit_of_row(self, row: int) -> Unit:
+        """The unit that holds the run's row at position ``row``; raises ``IndexError``."""
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row {row} of {self.num_rows}")
+        segment = bisect.bisect_right(self._first_rows, row) - 1
+        return self.unit(self._first_units[segment] + (row - self._first_rows[segment]) // self.unit_rows)
+
     def __iter__(self) -> Iterator[Unit]:
         return (self.unit(index) for index in range(self.num_units))

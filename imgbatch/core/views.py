@@ -52,7 +52,8 @@ def view_statements(out: str, runs: Sequence[CurrentRun]) -> list[str]:
         f"create view runs as {_runs_table(runs)}",
         f"create view all_predictions as {predictions}",
         f"create view predictions as {_current_predictions(runs)}",
-        f"create view errors as {_current_errors(runs, errors)}",
+        f"create view all_errors as {errors}",
+        f"create view errors as {_current_errors(runs)}",
     ]
 
 
@@ -94,11 +95,11 @@ def _current_predictions(runs: Sequence[CurrentRun]) -> str:
     )
 
 
-def _current_errors(runs: Sequence[CurrentRun], errors: str) -> str:
+def _current_errors(runs: Sequence[CurrentRun]) -> str:
     if len(runs) == 1 and runs[0].unique_ids:
-        return errors
+        return "select * from all_errors"
     return (
-        f"with failed as (select e.*, runs.predicted_at as failed_at from ({errors}) e join runs using (run_id)) "
+        "with failed as (select e.*, runs.predicted_at as failed_at from all_errors e join runs using (run_id)) "
         "select * exclude (failed_at) from failed where not exists (select 1 from all_predictions p "
         "where p.image_id = failed.image_id and p.predicted_at > failed.failed_at) "
         "qualify row_number() over (partition by image_id order by failed_at desc, run_id desc, row_id desc) = 1"

@@ -1,0 +1,90 @@
+"""``imgbatch classify`` and ``imgbatch retry``: the main job."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imgbatch.commands.common import Assignments, ConfigFile, console, messages
+from imgbatch.config import load_config
+from imgbatch.errors import Status
+
+if TYPE_CHECKING:
+    from imgbatch.runtime.job import RunResult
+
+Out = Annotated[str | None, typer.Option("-o", "--out", help="Output directory; may hold many runs.")]
+Engine = Annotated[str | None, typer.Option("--engine", help="ray, or local: a plain loop in this process.")]
+
+
+def classify(
+    config_file: ConfigFile = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Model bundle.")] = None,
+    manifest: Annotated[str | None, typer.Option("--manifest", help="Parquet manifest.")] = None,
+    out: Out = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many rows.")] = None,
+    engine: Engine = None,
+    new_run: Annotated[bool, typer.Option("--new-run", help="A second run although this one has finished.")] = False,
+    assignments: Assignments = None,
+) -> None:
+    """Label every row of a manifest exactly once; the same command again continues where it stopped."""
+    from imgbatch.runtime.job import classify as run_job
+
+    flags = {
+        "model.path": model,
+        "input.manifest": manifest,
+        "output.path": out,
+        "input.limit": limit,
+        "classify.engine": engine,
+        "run.new_run": True if new_run else None,
+    }
+    config = load_config(config_file, assignments or (), flags)
+    _stop_on_sigterm()
+    _report(run_job(config, messages))
+
+
+def retry(
+    out: Annotated[str, typer.Argument(help="Output directory.")],
+    run: Annotated[str | None, typer.Option("--run", help="Run to retry; default: the newest.")] = None,
+    config_file: ConfigFile = None,
+    engine: Engine = None,
+    assignments: Assignments = None,
+) -> None:
+    """Classify the rows of a finished run that failed, as a child run that keeps their row_ids."""
+    from imgbatch.runtime.job import retry as retry_job
+
+    config = load_config(config_file, assignments or (), {"output.path": out, "classify.engine": engine})
+    _stop_on_sigterm()
+    result = retry_job(config, run, messages)
+    if result is None:
+        console.print("nothing to retry: every row has a prediction")
+    else:
+        _report(result)
+
+
+def _report(result: RunResult) -> None:
+    where = Path(result.out)
+    if result.already_finished:
+        console.print(f"run {result.run_id} is finished already, nothing to do", markup=False)
+    rate = f", {result.images_per_s:,.1f} images/s" if result.images_per_s else ""
+    console.print(
+        f"{result.num_rows:,} rows: {result.counts.get(Status.OK.value, 0):,} predictions, "
+        f"{result.num_errors:,} errors{rate}",
+        markup=False,
+    )
+    for status, count in result.counts.items():
+        if status != Status.OK:
+            console.print(f"  {count:>9,} {status}", markup=False)
+    console.print(f"labels:  {where}/predictions/run_id={result.run_id}/", markup=False)
+    console.print(
+        f'next:    imgbatch query {where} "select label, count(*) n from predictions group by 1"', markup=False
+    )
+
+
+def _stop_on_sigterm() -> None:
+    def stop(signal_number: int, _: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(signal_number).name)
+
+    signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,153 @@
+"""``imgbatch status``, ``verify``, ``query`` and ``clean``: commands on what was written. None needs a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from imgbatch.commands.common import AsJson, console, print_json
+from imgbatch.errors import CheckFailed, UsageError
+
+OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Output directory.")]
+FORMATS = ("table", "csv", "json", "parquet")
+
+
+def status(out: OutArgument, as_json: AsJson = False) -> None:
+    """What runs an output holds and how far each is, from storage alone."""
+    from rich.table import Table
+
+    from imgbatch.core.status import run_states
+
+    states = run_states(out)
+    if as_json:
+        print_json(states)
+        return
+    table = Table("run", "state", "rows", "units", "predictions", "errors", "images/s", "started", box=None)
+    for state in states:
+        counts = state["counts"] or {}
+        failed = sum(n for name, n in counts.items() if name != "OK")
+        table.add_row(
+            state["run_id"],
+            state["state"],
+            f"{state['num_rows']:,}",
+            f"{state['units_done']:,}/{state['num_units']:,}",
+            f"{counts.get('OK', 0):,}" if counts else "",
+            f"{failed:,}" if counts else "",
+            f"{state['images_per_s']:,.1f}" if state["images_per_s"] else "",
+            state["predicted_at"][:19],
+        )
+    console.print(table)
+
+
+def verify(
+    out: OutArgument,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Run to verify; default: the newest, with its retries.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read everything back: every row once, nothing else, files intact. Exit 0 only then, 5 otherwise."""
+    from dataclasses import asdict
+
+    from imgbatch.core.verify import verify as verify_output
+
+    result = verify_output(out, run)
+    if as_json:
+        print_json({"ok": result.ok, **asdict(result)})
+    else:
+        for check in result.checks:
+            mark = "[green]ok[/]  " if check.ok else "[red]FAIL[/]"
+            console.print(f"{mark} {check.run_id} {check.name}: ", end="")
+            console.print(check.detail, markup=False)
+        for run_id, counts in result.counts.items():
+            console.print(f"{run_id}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()), markup=False)
+    if not result.ok:
+        failed = next(check for check in result.checks if not check.ok)
+        raise CheckFailed(f"{out}: {failed.run_id}: {failed.name}: {failed.detail}")
+
+
+def query(
+    out: OutArgument,
+    sql: Annotated[str, typer.Argument(help="DuckDB SQL over predictions, all_predictions, errors, runs.")],
+    output_format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet (needs -o).")] = "table",
+    to_file: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file.")] = None,
+) -> None:
+    """Run SQL over an output."""
+    import duckdb
+
+    from imgbatch.core.views import open_views
+
+    if output_format not in FORMATS:
+        raise UsageError(f"--format {output_format}: one of {', '.join(FORMATS)}")
+    if output_format == "parquet" and to_file is None:
+        raise UsageError("--format parquet: name a file with -o")
+    with contextlib.closing(open_views(out)) as connection:
+        try:
+            relation = connection.sql(sql)
+        except duckdb.Error as error:
+            raise UsageError(f"query: {error}") from error
+        if relation is None:
+            return
+        if output_format == "parquet":
+            relation.write_parquet(str(to_file))
+        elif to_file is not None and output_format != "table":
+            with to_file.open("w", newline="") as file:
+                _write(relation, output_format, file)
+        elif output_format == "table":
+            _print_table(relation)
+        else:
+            _write(relation, output_format, sys.stdout)
+
+
+def clean(
+    out: OutArgument,
+    run: Annotated[str, typer.Option("--run", help="Run to remove.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a run and everything it wrote."""
+    from imgbatch.core.clean import remove_run
+
+    if not yes:
+        typer.confirm(f"Remove run {run} of {out}, its labels included?", abort=True)
+    remove_run(out, run)
+    console.print(f"removed {run}", markup=False)
+
+
+def _print_table(relation: Any) -> None:
+    from rich.table import Table
+
+    table = Table(*relation.columns, box=None)
+    while rows := relation.fetchmany(1000):
+        for row in rows:
+            table.add_row(*(_shown(value) for value in row))
+    console.print(table)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _write(relation: Any, output_format: str, file: Any) -> None:
+    import csv
+    import json
+
+    columns = relation.columns
+    if output_format == "csv":
+        writer = csv.writer(file)
+        writer.writerow(columns)
+    first = True
+    while rows := relation.fetchmany(1000):
+        if output_format == "csv":
+            writer.writerows(rows)
+            continue
+        for row in rows:
+            file.write(("[\n  " if first else ",\n  ") + json.dumps(dict(zip(columns, row, strict=True)), default=str))
+            first = False
+    if output_format == "json":
+        file.write("[]\n" if first else "\n]\n")

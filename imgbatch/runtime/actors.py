@@ -1,0 +1,48 @@
+"""The stages as Ray Data calls them: one block of one unit in, one block out."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+
+from imgbatch.core.plan import Run
+from imgbatch.core.results import Receipt
+from imgbatch.core.stages import UNIT, ClassifyStage, CommitStage, DecodeStage
+
+RECEIPT = "receipt"
+
+
+class DecodeActor:
+    """CPU pool: fetches and decodes. Does not import torch."""
+
+    def __init__(self, run: Run) -> None:
+        self._decode = DecodeStage(run)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._decode(block[UNIT][0].as_py())
+
+
+class ClassifyActor:
+    """GPU pool, or the cores: runs the model."""
+
+    def __init__(self, run: Run, batch_size: int, num_threads: int | None) -> None:
+        self._classify = ClassifyStage(run, batch_size=batch_size, num_threads=num_threads)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._classify(block)
+
+
+def commit_block(block: pa.Table, run: Run, defer: bool) -> pa.Table:
+    """Writes the unit file; what goes on to the driver is one small row."""
+    stage = CommitStage(run, defer=defer)
+    try:
+        receipt = stage(block)
+    finally:
+        stage.close()
+    return pa.table({RECEIPT: [json.dumps(receipt.to_dict())]})
+
+
+def read_receipts(block: pa.Table) -> list[Receipt]:
+    """The receipts of a block of :func:`commit_block`."""
+    return [Receipt(**json.loads(text)) for text in block[RECEIPT].to_pylist()]

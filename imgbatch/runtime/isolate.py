@@ -1,0 +1,108 @@
+"""A unit that keeps killing whoever touches it ends here: one row at a time, each in a process that may die.
+
+Decoding is safe already (it runs in a child process); what can still take a process down is the forward pass.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from imgbatch.core.plan import Run
+from imgbatch.core.results import Receipt, unit_table
+from imgbatch.core.stages import DECODE_COLUMNS, ClassifyStage, CommitStage, DecodeStage
+from imgbatch.errors import ImgbatchError, Stage, Status, row_error
+from imgbatch.schema import ROW_ID, UNIT_SCHEMA
+
+FORWARD_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 300.0
+
+_classify: ClassifyStage | None = None
+
+
+def classify_isolated(run: Run, unit_index: int) -> Receipt:
+    """Decode, classify row by row in a process of its own, and commit; always ends with every row's outcome.
+
+    Raises:
+        ImgbatchError: the model does not even load in a fresh process.
+    """
+    with DecodeStage(run) as decode:
+        block = decode(unit_index)
+    tables = list(_classify_rows(run, block))
+    classified = pa.concat_tables(tables)
+    for name in DECODE_COLUMNS:
+        classified = classified.append_column(name, block[name])
+    seconds = pa.nulls(block.num_rows, pa.float64()).fill_null(0.0)
+    commit = CommitStage(run, defer=False)
+    try:
+        receipt = commit(classified.append_column("classify_s", seconds))
+    finally:
+        commit.close()
+    return replace(receipt, isolated=True)
+
+
+def _classify_rows(run: Run, block: pa.Table) -> Iterator[pa.Table]:
+    pool = _start(run)
+    try:
+        for row in range(block.num_rows):
+            cell = pa.Table.from_batches([block.slice(row, 1).combine_chunks().to_batches()[0]])
+            try:
+                yield pool.submit(_classify_one, cell).result(timeout=FORWARD_TIMEOUT_S)
+            except (BrokenProcessPool, TimeoutError) as error:
+                _kill(pool)
+                timed_out = isinstance(error, TimeoutError)
+                status = Status.TIMEOUT if timed_out else Status.CLASSIFY_FAILED
+                message = (
+                    f"no answer in {FORWARD_TIMEOUT_S:g} s" if timed_out else "the process died in the forward pass"
+                )
+                unknown = np.zeros(1, np.int32)
+                failure = row_error(status, Stage.CLASSIFY, message)
+                yield unit_table(cell[ROW_ID].combine_chunks(), [failure], unknown, unknown, _no_predictions())
+                pool = _start(run)
+    finally:
+        _kill(pool)
+
+
+def _start(run: Run) -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_load, initargs=(run,))
+    try:
+        pool.submit(_is_loaded).result(timeout=_START_TIMEOUT_S)
+    except (BrokenProcessPool, TimeoutError) as error:
+        _kill(pool)
+        raise ImgbatchError(
+            f"model {run.bundle.path}: does not load in a fresh process ({error or 'timed out'}); check it with "
+            f"`imgbatch model inspect`"
+        ) from error
+    return pool
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _load(run: Run) -> None:
+    global _classify
+    _classify = ClassifyStage(run, batch_size=1, num_threads=1)
+
+
+def _is_loaded() -> bool:
+    return _classify is not None
+
+
+def _classify_one(cell: pa.Table) -> pa.Table:
+    if _classify is None:
+        raise RuntimeError("the process was not initialised")
+    return _classify(cell).select(UNIT_SCHEMA.names)
+
+
+def _no_predictions() -> dict[str, pa.Array]:
+    outcome = {ROW_ID, "status", "error_stage", "error_message", "attempts", "width", "height"}
+    return {field.name: pa.array([], field.type) for field in UNIT_SCHEMA if field.name not in outcome}

@@ -1,0 +1,317 @@
+"""The main job, whatever the engine: plan, pass after pass until no unit is pending, finalize.
+
+plan_run -> check_sample -> passes over pending units -> isolation of what will not pass -> finalize
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+from rich.console import Console
+
+from imgbatch.config import Config
+from imgbatch.core.budget import ErrorBudget
+from imgbatch.core.finalize import finalize
+from imgbatch.core.plan import Run, plan_retry, plan_run, read_plan
+from imgbatch.core.preflight import check_sample
+from imgbatch.core.results import Receipt
+from imgbatch.core.runs import RunEntry, find_run, heartbeat, list_runs
+from imgbatch.core.views import open_views
+from imgbatch.errors import ErrorBudgetExceeded, ImgbatchError, Interrupted, Status, UsageError, normalise_message
+from imgbatch.runtime.pools import choose_device, choose_pools, this_machine
+from imgbatch.runtime.progress import RunProgress
+from imgbatch.runtime.run_log import RunLog
+
+MAX_PASS_UNITS = 20_000
+"""Units of one pass: keeps the driver small, and lets pools be sized anew between passes."""
+PASSES_BEFORE_ISOLATION = 2
+
+
+class Engine(Protocol):
+    """What runs the stages."""
+
+    @property
+    def window(self) -> int:
+        """Units under way at once, at most."""
+
+    @property
+    def num_actors(self) -> dict[str, int]:
+        """How many processes share each stage's work."""
+
+    def describe(self) -> str:
+        """One line for a person."""
+
+    def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
+        """A receipt per unit; an exception means that the pass is over, and says why."""
+
+    def classify_isolated(self, unit: int) -> Receipt:
+        """The last resort for one unit."""
+
+    def close(self) -> None:
+        """Give back what is held between passes."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    out: str
+    run_id: str
+    counts: dict[str, int]
+    """Rows by status; ``OK`` are predictions."""
+    already_finished: bool
+    """Whether there was nothing to do."""
+    images_per_s: float | None
+    """From the engine's readiness to the end, of this command; none where it classified nothing."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def num_errors(self) -> int:
+        return self.num_rows - self.counts.get(Status.OK.value, 0)
+
+
+def classify(config: Config, console: Console | None = None) -> RunResult:
+    """Classify every row of a manifest exactly once; the same configuration again continues or finds it done.
+
+    Args:
+        console: where progress and messages go; none: nowhere.
+
+    Raises:
+        UsageError: bad input or configuration, or another unfinished run is in the way.
+        ErrorBudgetExceeded: too many rows failed, or not one has a prediction.
+        Interrupted: no unit was committed for ``run.no_progress_s``.
+    """
+    console = console or Console(quiet=True)
+    with _device(config) as device:
+        return _work(plan_run(config, device), console)
+
+
+def retry(config: Config, run_id: str | None, console: Console | None = None) -> RunResult | None:
+    """Classify the rows of a finished run that have no prediction yet, as a child run; none where there are none.
+
+    ``config`` gives resources and fetch settings; what changes results comes from the parent's plan.
+    """
+    console = console or Console(quiet=True)
+    out = str(config.output.path)
+    parent = _unfinished_retry_parent(out, run_id) or _newest_root(out, run_id)
+    if not parent.finished:
+        raise UsageError(f"run {parent.run_id} is unfinished; run its classify command again first")
+    failed = _failed_rows(out, parent)
+    if not len(failed):
+        return None
+    settled = read_plan(parent).config
+    config = settled.model_copy(
+        update={
+            "resources": config.resources,
+            "fetch": config.fetch,
+            "errors": config.errors,
+            "run": config.run,
+            "ray": config.ray,
+            "classify": config.classify,
+            "output": settled.output.model_copy(update={"path": out}),
+        }
+    )
+    with _device(config) as device:
+        attempt = len(_finished_retries(out, parent)) + 1
+        return _work(plan_retry(config, parent, failed, device, attempt=attempt), console)
+
+
+def _newest_root(out: str, run_id: str | None) -> RunEntry:
+    if run_id is not None:
+        return find_run(out, run_id)
+    roots = [run for run in list_runs(out) if run.parent is None and not run.abandoned]
+    return roots[-1] if roots else find_run(out)
+
+
+def _unfinished_retry_parent(out: str, run_id: str | None) -> RunEntry | None:
+    for run in list_runs(out):
+        if run.parent is not None and not run.finished and not run.abandoned and run_id in (None, run.parent):
+            return find_run(out, run.parent)
+    return None
+
+
+def _failed_rows(out: str, parent: RunEntry) -> pa.Array:
+    """row_ids of the parent's error rows that no retry has turned into a prediction, in order."""
+    retries = [run.run_id for run in _finished_retries(out, parent)]
+    with contextlib.closing(open_views(out)) as connection:
+        found = connection.execute(
+            "select row_id from all_errors where run_id = ? and row_id not in "
+            "(select row_id from all_predictions where run_id in (select unnest(?::varchar[]))) order by row_id",
+            [parent.run_id, retries],
+        )
+        return found.to_arrow_table()["row_id"].combine_chunks()
+
+
+def _finished_retries(out: str, parent: RunEntry) -> list[RunEntry]:
+    return [run for run in list_runs(out) if run.parent == parent.run_id and run.finished]
+
+
+@contextlib.contextmanager
+def _device(config: Config) -> Iterator[Any]:
+    """The device kind. A cluster has to be asked, so it is connected for the block; a Ray of our own starts later."""
+    from_cluster = config.classify.engine == "ray" and config.resources.device == "auto"
+    if from_cluster:
+        from imgbatch.runtime.session import cluster_address, cluster_machine, ray_session
+
+        if cluster_address(config) is not None:
+            with ray_session(config):
+                yield choose_device(config.resources, cluster_machine())
+            return
+    yield choose_device(config.resources, this_machine())
+
+
+@contextlib.contextmanager
+def _engine(run: Run) -> Iterator[Engine]:
+    if run.config.classify.engine == "local":
+        from imgbatch.runtime.local import LocalEngine
+
+        engine: Engine = LocalEngine(run)
+        with contextlib.closing(engine):
+            yield engine
+        return
+    from imgbatch.runtime.ray_data import RayEngine
+    from imgbatch.runtime.session import cluster_machine, ray_session
+
+    planned = choose_pools(run.config.resources, run.plan.device, this_machine())
+    with ray_session(run.config, planned):
+        pools = choose_pools(run.config.resources, run.plan.device, cluster_machine())
+        with contextlib.closing(RayEngine(run, pools)) as ray_engine:
+            yield ray_engine
+
+
+def _work(run: Run, console: Console) -> RunResult:
+    if run.paths.is_finished():
+        result = RunResult(run.paths.out, run.run_id, finalize(run)["counts"], already_finished=True, images_per_s=None)
+    else:
+        with heartbeat(run.paths):
+            result = _classify_pending(run, console)
+    if not result.counts.get(Status.OK.value):
+        raise ErrorBudgetExceeded(
+            f"run {run.run_id} has not one prediction ({_counted(result.counts)}); see why with "
+            f'`imgbatch query {run.paths.out} "select status, error_message, uri from errors"`'
+        )
+    return result
+
+
+def _classify_pending(run: Run, console: Console) -> RunResult:
+    layout = run.plan.layout
+    console.print(f"run {run.run_id}: {layout.num_rows:,} images in {layout.num_units:,} units of {layout.unit_rows:,}")
+    log = RunLog(run)
+    state = "failed"
+    try:
+        if pending := run.pending_units():
+            if len(pending) < layout.num_units:
+                console.print(f"continuing: {layout.num_units - len(pending):,} units are done already")
+            check_sample(run)
+            with _engine(run) as engine:
+                log.engine_described(engine.describe())
+                console.print(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}", markup=False)
+                _Passes(run, engine, log, console).run_all()
+        counts = finalize(run)["counts"]
+        state = "finished"
+    except ErrorBudgetExceeded:
+        state = "error_budget"
+        raise
+    except (Interrupted, KeyboardInterrupt):
+        state = "interrupted"
+        raise
+    finally:
+        record = log.write(state)
+    return RunResult(run.paths.out, run.run_id, counts, already_finished=False, images_per_s=record["images_per_s"])
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {status}" for status, n in counts.items())
+
+
+class _Passes:
+    """Pass after pass over the pending units, until there is none."""
+
+    def __init__(self, run: Run, engine: Engine, log: RunLog, console: Console) -> None:
+        self._run = run
+        self._engine = engine
+        self._log = log
+        self._console = console
+        self._budget = ErrorBudget(run.config.errors)
+        self._deaths: Counter[int] = Counter()
+        """Passes that died while a unit was under way, by unit."""
+        layout = run.plan.layout
+        pending = run.pending_units()
+        self._any_committed = len(pending) < layout.num_units
+        self._progress = RunProgress(
+            console,
+            total_rows=layout.num_rows,
+            done_rows=layout.num_rows - sum(layout.unit(index).num_rows for index in pending),
+            num_actors=engine.num_actors,
+        )
+
+    def run_all(self) -> None:
+        """Raises :class:`ErrorBudgetExceeded` or :class:`Interrupted`; otherwise every unit is committed after it."""
+        defer = True
+        with self._progress:
+            while pending := self._run.pending_units():
+                suspects = [unit for unit in pending if self._deaths[unit] >= PASSES_BEFORE_ISOLATION]
+                if suspects:
+                    self._isolate(suspects)
+                    continue
+                died = self._one_pass(self._choose(pending), defer=defer)
+                if not died and len(self._run.pending_units()) == len(pending):
+                    self._refuse_to_loop(defer)
+                    defer = False
+
+    def _choose(self, pending: list[int]) -> list[int]:
+        """After a pass died, the units that were under way go alone, so that the one at fault shows."""
+        touched = [unit for unit in pending if self._deaths[unit]]
+        return touched or pending[:MAX_PASS_UNITS]
+
+    def _one_pass(self, units: list[int], *, defer: bool) -> bool:
+        """Whether the engine stopped with units under way, which then count one death each."""
+        self._log.pass_started()
+        unseen = dict.fromkeys(units)
+        try:
+            for receipt in self._engine.classify_units(units, defer=defer):
+                unseen.pop(receipt.unit, None)
+                self._take(receipt)
+        except ImgbatchError:
+            raise
+        except Exception as error:
+            # Whatever stopped the engine, what was committed stays; the units under way are tried again.
+            self._console.print(f"a pass ended early: {normalise_message(_root_cause(error))}", markup=False)
+            self._deaths.update(list(unseen)[: self._engine.window])
+            return bool(unseen)
+        return False
+
+    def _isolate(self, units: list[int]) -> None:
+        for unit in units:
+            self._console.print(f"unit {unit}: classified row by row, in processes of their own", markup=False)
+            self._take(self._engine.classify_isolated(unit))
+
+    def _take(self, receipt: Receipt) -> None:
+        self._log.add(receipt)
+        self._progress.add(receipt)
+        self._any_committed |= receipt.outcome != "deferred"
+        self._budget.add(receipt)
+
+    def _refuse_to_loop(self, defer: bool) -> None:
+        """After a pass that committed nothing: the next one commits what comes, unless nothing good ever came."""
+        if not defer:
+            raise Interrupted("a pass committed nothing; run the same command again to continue")
+        if not self._any_committed:
+            raise ErrorBudgetExceeded(
+                f"in every unit more rows than errors.max_rate allows failed: {self._budget.reasons()}; nothing was "
+                f"written; put it right and run the same command again"
+            )
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

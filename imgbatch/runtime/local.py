@@ -1,0 +1,53 @@
+"""The pipeline as a plain loop in this process: the oracle of the Ray engine, for notebooks and for debugging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from imgbatch.core.plan import Run
+from imgbatch.core.results import Receipt
+from imgbatch.core.stages import ClassifyStage, CommitStage, DecodeStage
+from imgbatch.runtime.isolate import classify_isolated
+from imgbatch.runtime.pools import choose_batch_size, this_machine
+
+
+class LocalEngine:
+    """One decode stage, one classify stage and one commit stage, one unit after the other."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._decode = DecodeStage(run)
+        threads = run.config.resources.classify_threads
+        self._classify = ClassifyStage(
+            run,
+            batch_size=choose_batch_size(run.config.classify.batch_size, run.plan.device),
+            num_threads=threads if isinstance(threads, int) else this_machine().num_cpus,
+        )
+
+    @property
+    def window(self) -> int:
+        """Units under way at once."""
+        return 1
+
+    @property
+    def num_actors(self) -> dict[str, int]:
+        return {}
+
+    def describe(self) -> str:
+        return "one process"
+
+    def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
+        """A receipt for each of the units, in order."""
+        commit = CommitStage(self._run, defer=defer)
+        try:
+            for unit in units:
+                yield commit(self._classify(self._decode(unit)))
+        finally:
+            commit.close()
+
+    def classify_isolated(self, unit: int) -> Receipt:
+        """The last resort for a unit that does not get through."""
+        return classify_isolated(self._run, unit)
+
+    def close(self) -> None:
+        self._decode.close()

@@ -1,0 +1,91 @@
+"""How many actors of which kind, and what each of them asks of the cluster."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgbatch.config import ResourcesConfig
+from imgbatch.core.plan import DeviceKind
+
+_CPU_BATCH, _GPU_BATCH = 32, 256
+_MAX_AUTO_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is: of this machine, or summed over a cluster."""
+
+    num_cpus: int
+    num_gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Sizes of the two actor pools and the share of a CPU or GPU that each actor asks for."""
+
+    decode_actors: int
+    classify_actors: int
+    classify_threads: int
+    decode_cpus: float
+    classify_cpus: float
+    classify_gpus: float
+
+    def describe(self) -> str:
+        device = "GPU" if self.classify_gpus else f"{self.classify_threads} thread(s)"
+        return f"{self.decode_actors} decode actors, {self.classify_actors} classify actors ({device} each)"
+
+
+def this_machine() -> Machine:
+    """Cores that this process may use, and NVIDIA devices by their device files (importing torch costs seconds)."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        num_gpus = len([part for part in hidden.split(",") if part.strip() not in ("", "-1")])
+    else:
+        num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return Machine(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, num_gpus)
+
+
+def choose_device(config: ResourcesConfig, machine: Machine) -> DeviceKind:
+    """The device that ``resources.device`` means on ``machine``."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if machine.num_gpus else "cpu"
+
+
+def choose_batch_size(configured: int | str, device: DeviceKind) -> int:
+    """``classify.batch_size`` resolved."""
+    if isinstance(configured, int):
+        return configured
+    return _GPU_BATCH if device == "cuda" else _CPU_BATCH
+
+
+def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) -> Pools:
+    """Pools that fill ``machine``.
+
+    On GPUs: one classify actor each, and every CPU but one per classify actor and one for the driver decodes. On
+    CPUs both pools share the cores, because which of them has more to do depends on the model: as many decode
+    actors as cores (half of them beyond eight), and classify actors whose threads add up to the cores. Each then
+    asks for half of the CPUs that it can use, so that all fit at once.
+    """
+    cores = machine.num_cpus
+    if device == "cuda":
+        classify_actors = _given(config.classify_actors, max(1, machine.num_gpus))
+        decode_actors = _given(config.decode_actors, max(1, cores - classify_actors - 1))
+        return Pools(decode_actors, classify_actors, 1, 1.0 if cores > 2 else 0.25, 0.5, 1.0)
+    threads = _given(config.classify_threads, min(_MAX_AUTO_THREADS, max(1, cores // 8)))
+    classify_actors = _given(config.classify_actors, max(1, cores // threads))
+    decode_actors = _given(config.decode_actors, cores if cores <= 8 else cores // 2 + 4)
+    decode_cpus = _cpu_share(0.5 * cores / decode_actors)
+    classify_cpus = _cpu_share(0.5 * cores / classify_actors)
+    return Pools(decode_actors, classify_actors, threads, decode_cpus, classify_cpus, 0.0)
+
+
+def _given(configured: int | str, automatic: int) -> int:
+    return configured if isinstance(configured, int) else automatic
+
+
+def _cpu_share(cpus: float) -> float:
+    """Ray takes fractions below one and whole numbers from there on."""
+    return float(int(cpus)) if cpus >= 1 else int(cpus * 1000) / 1000

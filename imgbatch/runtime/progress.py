@@ -1,0 +1,73 @@
+"""Progress for a person: a bar on a terminal, one plain line every 30 seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from imgbatch.core.results import Receipt
+from imgbatch.errors import Status
+
+PLAIN_EVERY_S = 30.0
+
+
+class RunProgress:
+    """Counts receipts and shows rows done, total, images/s, errors, time left and the stage that is the limit."""
+
+    def __init__(self, console: Console, *, total_rows: int, done_rows: int, num_actors: dict[str, int]) -> None:
+        """``num_actors``: how many processes share each stage's busy seconds."""
+        self._console = console
+        self._total = total_rows
+        self._done_before = done_rows
+        self._num_actors = num_actors
+        self._done = done_rows
+        self._errors = 0
+        self._busy: Counter[str] = Counter()
+        self._started = time.monotonic()
+        self._first_receipt: float | None = None
+        self._last_line = self._started
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> RunProgress:
+        if self._console.is_terminal:
+            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console, transient=True)
+            self._task = self._bar.add_task(self.line(), total=self._total, completed=self._done)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def add(self, receipt: Receipt) -> None:
+        now = time.monotonic()
+        self._first_receipt = self._first_receipt or now
+        self._busy.update(receipt.seconds)
+        if receipt.outcome != "deferred":
+            self._done += receipt.num_rows
+            self._errors += receipt.num_rows - receipt.counts.get(Status.OK.value, 0)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, description=self.line())
+        elif now - self._last_line >= PLAIN_EVERY_S:
+            self._last_line = now
+            self._console.print(self.line(), markup=False)
+
+    def line(self) -> str:
+        """``1,024 of 3,000 images, 61 images/s, 3 errors, 0:32 left, limit: classify``."""
+        elapsed = time.monotonic() - self._started
+        rate = (self._done - self._done_before) / elapsed if elapsed > 0 else 0.0
+        parts = [f"{self._done:,} of {self._total:,} images", f"{rate:,.0f} images/s", f"{self._errors:,} errors"]
+        if rate > 0:
+            left = int((self._total - self._done) / rate)
+            parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        if self._busy:
+            parts.append(f"limit: {self.limit()}")
+        return ", ".join(parts)
+
+    def limit(self) -> str:
+        """The stage whose processes were busiest."""
+        return max(self._busy, key=lambda stage: self._busy[stage] / self._num_actors.get(stage, 1))

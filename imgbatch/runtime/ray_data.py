@@ -1,0 +1,109 @@
+"""The pipeline on Ray Data.
+
+    pending units --> decode actors --> classify actors --> commit --> receipts
+
+One unit stays one block from end to end: ``batch_size=None`` hands a block to a stage whole, and without a target
+block size Ray never splits one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from imgbatch.core.plan import Run
+from imgbatch.core.results import Receipt
+from imgbatch.core.stages import UNIT
+from imgbatch.runtime.actors import ClassifyActor, DecodeActor, commit_block, read_receipts
+from imgbatch.runtime.isolate import classify_isolated
+from imgbatch.runtime.pools import Pools, choose_batch_size
+from imgbatch.runtime.watchdog import watched
+
+_FINITE_RETRIES = {"max_restarts": 3, "max_task_retries": 3}
+"""Ray Data's own defaults are infinite: one image that kills its actor would do so for ever."""
+
+
+class RayEngine:
+    """Runs the stages in two actor pools of the connected Ray."""
+
+    def __init__(self, run: Run, pools: Pools) -> None:
+        self._run = run
+        self._pools = pools
+        _configure_ray_data()
+
+    @property
+    def window(self) -> int:
+        """Units under way at once, at most: two in each actor, two queued before it."""
+        return 4 * (self._pools.decode_actors + self._pools.classify_actors)
+
+    @property
+    def num_actors(self) -> dict[str, int]:
+        """Of the stages whose seconds receipts count; fetching and decoding share a pool."""
+        decode, classify = self._pools.decode_actors, self._pools.classify_actors
+        return {"fetch": decode, "decode": decode, "classify": classify, "commit": decode}
+
+    def describe(self) -> str:
+        return self._pools.describe()
+
+    def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
+        """A receipt for each of the units, as they are committed; raises whatever stopped the pipeline."""
+        blocks = self._pipeline(units, defer).iter_batches(batch_size=None, batch_format="pyarrow")
+        for block in watched(blocks, self._run.config.run.no_progress_s):
+            yield from read_receipts(block)
+
+    def _pipeline(self, units: Sequence[int], defer: bool) -> Dataset:
+        run, pools = self._run, self._pools
+        batch_size = choose_batch_size(run.config.classify.batch_size, run.plan.device)
+        threads = pools.classify_threads if run.plan.device == "cpu" else None
+        return (
+            ray.data.from_arrow([pa.table({UNIT: pa.array([unit], pa.int32())}) for unit in units])
+            .map_batches(
+                DecodeActor,
+                fn_constructor_kwargs={"run": run},
+                compute=ActorPoolStrategy(size=pools.decode_actors, max_tasks_in_flight_per_actor=2),
+                num_cpus=pools.decode_cpus,
+                batch_size=None,
+                batch_format="pyarrow",
+                **_FINITE_RETRIES,
+            )
+            .map_batches(
+                ClassifyActor,
+                fn_constructor_kwargs={"run": run, "batch_size": batch_size, "num_threads": threads},
+                compute=ActorPoolStrategy(size=pools.classify_actors, max_tasks_in_flight_per_actor=2),
+                num_cpus=pools.classify_cpus,
+                num_gpus=pools.classify_gpus,
+                batch_size=None,
+                batch_format="pyarrow",
+                **_FINITE_RETRIES,
+            )
+            .map_batches(
+                commit_block,
+                fn_kwargs={"run": run, "defer": defer},
+                num_cpus=0,
+                batch_size=None,
+                batch_format="pyarrow",
+                max_retries=3,
+            )
+        )
+
+    def classify_isolated(self, unit: int) -> Receipt:
+        """The last resort for a unit that does not get through; runs where the model runs."""
+        isolated = ray.remote(num_cpus=0, num_gpus=self._pools.classify_gpus, max_retries=0)(classify_isolated)
+        return ray.get(isolated.remote(self._run, unit))
+
+    def close(self) -> None:
+        """The pools end with each pass; nothing is held between them."""
+
+
+def _configure_ray_data() -> None:
+    context = DataContext.get_current()
+    context.target_max_block_size = None
+    context.max_errored_blocks = 0
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = False
+    # Our own watchdog (run.no_progress_s) says what waited for what.
+    context.execution_no_progress_timeout_s = -1

@@ -1,0 +1,71 @@
+"""A Ray to work on: the cluster that is named, or one of our own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from imgbatch.config import Config
+from imgbatch.core.units import MAX_UNIT_PIXEL_BYTES
+from imgbatch.errors import UsageError
+from imgbatch.runtime.pools import Machine, Pools, this_machine
+
+_BLOCKS_PER_ACTOR = 4
+"""Decoded blocks that the object store has room for, per actor: one worked on, two queued, one on its way."""
+_MIN_STORE_BYTES = 512 * 2**20
+
+
+def cluster_address(config: Config) -> str | None:
+    """The cluster to connect to; none: a Ray of our own."""
+    return config.ray.address or os.environ.get("RAY_ADDRESS") or None
+
+
+@contextmanager
+def ray_session(config: Config, pools: Pools | None = None) -> Iterator[None]:
+    """Ray is connected inside the block. One that was connected before stays so afterwards.
+
+    Args:
+        pools: sizes the object store of a Ray of our own.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = cluster_address(config)
+    try:
+        if address is not None:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=this_machine().num_cpus,
+                object_store_memory=_store_bytes(config, pools),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except ConnectionError as error:
+        raise UsageError(f"ray.address: no cluster answers at {address} ({error})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_machine() -> Machine:
+    """CPUs and GPUs of the connected cluster."""
+    resources = ray.cluster_resources()
+    return Machine(max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0)))
+
+
+def _store_bytes(config: Config, pools: Pools | None) -> int | None:
+    if config.ray.object_store_mb is not None:
+        return config.ray.object_store_mb * 10**6
+    if pools is None:
+        return None
+    wanted = (pools.decode_actors + pools.classify_actors) * _BLOCKS_PER_ACTOR * MAX_UNIT_PIXEL_BYTES
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(_MIN_STORE_BYTES, min(wanted, int(0.3 * memory)))

@@ -1,0 +1,48 @@
+"""A wait that ends: an iterator read in a thread, so that the driver never hangs on a dead component."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from imgbatch.errors import Interrupted
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    error: BaseException | None
+
+
+def watched(items: Iterable[T], timeout_s: float) -> Iterator[T]:
+    """``items``, as they come; raises :class:`Interrupted` if none comes for ``timeout_s`` seconds."""
+    arrived: queue.Queue[T | _End] = queue.Queue()
+
+    def pump() -> None:
+        try:
+            for item in items:
+                arrived.put(item)
+        except BaseException as error:  # handed to the thread that waits, whatever it is
+            arrived.put(_End(error))
+        else:
+            arrived.put(_End(None))
+
+    threading.Thread(target=pump, name="watched", daemon=True).start()
+    while True:
+        try:
+            item = arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            raise Interrupted(
+                f"no unit was committed for {timeout_s:g} s (run.no_progress_s): the driver waited for the engine; "
+                f"run the same command again to continue"
+            ) from None
+        if not isinstance(item, _End):
+            yield item
+        elif item.error is not None:
+            raise item.error
+        else:
+            return
