@@ -45,7 +45,7 @@ class ChildProcess:
             self._process = subprocess.Popen(
                 # -P: a folder that happens to be current must not shadow modules.
                 [sys.executable, "-P", "-m", "imgbatch.core.decode_child", settings.to_json()],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 env=_environment(),
