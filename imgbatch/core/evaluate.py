@@ -8,7 +8,6 @@ DIR/confusion.parquet      target, label, count: every pair that occurs (single-
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgbatch.core import multi_label, single_label, storage
+from imgbatch.core.plain import to_plain
 from imgbatch.core.rank_sample import RankSample
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.scored import Scored, open_scored
@@ -180,18 +180,3 @@ def _write(directory: str, name: str, table: pa.Table) -> dict[str, Any]:
     with storage.staged_file(storage.join(directory, file)) as staged:
         pq.write_table(table, staged, compression="zstd")
     return {"file": file, "listed": table.num_rows}
-
-
-def to_plain(value: Any) -> Any:
-    """``value`` with arrays as lists, NumPy's numbers as Python's, and NaN as null, as JSON wants them."""
-    if isinstance(value, dict):
-        return {key: to_plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(each) for each in value]
-    if isinstance(value, np.ndarray):
-        return to_plain(value.tolist())
-    if isinstance(value, np.generic):
-        return to_plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from imgbatch.core import storage
-from imgbatch.core.architectures import check_architecture, default_preprocess
+from imgbatch.core.architectures import check_architecture, default_preprocess, published_weights
 from imgbatch.core.classes import check_class_names, read_class_names
 from imgbatch.core.description import FORMAT_VERSION, Task, check_description, read_description
 from imgbatch.core.model_card import build_model_card
@@ -32,7 +32,7 @@ from imgbatch.core.weights import (
     read_header,
     read_state_dict,
 )
-from imgbatch.errors import UsageError
+from imgbatch.errors import UsageError, normalise_message
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -203,6 +203,35 @@ def save_bundle(
     return bundle
 
 
+def recalibrate_bundle(
+    bundle: ModelBundle,
+    path: str,
+    *,
+    temperature: float | tuple[float, ...],
+    thresholds: dict[str, dict[str, float]] | None,
+    provenance: dict[str, Any],
+    metrics: dict[str, Any],
+) -> ModelBundle:
+    """Write ``bundle`` to ``path`` with another calibration and the same weights, byte for byte; needs no torch.
+
+    Raises:
+        UsageError: ``path`` is the bundle's own, or temperature or thresholds do not fit its classes.
+    """
+    path = storage.absolute(str(path))
+    if path == bundle.path:
+        raise UsageError(f"{path}: that is the model itself; name another directory for the calibrated one")
+    changed = {"temperature": temperature, "thresholds": thresholds, "provenance": provenance}
+    values = {key: value for key, value in bundle.to_dict().items() if key not in ("format_version", "model_id")}
+    calibrated = ModelBundle(path=path, **check_description(values | changed, where=path))
+    weights = storage.join(bundle.path, WEIGHTS_FILE)
+    shapes = read_header(weights)
+    storage.replace(storage.join(path, WEIGHTS_FILE), storage.read_bytes(weights))
+    storage.write_json(storage.join(path, METRICS_FILE), metrics)
+    storage.replace(storage.join(path, CARD_FILE), build_model_card(calibrated, shapes, metrics).encode())
+    storage.write_json(storage.join(path, DESCRIPTION_FILE), calibrated.to_dict())
+    return calibrated
+
+
 def init_bundle(
     path: str,
     *,
@@ -250,9 +279,23 @@ def init_bundle(
         class_names=class_names,
         preprocess=preprocess,
         state_dict=network.state_dict(),
-        provenance={"made_by": "imgbatch model init", "weights": weights.rsplit("/", 1)[-1], "classes": classes},
+        provenance={
+            "made_by": "imgbatch model init",
+            "weights": _origin(weights, arch),
+            "classes": _file_name(classes),
+        },
         overwrite=overwrite,
     )
+
+
+def _origin(weights: str, arch: str) -> str:
+    name = published_name(weights)
+    return f"torchvision {arch} {published_weights(arch, name).name}" if name else _file_name(weights)
+
+
+def _file_name(source: str) -> str:
+    """Neither a person's folders nor a presigned query belong in a file that travels."""
+    return normalise_message(source).rsplit("/", 1)[-1]
 
 
 def _refuse_other_model(bundle: ModelBundle) -> None:

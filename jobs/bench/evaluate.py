@@ -1,0 +1,163 @@
+"""How long evaluation takes and how much memory it needs: synthetic predictions, then `imgbatch evaluate` beside them.
+
+    python jobs/bench/evaluate.py --rows 10000000 --classes 10 --probabilities all
+    python jobs/bench/evaluate.py --rows 10000000 --classes 1000 --probabilities top_k
+    python jobs/bench/evaluate.py --rows 10000000 --classes 10 --probabilities all --join
+
+Prints one line of JSON: seconds and peak resident memory of the child process that evaluates. Writing the predictions
+is not counted. With --join the targets come from a manifest of their own, in another order of rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgbatch.core import current, storage
+from imgbatch.core.runs import RunPaths
+from imgbatch.schema import PREDICTED_AT_TYPE, TOP_K_TYPE
+
+CHUNK_ROWS = 100_000
+CHUNKS_PER_FILE = 6
+TOP_K = 5
+RUN_ID = "r000000000001"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--probabilities", choices=["all", "top_k"], default="all")
+    parser.add_argument("--join", action="store_true", help="targets from a manifest, joined on image_id")
+    parser.add_argument("--slice-by", action="append", default=[], help="site")
+    parser.add_argument("--folder", type=Path, help="where to put the predictions; they are kept and used again")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        out, manifest = folder / "out", folder / "targets.parquet"
+        if not out.exists():
+            write_output(out, manifest, arguments.rows, arguments.classes, arguments.probabilities)
+        command = [sys.executable, "-c", "from imgbatch.cli import main; main()", "evaluate", str(out)]
+        command += ["-o", str(folder / "eval")]
+        command += ["--manifest", str(manifest)] if arguments.join else []
+        command += [part for column in arguments.slice_by for part in ("--slice-by", column)]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        wall_s = time.perf_counter() - started
+        peak_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        metrics = json.loads((folder / "eval" / "metrics.json").read_text())
+    if metrics["rows"]["measured"] != arguments.rows:
+        raise SystemExit(f"{metrics['rows']['measured']} of {arguments.rows} rows were measured")
+    result = {
+        "rows": arguments.rows,
+        "classes": arguments.classes,
+        "probabilities": arguments.probabilities,
+        "join": arguments.join,
+        "slice_by": arguments.slice_by,
+        "wall_s": round(wall_s, 1),
+        "peak_rss_gb": round(peak_kb / 2**20, 2),
+        "cores": len(os.sched_getaffinity(0)),
+        "top1": metrics["top1"],
+    }
+    print(json.dumps(result))
+
+
+def write_output(out: Path, manifest: Path, num_rows: int, num_classes: int, probabilities: str) -> None:
+    """A finished run of ``num_rows`` predictions that are right about four times in five, and their targets."""
+    rng = np.random.default_rng(0)
+    names = pa.array([f"class_{k:04d}" for k in range(num_classes)])
+    paths = RunPaths(str(out), RUN_ID)
+    files: list[dict[str, str | int]] = []
+    chunks = [np.arange(first, min(first + CHUNK_ROWS, num_rows)) for first in range(0, num_rows, CHUNK_ROWS)]
+    with contextlib.ExitStack() as stack:
+        manifest_writer: pq.ParquetWriter | None = None
+        for first_chunk in range(0, len(chunks), CHUNKS_PER_FILE):
+            relative = f"predictions/run_id={RUN_ID}/part-{len(files):05d}.parquet"
+            (out / relative).parent.mkdir(parents=True, exist_ok=True)
+            writer: pq.ParquetWriter | None = None
+            for rows in chunks[first_chunk : first_chunk + CHUNKS_PER_FILE]:
+                table, targets = make_chunk(rows, num_classes, names, probabilities, rng)
+                writer = writer or pq.ParquetWriter(out / relative, table.schema, compression="zstd")
+                writer.write_table(table)
+                manifest_writer = manifest_writer or stack.enter_context(
+                    pq.ParquetWriter(manifest, targets.schema, compression="zstd")
+                )
+                manifest_writer.write_table(targets.take(pa.array(rng.permutation(len(rows)))))
+            assert writer is not None
+            writer.close()
+            files.append({"path": relative, "kind": "predictions", "rows": pq.read_metadata(out / relative).num_rows})
+    errors = f"errors/run_id={RUN_ID}/part-00000.parquet"
+    (out / errors).parent.mkdir(parents=True)
+    failed = targets.slice(0, 0).append_column("status", pa.array([], pa.string()))
+    pq.write_table(failed.append_column("row_id", pa.array([], pa.int64())), out / errors)
+    files.append({"path": errors, "kind": "errors", "rows": 0})
+    plan = {
+        "fields": {"model": "m000000000001", "input.duplicates": "error"},
+        "predicted_at": "2026-01-02T03:04:05.000000+00:00",
+        "parent": None,
+        "probabilities": probabilities,
+    }
+    storage.write_json(paths.plan, plan)
+    storage.write_json(paths.classes, {"task": "multiclass", "class_names": names.to_pylist()})
+    storage.write_json(paths.files, {"files": files, "partition_types": {}})
+    storage.create_if_absent(paths.success, b"")
+    current.update(str(out))
+
+
+def make_chunk(
+    rows: np.ndarray, num_classes: int, names: pa.Array, probabilities: str, rng: np.random.Generator
+) -> tuple[pa.Table, pa.Table]:
+    """Predictions of ``rows``, and the same rows' image_id, uri, target and site."""
+    num = len(rows)
+    targets = rng.integers(0, num_classes, num)
+    logits = rng.standard_normal((num, num_classes), dtype=np.float32)
+    logits[np.arange(num), targets] += 3 + np.log10(num_classes)
+    probs = np.exp(logits)
+    probs /= probs.sum(axis=1, keepdims=True)
+    part = np.argpartition(-probs, TOP_K, axis=1)[:, :TOP_K]
+    best = np.take_along_axis(part, np.argsort(-np.take_along_axis(probs, part, 1), axis=1), 1)
+    top = pa.StructArray.from_arrays(
+        [names.take(pa.array(best.ravel())), pa.array(np.take_along_axis(probs, best, 1).ravel())],
+        fields=list(TOP_K_TYPE.value_type),
+    )
+    offsets = np.arange(num + 1, dtype=np.int32)
+    stored = pa.nulls(num, pa.list_(pa.float32()))
+    if probabilities == "all":
+        stored = pa.ListArray.from_arrays(pa.array(offsets * num_classes), pa.array(probs.ravel()))
+    probability = np.take_along_axis(probs, best[:, :2], 1)
+    ids = pa.array([f"s3://catalogue/images/{row:010d}.jpg" for row in rows])
+    given = {"image_id": ids, "uri": ids, "target": names.take(pa.array(targets))}
+    given["site"] = pa.array([f"site-{s}" for s in rng.integers(0, 40, num)])
+    table = {
+        "row_id": pa.array(rows),
+        "image_id": ids,
+        "uri": ids,
+        "label": names.take(pa.array(best[:, 0])),
+        "label_index": pa.array(best[:, 0].astype(np.int32)),
+        "probability": pa.array(probability[:, 0]),
+        "margin": pa.array(probability[:, 0] - probability[:, 1]),
+        "top_k": pa.ListArray.from_arrays(pa.array(offsets * TOP_K), top),
+        "probabilities": stored,
+        "labels": pa.nulls(num, pa.list_(pa.string())),
+        "model_id": pa.repeat(pa.scalar("m000000000001"), num),
+        "predicted_at": pa.repeat(pa.scalar(1767323045000000).cast(PREDICTED_AT_TYPE), num),
+        "target": given["target"],
+        "site": given["site"],
+    }
+    return pa.table(table), pa.table(given)
+
+
+if __name__ == "__main__":
+    main()
