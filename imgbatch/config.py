@@ -102,6 +102,85 @@ class ResourcesConfig(Section):
     """What the model runs on."""
 
 
+class TrainConfig(Section):
+    """Fine-tuning; every key but ``num_workers``, ``max_failures`` and ``storage`` decides the result."""
+
+    arch: str = "resnet50"
+    """A network, or a baseline on a frozen ``backbone``: ``logistic_regression`` or ``prototypes``."""
+    backbone: str = "resnet50"
+    """The network whose features a baseline is fitted to."""
+    weights: str | None = None
+    """Where to start: a weights file, ``imagenet``, or a model bundle of the same classes, which keeps its head."""
+    method: Literal["auto", "fine_tune", "linear_probe", "from_scratch"] = "auto"
+    """``fine_tune``: the head on frozen features, then everything; ``linear_probe``: the head only; auto: what
+    ``weights`` allow."""
+    task: Literal["auto", "binary", "multiclass", "multilabel"] = "auto"
+    """auto: multilabel where the manifest has ``targets``, binary where ``target`` has two classes."""
+    epochs: PositiveInt = 20
+    """Passes over the training images."""
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Images per optimiser step, over all workers."""
+    accumulate: PositiveInt = 1
+    """Forward passes that a worker splits its share of a batch into."""
+    num_workers: PositiveInt | Auto = "auto"
+    """Training processes; auto: one per GPU, or one on CPUs."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides the order of images, their augmentation and fresh weights."""
+    deterministic: bool = False
+    """Refuse operations whose result depends on timing; slower on GPUs."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """``sgd`` has Nesterov momentum of 0.9."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of the head, at the end of the warm-up; a cosine leads to 0."""
+    first_layer_rate: float = Field(0.1, gt=0, le=1)
+    """Learning rate of the first layer as a share of the head's; those between lie on a geometric line."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Never of norms and biases."""
+    warmup_epochs: float = Field(1.0, ge=0)
+    """Epochs over which learning rates rise from 0."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Longest gradient, as a norm over all weights; 0: any."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target's probability that is spread over all classes."""
+    imbalance: Literal["none", "weights", "sampler"] = "none"
+    """Rare classes count more in the loss, or are drawn more often."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the features that the head does not see, in training."""
+    batch_norm: Literal["auto", "frozen", "trained"] = "auto"
+    """Whether statistics stay as they are; auto: frozen where there are weights to start from."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Per step, of the running mean of the weights, which is what is measured and kept; 0: the weights themselves."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward pass; auto: bfloat16 on GPUs."""
+    metric: Literal["auto", "loss", "top1", "balanced_accuracy", "macro_f1", "mean_average_precision"] = "auto"
+    """Of the validation split: the best epoch is kept; auto: mean_average_precision for multilabel, else top1."""
+    patience: PositiveInt | None = None
+    """Epochs without a better metric after which training stops."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts from the last checkpoint after a worker died."""
+    storage: str | None = None
+    """Where decoded images and checkpoints are; none: below the output, removed at the end."""
+
+
+class AugmentConfig(Section):
+    """How training images are varied, keyed by seed, epoch and row."""
+
+    min_scale: float = Field(0.35, gt=0, le=1)
+    """Smallest share of the image that a random crop takes; 1: the centre crop."""
+    flip: Literal["none", "horizontal", "all"] = "horizontal"
+    """``all``: both ways and quarter turns, for images without an upside (satellite, microscope)."""
+    color_jitter: float = Field(0.0, ge=0, le=1)
+    """Strength of changes of brightness, contrast and saturation; a quarter of it of hue."""
+    rand_augment: Annotated[int, Field(ge=0, le=30)] = 0
+    """Magnitude of two operations of RandAugment; 0: none."""
+    erasing: float = Field(0.0, ge=0, le=1)
+    """Probability that a rectangle is erased."""
+    mixup: float = Field(0.0, ge=0)
+    """alpha of the Beta distribution that pairs of images are mixed by; 0: never."""
+    cutmix: float = Field(0.0, ge=0)
+    """alpha for rectangles cut from one image into the other; with ``mixup`` too, half of the pairs each."""
+
+
 class OutputConfig(Section):
     """What is written."""
 
@@ -158,6 +237,8 @@ class Config(Section):
     decode: DecodeConfig = DecodeConfig()
     classify: ClassifyConfig = ClassifyConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    train: TrainConfig = TrainConfig()
+    augment: AugmentConfig = AugmentConfig()
     output: OutputConfig = OutputConfig()
     errors: ErrorsConfig = ErrorsConfig()
     run: RunConfig = RunConfig()
