@@ -8,7 +8,7 @@ runs             one row per finished run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import duckdb
 
@@ -46,8 +46,8 @@ def view_statements(out: str, runs: Sequence[CurrentRun]) -> list[str]:
     if not runs:
         raise UsageError(f"{out}: no finished run there")
     base = storage.absolute(out)
-    predictions = _union([_read(base, run, run.predictions) for run in runs if run.predictions])
-    errors = _union([_read(base, run, run.errors) for run in runs])
+    predictions = _union([_read(base, run.predictions, run.partition_types) for run in runs if run.predictions])
+    errors = _union([_read(base, run.errors, {}) for run in runs])
     return [
         f"create view runs as {_runs_table(runs)}",
         f"create view all_predictions as {predictions}",
@@ -67,9 +67,9 @@ def script(out: str) -> str:
     return "\n".join(["-- The output as views; made by imgbatch.", "set timezone='UTC';", *statements, example, ""])
 
 
-def _read(base: str, run: CurrentRun, files: Sequence[str]) -> str:
+def _read(base: str, files: Sequence[str], partition_types: Mapping[str, str]) -> str:
     paths = ", ".join(_quote(storage.join(base, file)) for file in files)
-    types = ", ".join(f"{_quote(name)}: {kind}" for name, kind in {"run_id": "varchar", **run.partition_types}.items())
+    types = ", ".join(f"{_quote(name)}: {kind}" for name, kind in {"run_id": "varchar", **partition_types}.items())
     return f"select * from read_parquet([{paths}], hive_partitioning=true, hive_types={{{types}}})"
 
 
