@@ -1,11 +1,23 @@
-"""Shared fixtures: the real data where it is there, and tiny real images otherwise."""
+"""Shared fixtures: the real data where it is there, and tiny real images, a model and one local Ray otherwise."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+
+from imgbatch.config import Config, load_config
+from imgbatch.core.model import ModelBundle, save_bundle
+from imgbatch.core.transforms import PreprocessSpec
+
+TINY_CLASSES = ("red", "green", "blue")
+RAY_CPUS = 4
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +27,135 @@ def test_data() -> Path:
     if not folder:
         pytest.skip("IMGBATCH_TEST_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    """A three-class network with random weights for crops of 32 px."""
+    import torch
+
+    from imgbatch.core.architectures import build_network
+
+    torch.manual_seed(0)
+    network = build_network("simple_cnn", len(TINY_CLASSES))
+    return save_bundle(
+        str(tmp_path_factory.mktemp("tiny_model")),
+        arch="simple_cnn",
+        task="multiclass",
+        class_names=TINY_CLASSES,
+        preprocess=PreprocessSpec(resize_size=36, crop_size=32),
+        state_dict=network.state_dict(),
+    )
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """120 small JPEGs and PNGs of noise and colour; every 20th is cut short."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    paths = []
+    for index in range(120):
+        width, height = (int(size) for size in rng.integers(40, 90, 2))
+        colour = np.zeros(3)
+        colour[index % 3] = 120
+        pixels = np.clip(colour + rng.normal(80, 40, (height, width, 3)), 0, 255).astype(np.uint8)
+        path = folder / f"photo{index:03d}.{'png' if index % 7 == 0 else 'jpg'}"
+        Image.fromarray(pixels).save(path)
+        if index % 20 == 5:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def photo_manifest(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos as a manifest, with a ``target``, a ``shop`` and a ``price`` column."""
+    path = tmp_path_factory.mktemp("manifest") / "manifest.parquet"
+    table = pa.table(
+        {
+            "uri": [str(photo) for photo in photos],
+            "target": [TINY_CLASSES[index % 3] for index in range(len(photos))],
+            "shop": [["north", "sö/uth", None][index // 40] for index in range(len(photos))],
+            "price": pa.array([index / 4 for index in range(len(photos))], pa.float32()),
+        }
+    )
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.fixture
+def photo_config(photo_manifest: Path, tiny_model: ModelBundle, tmp_path: Path) -> Config:
+    """Classifies the photos in units of 16 with the local engine into ``tmp_path / "out"``."""
+    return load_config(
+        flags={
+            "input.manifest": str(photo_manifest),
+            "model.path": tiny_model.path,
+            "output.path": str(tmp_path / "out"),
+            "classify.engine": "local",
+            "classify.unit_rows": 16,
+            "classify.batch_size": 8,
+            "errors.max_rate": 1.0,
+            "resources.device": "cpu",
+        }
+    )
+
+
+def changed(config: Config, **flags: object) -> Config:
+    """``config`` with some keys changed; ``section__key=value``."""
+    tree = config.model_dump()
+    for name, value in flags.items():
+        section, key = name.split("__")
+        tree[section][key] = value
+    return Config.model_validate(tree)
+
+
+@pytest.fixture(scope="session")
+def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray for the whole test run, with more logical CPUs than cores, and nothing written into the home."""
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(tmp_path_factory.mktemp("ray") / "token")
+    ray.init(
+        address="local",
+        num_cpus=RAY_CPUS,
+        object_store_memory=500 * 10**6,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_bundle(tmp_path: Path) -> Callable[..., ModelBundle]:
+    """Writes a ``simple_cnn`` bundle of 32 px images with weights drawn from ``seed``; any part can be replaced."""
+
+    def make(name: str = "model", *, seed: int = 0, **parts: Any) -> ModelBundle:
+        import torch
+
+        from imgbatch.core.architectures import build_network
+        from imgbatch.core.model import save_bundle
+        from imgbatch.core.transforms import PreprocessSpec
+
+        class_names = parts.setdefault("class_names", ("cat", "dog", "owl"))
+        if "state_dict" not in parts:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                parts["state_dict"] = build_network("simple_cnn", len(class_names)).state_dict()
+        parts = {
+            "arch": "simple_cnn",
+            "task": "multiclass",
+            "preprocess": PreprocessSpec(resize_size=32, crop_size=32),
+            **parts,
+        }
+        return save_bundle(str(tmp_path / name), **parts)
+
+    return make
+
+
+@pytest.fixture
+def tiny_bundle(make_bundle: Callable[..., ModelBundle]) -> ModelBundle:
+    """A model of three classes and 32 px images on disk, made in milliseconds."""
+    return make_bundle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,9 @@ NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 MIN_CLASSES = {"binary": 2, "multiclass": 2, "multilabel": 1}
 """Tasks, and the fewest classes that each makes sense with; ``binary`` has exactly two."""
+
+_UNFIT_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
+"""Of Unicode: control characters, lone surrogates (no UTF-8 for them), line and paragraph separators."""
 
 IMAGENET1K = "imagenet1k"
 """The name that stands for the 1,000 classes of torchvision's published weights, in their order."""
@@ -39,8 +43,8 @@ def check_class_names(names: Any, *, task: str, where: str) -> tuple[str, ...]:
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise UsageError(f"{where}: class {index} has no name ({name!r}); give it one")
-        if not name.isprintable():
-            raise UsageError(f"{where}: class {index}, {name!r}, holds characters that do not print; rename it")
+        if any(unicodedata.category(character) in _UNFIT_CATEGORIES for character in name):
+            raise UsageError(f"{where}: class {index}, {name!r}, holds control characters or line breaks; rename it")
         if name == NULL_PARTITION:
             raise UsageError(f"{where}: class {index} is named like Hive's null partition, {name}; rename it")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from imgbatch.core import storage
 from imgbatch.core.architectures import check_architecture
 from imgbatch.core.classes import check_class_names
-from imgbatch.core.transforms import Interpolation, PreprocessSpec
+from imgbatch.core.transforms import DecodePolicy, Interpolation, PreprocessSpec
 from imgbatch.errors import UsageError
 
 FORMAT_VERSION = 1
@@ -99,7 +99,20 @@ def _check_preprocess(values: Any, where: str) -> PreprocessSpec:
         raise UsageError(f"{where}: preprocess: mean and std must be numbers, std above 0")
     if spec.num_channels != 3:
         raise UsageError(f"{where}: preprocess: {spec.num_channels} channels; only RGB images are classified")
+    _check_decode_policy(spec.decode, where)
     return spec
+
+
+def _check_decode_policy(policy: DecodePolicy, where: str) -> None:
+    if not isinstance(policy.apply_orientation, bool):
+        raise UsageError(f"{where}: preprocess: decode: apply_orientation must be true or false")
+    background = policy.background
+    if not (isinstance(background, tuple) and len(background) == 3 and all(v in range(256) for v in background)):
+        raise UsageError(f"{where}: preprocess: decode: background must be three whole numbers from 0 to 255")
+    # A model from elsewhere may narrow the formats, never open a decoder that is not on our own list.
+    allowed = DecodePolicy().formats
+    if not isinstance(policy.formats, tuple) or not all(name in allowed for name in policy.formats):
+        raise UsageError(f"{where}: preprocess: decode: formats must be a list of some of {', '.join(allowed)}")
 
 
 def _check_temperature(value: Any, num_classes: int, where: str) -> float | tuple[float, ...]:

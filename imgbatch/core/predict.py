@@ -34,6 +34,11 @@ class Predictions:
 class Predictor:
     """A loaded model on a device.
 
+    float32, eager, channels_last. Measured with ResNet-18 at 224 px on one core of an AVX-512 server CPU, images/s at
+    batches of 8 / 32 (medians of 4): contiguous 22 / 18, channels_last 26 / 23; folding batch norms by torch.fx adds
+    1 to 5% but cannot trace every architecture, mkldnn tensors and TorchScript add 10 to 15% but are deprecated.
+    All agree within 1e-6.
+
     Args:
         device: ``cpu`` or ``cuda`` (``cuda:1`` for another than the first).
         batch_size: images per forward pass, at most; halved for good when a GPU has not enough memory.

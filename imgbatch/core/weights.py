@@ -131,8 +131,15 @@ def fit_network(arch: str, state_dict: Mapping[str, Tensor], *, crop_size: int, 
     # A batch norm fills in its counter, which checkpoints from before PyTorch 0.4 do not have.
     missing = [name for name in wanted if name not in state_dict and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state_dict if name not in wanted]
-    other_shape = [n for n, tensor in wanted.items() if n in state_dict and tensor.shape != state_dict[n].shape]
-    for what, names in (("lack", missing), ("also have", unexpected), ("have another shape of", other_shape)):
+    common = [(name, tensor, state_dict[name]) for name, tensor in wanted.items() if name in state_dict]
+    other_shape = [name for name, want, have in common if want.shape != have.shape]
+    other_kind = [name for name, want, have in common if want.is_floating_point() != have.is_floating_point()]
+    for what, names in (
+        ("lack", missing),
+        ("also have", unexpected),
+        ("have another shape of", other_shape),
+        ("hold integers for decimals, or the reverse, in", other_kind),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UsageError(f"{where}: not weights of {arch}: they {what} {names[0]}{more}")
@@ -159,7 +166,7 @@ def _read_file(source: str) -> dict[str, Tensor]:
     except OSError as error:
         raise UsageError(f"--weights {source}: {error.strerror or error}") from error
     # A zip archive or a bare pickle: what torch.save writes.
-    if magic[:2] in (b"PK", b"\x80\x02") and not source.endswith(".safetensors"):
+    if (magic == b"PK\x03\x04" or magic[:1] == b"\x80") and not source.endswith(".safetensors"):
         return _tensors(_load_torch_file(source), source)
     read_header(source)
     return load_safetensors(source)
