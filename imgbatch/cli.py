@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from imgbatch.commands import classify, evaluate, manifest, model, output
+from imgbatch.commands import classify, demo, evaluate, manifest, model, output
 from imgbatch.commands.common import messages
 from imgbatch.errors import ExitCode, ImgbatchError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(manifest.app, name="manifest")
 app.add_typer(model.app, name="model")
+app.command("demo")(demo.demo)
 app.command("classify")(classify.classify)
 app.command("retry")(classify.retry)
 app.command("status")(output.status)
@@ -35,10 +36,9 @@ app.command("evaluate")(evaluate.evaluate)
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="IMGBATCH_DEBUG")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
 ) -> None:
-    if debug:
-        os.environ["IMGBATCH_DEBUG"] = "1"
+    """Options of every command."""
 
 
 def main() -> None:
@@ -48,6 +48,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """One command line; returns the exit code. Expected failures print one line."""
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug = "--debug" in own
+    arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
     try:
         return app(arguments, standalone_mode=False) or ExitCode.DONE
     except TyperException as error:
