@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -136,8 +137,6 @@ def make_bundle(tmp_path: Path) -> Callable[..., ModelBundle]:
         import torch
 
         from imgbatch.core.architectures import build_network
-        from imgbatch.core.model import save_bundle
-        from imgbatch.core.transforms import PreprocessSpec
 
         class_names = parts.setdefault("class_names", ("cat", "dog", "owl"))
         if "state_dict" not in parts:
@@ -153,9 +152,3 @@ def make_bundle(tmp_path: Path) -> Callable[..., ModelBundle]:
         return save_bundle(str(tmp_path / name), **parts)
 
     return make
-
-
-@pytest.fixture
-def tiny_bundle(make_bundle: Callable[..., ModelBundle]) -> ModelBundle:
-    """A model of three classes and 32 px images on disk, made in milliseconds."""
-    return make_bundle()
