@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -178,15 +179,17 @@ def _load_torch_file(source: str) -> Any:
     import torch
 
     try:
-        with storage.open_input(source) as file:
+        with storage.open_input(source) as file, warnings.catch_warnings():
+            # What it warns of, an unusual pickle protocol, it also refuses if need be.
+            warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"--weights {source}: holds Python objects besides tensors, which are never loaded; "
             "save the state dict alone, best as safetensors"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise UsageError(f"--weights {source}: cannot be read ({type(error).__name__})") from error
+    except Exception as error:  # a damaged file raises anything, IndexError and struct.error among them
+        raise UsageError(f"--weights {source}: cannot be read ({type(error).__name__}); is it whole?") from error
 
 
 def _tensors(loaded: Any, source: str) -> dict[str, Tensor]:
