@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from typing import Annotated
@@ -58,17 +57,17 @@ def run(arguments: list[str]) -> int:
         if "\n" in message:  # a group without a command: the message is its help
             typer.echo(message, err=True)
             return ExitCode.USAGE
-        return _fail(f"{message} (see imgbatch --help)", ExitCode.USAGE)
+        return _fail(f"{message} (see imgbatch --help)", ExitCode.USAGE, debug)
     except ImgbatchError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; the same command continues", ExitCode.INTERRUPTED)
+        return _fail("interrupted; the same command continues", ExitCode.INTERRUPTED, debug)
     except Exception as error:
-        return _fail(f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.FAILED)
+        return _fail(f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.FAILED, debug)
 
 
-def _fail(message: str, code: ExitCode) -> int:
-    if os.environ.get("IMGBATCH_DEBUG") == "1":
+def _fail(message: str, code: ExitCode, debug: bool) -> int:
+    if debug:
         traceback.print_exc()
     messages.print("imgbatch: " + " ".join(message.split()), markup=False, style="red")
     return code

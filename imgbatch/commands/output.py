@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import itertools
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -14,6 +18,9 @@ from imgbatch.errors import CheckFailed, UsageError
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Output directory.")]
 FORMATS = ("table", "csv", "json", "parquet")
+FETCHED_ROWS = 1000
+WIDE = 200
+"""Columns of a table that is not printed on a terminal."""
 
 
 def status(out: OutArgument, as_json: AsJson = False) -> None:
@@ -26,7 +33,9 @@ def status(out: OutArgument, as_json: AsJson = False) -> None:
     if as_json:
         print_json(states)
         return
-    table = Table("run", "state", "rows", "units", "predictions", "errors", "images/s", "started", box=None)
+    table = Table(box=None)
+    for name in ("run", "state", "rows", "units", "predictions", "errors", "images/s", "started"):
+        table.add_column(name, no_wrap=True)
     for state in states:
         counts = state["counts"] or {}
         failed = sum(n for name, n in counts.items() if name != "OK")
@@ -87,20 +96,18 @@ def query(
         raise UsageError("--format parquet: name a file with -o")
     with contextlib.closing(open_views(out)) as connection:
         try:
-            relation = connection.sql(sql)
+            if output_format == "parquet":
+                connection.sql(sql).write_parquet(str(to_file))
+                return
+            result = connection.execute(sql)
         except duckdb.Error as error:
             raise UsageError(f"query: {error}") from error
-        if relation is None:
+        if result.description is None:
             return
-        if output_format == "parquet":
-            relation.write_parquet(str(to_file))
-        elif to_file is not None and output_format != "table":
-            with to_file.open("w", newline="") as file:
-                _write(relation, output_format, file)
-        elif output_format == "table":
-            _print_table(relation)
-        else:
-            _write(relation, output_format, sys.stdout)
+        columns = [column[0] for column in result.description]
+        rows = iter(lambda: result.fetchmany(FETCHED_ROWS), [])
+        with to_file.open("w", newline="") if to_file else contextlib.nullcontext(sys.stdout) as file:
+            _WRITERS[output_format](columns, itertools.chain.from_iterable(rows), file)
 
 
 def clean(
@@ -117,14 +124,16 @@ def clean(
     console.print(f"removed {run}", markup=False)
 
 
-def _print_table(relation: Any) -> None:
+def _write_table(columns: list[str], rows: Iterator[tuple[Any, ...]], file: IO[str]) -> None:
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table(*relation.columns, box=None)
-    while rows := relation.fetchmany(1000):
-        for row in rows:
-            table.add_row(*(_shown(value) for value in row))
-    console.print(table)
+    table = Table(box=None)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(_shown(value) for value in row))
+    Console(file=file, highlight=False, markup=False, width=None if file.isatty() else WIDE).print(table)
 
 
 def _shown(value: Any) -> str:
@@ -133,21 +142,18 @@ def _shown(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _write(relation: Any, output_format: str, file: Any) -> None:
-    import csv
-    import json
+def _write_csv(columns: list[str], rows: Iterator[tuple[Any, ...]], file: IO[str]) -> None:
+    writer = csv.writer(file)
+    writer.writerow(columns)
+    writer.writerows(rows)
 
-    columns = relation.columns
-    if output_format == "csv":
-        writer = csv.writer(file)
-        writer.writerow(columns)
-    first = True
-    while rows := relation.fetchmany(1000):
-        if output_format == "csv":
-            writer.writerows(rows)
-            continue
-        for row in rows:
-            file.write(("[\n  " if first else ",\n  ") + json.dumps(dict(zip(columns, row, strict=True)), default=str))
-            first = False
-    if output_format == "json":
-        file.write("[]\n" if first else "\n]\n")
+
+def _write_json(columns: list[str], rows: Iterator[tuple[Any, ...]], file: IO[str]) -> None:
+    separator = "[\n  "
+    for row in rows:
+        file.write(separator + json.dumps(dict(zip(columns, row, strict=True)), default=str, ensure_ascii=False))
+        separator = ",\n  "
+    file.write("[]\n" if separator.startswith("[") else "\n]\n")
+
+
+_WRITERS = {"table": _write_table, "csv": _write_csv, "json": _write_json}

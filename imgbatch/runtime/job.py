@@ -142,10 +142,10 @@ def _failed_rows(out: str, parent: RunEntry) -> pa.Array:
     """row_ids of the parent's error rows that no retry has turned into a prediction, in order."""
     retries = [run.run_id for run in _finished_retries(out, parent)]
     with contextlib.closing(open_views(out)) as connection:
-        found = connection.execute(
+        found = connection.sql(
             "select row_id from all_errors where run_id = ? and row_id not in "
             "(select row_id from all_predictions where run_id in (select unnest(?::varchar[]))) order by row_id",
-            [parent.run_id, retries],
+            params=[parent.run_id, retries],
         )
         return found.to_arrow_table()["row_id"].combine_chunks()
 

@@ -8,11 +8,13 @@ block size Ray never splits one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.util.annotations import RayDeprecationWarning
 
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
@@ -50,7 +52,11 @@ class RayEngine:
 
     def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
         """A receipt for each of the units, as they are committed; raises whatever stopped the pipeline."""
-        blocks = self._pipeline(units, defer).iter_batches(batch_size=None, batch_format="pyarrow")
+        with warnings.catch_warnings():
+            # Finite retries have no other way in: the named parameters that replace remote args lack them.
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+            pipeline = self._pipeline(units, defer)
+        blocks = pipeline.iter_batches(batch_size=None, batch_format="pyarrow")
         for block in watched(blocks, self._run.config.run.no_progress_s):
             yield from read_receipts(block)
 

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.core.results import LabelRules, commit_unit, prediction_columns, unit_table
+from imgbatch.core.runs import RunPaths
+from imgbatch.errors import Stage, Status, row_error
+from imgbatch.schema import UNIT_SCHEMA
+
+CLASSES = ("a", "b", "c")
+PROBS = np.array([[0.2, 0.7, 0.1], [0.5, 0.25, 0.25]], np.float32)
+
+
+def rules(**changes: object) -> LabelRules:
+    values = {"class_names": CLASSES, "task": "multiclass", "probabilities": "all", "top_k": 2} | changes
+    return LabelRules(**values)  # type: ignore[arg-type]
+
+
+def test_multiclass_columns() -> None:
+    columns = prediction_columns(PROBS, rules())
+    assert columns["label"].to_pylist() == ["b", "a"]
+    assert columns["label_index"].to_pylist() == [1, 0]
+    assert columns["probability"].to_pylist() == pytest.approx([0.7, 0.5])
+    assert columns["margin"].to_pylist() == pytest.approx([0.5, 0.25])
+    assert [[entry["label"] for entry in row] for row in columns["top_k"].to_pylist()] == [["b", "a"], ["a", "b"]]
+    assert columns["probabilities"].to_pylist()[0] == pytest.approx([0.2, 0.7, 0.1])
+    assert columns["labels"].null_count == columns["decision"].null_count == 2
+
+
+def test_multilabel_columns_follow_the_thresholds() -> None:
+    columns = prediction_columns(PROBS, rules(task="multilabel", thresholds={"labels": {"c": 0.2}}))
+    assert columns["labels"].to_pylist() == [["b"], ["a", "c"]]
+    assert columns["margin"].null_count == 2
+    assert columns["label"].to_pylist() == ["b", "a"]
+
+
+def test_decision_follows_the_accept_thresholds() -> None:
+    columns = prediction_columns(PROBS, rules(thresholds={"accept": {"b": 0.6, "c": 0.1}}))
+    assert columns["decision"].to_pylist() == ["accept", "review"]  # a class without a threshold is reviewed
+
+
+@pytest.mark.parametrize(("mode", "listed", "kept"), [("all", 2, 3), ("top_k", 2, None), ("none", None, None)])
+def test_what_is_kept_of_the_probabilities(mode: str, listed: int | None, kept: int | None) -> None:
+    columns = prediction_columns(PROBS, rules(probabilities=mode))
+    top_k, probabilities = columns["top_k"].to_pylist()[0], columns["probabilities"].to_pylist()[0]
+    assert (top_k and len(top_k)) == listed
+    assert (probabilities and len(probabilities)) == kept
+
+
+def test_many_classes_with_ties_agree_with_argmax() -> None:
+    rng = np.random.default_rng(0)
+    probs = rng.integers(0, 4, (200, 1000)).astype(np.float32)
+    names = tuple(f"c{index}" for index in range(1000))
+    columns = prediction_columns(probs, rules(class_names=names, probabilities="top_k", top_k=5))
+    assert columns["label_index"].to_pylist() == probs.argmax(axis=1).tolist()
+    listed = [[entry["probability"] for entry in row] for row in columns["top_k"].to_pylist()]
+    assert np.array_equal(listed, -np.sort(-probs, axis=1)[:, :5])
+    assert all(len({entry["label"] for entry in row}) == 5 for row in columns["top_k"].to_pylist())
+
+
+@pytest.mark.parametrize("mode", ["all", "top_k", "none"])
+def test_no_rows_give_no_columns_with_content(mode: str) -> None:
+    columns = prediction_columns(np.zeros((0, 3), np.float32), rules(probabilities=mode))
+    assert {len(column) for column in columns.values()} == {0}
+
+
+def mixed_unit() -> pa.Table:
+    error = row_error(Status.TRUNCATED, Stage.DECODE, "cut short")
+    errors = [None, error, None]
+    widths = np.array([4, 0, 6], np.int32)
+    return unit_table(pa.array([7, 8, 9]), errors, widths, widths, prediction_columns(PROBS, rules()))
+
+
+def test_a_unit_keeps_the_order_of_its_rows() -> None:
+    rows = mixed_unit().to_pylist()
+    assert [row["status"] for row in rows] == ["OK", "TRUNCATED", "OK"]
+    assert [row["label"] for row in rows] == ["b", None, "a"]
+    assert [row["width"] for row in rows] == [4, None, 6]
+    assert (rows[1]["error_stage"], rows[1]["error_message"], rows[1]["attempts"]) == ("decode", "cut short", 1)
+
+
+def test_the_first_writer_of_a_unit_wins(tmp_path: Path) -> None:
+    paths = RunPaths(str(tmp_path), "r1")
+    table = mixed_unit()
+    row_ids = pa.array([7, 8, 9])
+    first = commit_unit(paths, 3, row_ids, table, defer_above=None)
+    content = Path(paths.unit_file(3)).read_bytes()
+    second = commit_unit(paths, 3, row_ids, table, defer_above=None)
+    assert (first.outcome, second.outcome) == ("committed", "existed")
+    assert first.counts == {"OK": 2, "TRUNCATED": 1}
+    assert first.examples == {"TRUNCATED": "cut short"}
+    assert Path(paths.unit_file(3)).read_bytes() == content
+    assert pq.read_table(paths.unit_file(3)).schema.equals(UNIT_SCHEMA)
+    assert paths.committed_units() == {3}
+
+
+@pytest.mark.parametrize("planned", [[7, 8], [7, 8, 10], [8, 7, 9]])
+def test_rows_that_were_not_planned_are_not_committed(tmp_path: Path, planned: list[int]) -> None:
+    paths = RunPaths(str(tmp_path), "r1")
+    with pytest.raises(ValueError, match="not the rows that were planned"):
+        commit_unit(paths, 0, pa.array(planned), mixed_unit(), defer_above=None)
+    assert paths.committed_units() == set()
+
+
+def test_failures_that_may_pass_are_left_for_a_later_pass(tmp_path: Path) -> None:
+    paths = RunPaths(str(tmp_path), "r1")
+    error = row_error(Status.FETCH_FAILED, Stage.FETCH, "connection reset")
+    size = np.zeros(2, np.int32)
+    table = unit_table(pa.array([0, 1]), [error, None], size, size, prediction_columns(PROBS[:1], rules()))
+    row_ids = pa.array([0, 1])
+    assert commit_unit(paths, 0, row_ids, table, defer_above=0.4).outcome == "deferred"
+    assert paths.committed_units() == set()
+    assert commit_unit(paths, 0, row_ids, table, defer_above=0.5).outcome == "committed"

@@ -1,0 +1,375 @@
+"""The main job through the local engine: what every engine promises, cheap enough to be tried from all sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.config import Config
+from imgbatch.core import storage
+from imgbatch.core.model import ModelBundle
+from imgbatch.core.plan import plan_run
+from imgbatch.core.runs import RunPaths
+from imgbatch.core.stages import CommitStage
+from imgbatch.core.verify import verify
+from imgbatch.core.views import open_views
+from imgbatch.errors import ErrorBudgetExceeded, UsageError
+from imgbatch.runtime.job import RunResult, classify, retry
+from tests.conftest import changed
+
+
+def rows_of(config: Config, sql: str) -> list[tuple[object, ...]]:
+    with open_views(str(config.output.path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def files_of(config: Config) -> dict[str, bytes]:
+    out = Path(str(config.output.path))
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_every_row_comes_out_once(photo_config: Config) -> None:
+    result = classify(photo_config)
+    assert result.num_rows == 120
+    assert result.counts["OK"] == 114
+    assert result.num_errors == 6
+    assert verify(result.out).ok
+    assert rows_of(photo_config, "select count(*), count(distinct image_id), min(width) >= 40 from predictions") == [
+        (114, 114, True)
+    ]
+    statuses = rows_of(photo_config, "select distinct status, error_stage from errors order by 1")
+    assert {stage for _, stage in statuses} == {"decode"}
+    assert rows_of(photo_config, "select run_id, predictions, errors from runs") == [(result.run_id, 114, 6)]
+
+
+def test_the_manifests_own_columns_and_order_come_through(photo_config: Config) -> None:
+    result = classify(photo_config)
+    (path,) = Path(result.out, "predictions").rglob("*.parquet")
+    table = pq.read_table(path, partitioning=None)
+    assert table.column_names[:4] == ["row_id", "image_id", "uri", "label"]
+    assert table.column_names[-5:] == ["model_id", "predicted_at", "target", "shop", "price"]
+    ids = table["row_id"].to_pylist()
+    assert ids == sorted(ids)
+    assert table["price"].to_pylist() == [row_id / 4 for row_id in ids]
+    assert table.schema.metadata[b"imgbatch.schema_version"] == b"1"
+
+
+def test_the_same_command_again_does_nothing(photo_config: Config) -> None:
+    first = classify(photo_config)
+    before = files_of(photo_config)
+    second = classify(photo_config)
+    assert (first.already_finished, second.already_finished) == (False, True)
+    assert (first.run_id, first.counts) == (second.run_id, second.counts)
+    assert files_of(photo_config) == before
+
+
+def test_a_new_run_stands_beside_the_finished_one(photo_config: Config) -> None:
+    first = classify(photo_config)
+    second = classify(changed(photo_config, run__new_run=True))
+    assert second.run_id == f"{first.run_id}-2"
+    assert rows_of(photo_config, "select count(*) from all_predictions") == [(228,)]
+    assert rows_of(photo_config, "select count(*), min(run_id) from predictions") == [(114, second.run_id)]
+    assert rows_of(photo_config, "select count(*) from errors") == [(6,)]
+
+
+def commit_only(config: Config, units: list[int]) -> RunPaths:
+    """Leave the run as a driver that died after these units would."""
+    from imgbatch.runtime.local import LocalEngine
+
+    run = plan_run(config, "cpu")
+    engine = LocalEngine(run)
+    receipts = list(engine.classify_units(units, defer=False))
+    engine.close()
+    assert [receipt.outcome for receipt in receipts] == ["committed"] * len(units)
+    return run.paths
+
+
+def test_an_unfinished_run_is_continued(photo_config: Config) -> None:
+    paths = commit_only(photo_config, [0, 5])
+    kept = Path(paths.unit_file(5)).read_bytes()
+    result = classify(changed(photo_config, resources__classify_threads=1, errors__max_rate=0.5))
+    assert result.run_id == paths.run_id
+    record = storage.read_json(paths.run_json)
+    assert record["sessions"][-1]["units"] == 6
+    assert kept
+    assert verify(result.out).ok
+    assert not Path(paths.units).exists()
+
+
+def test_other_settings_do_not_continue_an_unfinished_run(photo_config: Config) -> None:
+    paths = commit_only(photo_config, [0])
+    with pytest.raises(UsageError, match=r"output\.top_k: 5 -> 2") as refused:
+        classify(changed(photo_config, output__top_k=2))
+    assert paths.run_id in str(refused.value)
+    result = classify(changed(photo_config, output__top_k=2, run__on_unfinished="abandon"))
+    assert result.run_id != paths.run_id
+    assert verify(result.out).ok
+
+
+def test_another_fingerprint_after_a_finished_run_is_a_run_beside_it(photo_config: Config) -> None:
+    first = classify(photo_config)
+    second = classify(changed(photo_config, preprocess__crop_size=24))
+    assert first.run_id != second.run_id
+    assert rows_of(photo_config, "select count(*) from runs") == [(2,)]
+
+
+def test_finalize_gives_the_same_bytes_from_the_same_units(photo_config: Config) -> None:
+    from imgbatch.core.finalize import finalize
+    from imgbatch.core.plan import open_inputs, open_run
+
+    result = classify(changed(photo_config, output__keep_units=True, output__partition_by=("shop",)))
+    paths = RunPaths(result.out, result.run_id)
+    before = files_of(photo_config)
+    for name in (paths.success, paths.files):
+        storage.remove(name)
+    stray = Path(paths.data("predictions"), "shop=north", "part-00009.parquet")
+    stray.write_bytes(b"left by a crash")
+    _, bundle, spec = open_inputs(photo_config)
+    finalize(open_run(paths, photo_config, bundle, spec))
+    assert files_of(photo_config) == before
+
+
+@pytest.mark.parametrize("partition_by", [("shop",), ("date", "bucket:3"), ("label",)])
+def test_partitions(photo_config: Config, partition_by: tuple[str, ...]) -> None:
+    config = changed(photo_config, output__partition_by=partition_by)
+    result = classify(config)
+    assert verify(result.out).ok
+    names = [entry.split(":")[0] for entry in partition_by]
+    for path in Path(result.out, "predictions").rglob("*.parquet"):
+        assert [part.split("=")[0] for part in path.relative_to(result.out).parts[1:-1]] == ["run_id", *names]
+        assert not set(names) & set(pq.read_schema(path).names)
+    assert rows_of(config, f"select count({names[-1]}) > 0, count(*) from predictions") == [(True, 114)]
+    if partition_by == ("shop",):
+        found = rows_of(config, "select shop, count(*) from predictions group by 1 order by 1 nulls last")
+        assert found == [("north", 38), ("sö/uth", 38), (None, 38)]
+
+
+def test_small_files_are_cut_at_units(photo_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imgbatch.core.finalize._rows_per_file", lambda _: 40)
+    result = classify(photo_config)
+    files = sorted(Path(result.out, "predictions").rglob("*.parquet"))
+    assert [path.name for path in files] == [f"part-{index:05d}.parquet" for index in range(4)]
+    assert verify(result.out).ok
+
+
+def test_embedded_images(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    manifest = tmp_path / "embedded.parquet"
+    table = pa.table({"bytes": [path.read_bytes() for path in photos], "name": [path.name for path in photos]})
+    pq.write_table(table, manifest, row_group_size=50)
+    embedded = classify(changed(photo_config, input__manifest=str(manifest), output__path=str(tmp_path / "embedded")))
+    by_uri = classify(photo_config)
+    assert embedded.counts == by_uri.counts
+    select = "select row_id, label, probability from predictions order by row_id"
+    config = changed(photo_config, output__path=embedded.out)
+    assert rows_of(config, select) == rows_of(photo_config, select)
+    assert rows_of(config, "select min(image_id), count(uri) from predictions") == [("0", 0)]
+    plan = storage.read_json(RunPaths(embedded.out, embedded.run_id).plan)
+    assert plan["segments"] == [50, 50, 20]
+    assert verify(embedded.out).ok
+
+
+def test_limit_takes_the_first_rows(photo_config: Config) -> None:
+    result = classify(changed(photo_config, input__limit=10))
+    assert result.num_rows == 10
+    assert rows_of(photo_config, "select max(row_id) from predictions") == [(9,)]
+
+
+def test_an_image_id_may_stand_twice_only_if_allowed(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    manifest = tmp_path / "twice.parquet"
+    pq.write_table(pa.table({"uri": [str(photos[0]), str(photos[1]), str(photos[0])]}), manifest)
+    config = changed(photo_config, input__manifest=str(manifest))
+    with pytest.raises(UsageError, match="stands there 2 times"):
+        classify(config)
+    result = classify(changed(config, input__duplicates="keep"))
+    assert result.num_rows == 3
+    assert rows_of(config, "select count(*) from all_predictions") == [(3,)]
+    assert rows_of(config, "select count(*) from predictions") == [(2,)]
+
+
+def broken_manifest(photos: list[Path], tmp_path: Path) -> tuple[Path, list[Path]]:
+    """30 photos, 10 of which are not there yet."""
+    late = [tmp_path / f"late{index}.jpg" for index in range(10)]
+    manifest = tmp_path / "broken.parquet"
+    pq.write_table(pa.table({"uri": [str(path) for path in [*photos[6:26], *late]]}), manifest)
+    return manifest, late
+
+
+def test_retry_classifies_what_failed_into_a_child_run(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    manifest, late = broken_manifest(photos, tmp_path)
+    config = changed(photo_config, input__manifest=str(manifest))
+    first = classify(config)
+    assert first.counts["NOT_FOUND"] == 10
+    for path in late[:8]:
+        path.write_bytes(photos[1].read_bytes())
+    child = retry(config, None)
+    assert isinstance(child, RunResult)
+    assert child.counts["OK"] == 8
+    assert rows_of(config, "select count(*), count(distinct row_id) from predictions") == [(27, 27)]
+    assert rows_of(config, "select status, row_id from errors where status = 'NOT_FOUND' order by 2") == [
+        ("NOT_FOUND", 28),
+        ("NOT_FOUND", 29),
+    ]
+    late[8].write_bytes(photos[1].read_bytes())
+    late[9].write_bytes(photos[1].read_bytes())
+    again = retry(config, None)
+    assert isinstance(again, RunResult)
+    assert again.counts["OK"] == 2
+    result = verify(first.out)
+    assert result.ok
+    assert set(result.counts) == {first.run_id, child.run_id, again.run_id}
+
+
+def test_nothing_to_retry(photo_config: Config) -> None:
+    classify(changed(photo_config, input__limit=4))
+    assert retry(photo_config, None) is None
+
+
+def test_a_run_without_one_prediction_fails(photo_config: Config, tmp_path: Path) -> None:
+    manifest = tmp_path / "nothing.parquet"
+    text = tmp_path / "text.jpg"
+    text.write_text("<html>not here</html>")
+    pq.write_table(pa.table({"uri": [str(text)]}), manifest)
+    config = changed(photo_config, input__manifest=str(manifest))
+    for _ in range(2):
+        with pytest.raises(ErrorBudgetExceeded, match="1 NOT_AN_IMAGE"):
+            classify(config)
+    assert rows_of(config, "select status from errors") == [("NOT_AN_IMAGE",)]
+
+
+def test_the_sample_stops_a_run_whose_images_are_nowhere(photo_config: Config, tmp_path: Path) -> None:
+    manifest = tmp_path / "gone.parquet"
+    pq.write_table(pa.table({"uri": [str(tmp_path / f"gone{index}.jpg") for index in range(100)]}), manifest)
+    config = changed(photo_config, input__manifest=str(manifest), errors__max_rate=0.05)
+    with pytest.raises(ErrorBudgetExceeded, match="none of 16 sampled images could be fetched"):
+        classify(config)
+
+
+def test_the_error_budget_stops_a_run_and_keeps_what_it_has(photo_config: Config) -> None:
+    config = changed(photo_config, errors__max_rate=0.01, errors__min_rows=10)
+    with pytest.raises(ErrorBudgetExceeded, match=r"failed, more than errors\.max_rate 0\.01: \d+ TRUNCATED"):
+        classify(config)
+    assert storage.read_json(RunPaths(str(config.output.path), plan_run(config, "cpu").run_id).run_json)["state"] == (
+        "error_budget"
+    )
+    result = classify(photo_config)
+    assert verify(result.out).ok
+
+
+def test_verify_finds_what_was_damaged(photo_config: Config) -> None:
+    result = classify(photo_config)
+    (path,) = Path(result.out, "errors").rglob("*.parquet")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"?")
+    assert not verify(result.out).ok
+    path.unlink()
+    assert "missing" in next(check.detail for check in verify(result.out).checks if not check.ok)
+    path.write_bytes(content)
+    assert verify(result.out).ok
+    path.with_name("part-00001.parquet").write_bytes(content)
+    assert "not in files.json" in next(check.detail for check in verify(result.out).checks if not check.ok)
+
+
+def test_verify_finds_rows_that_are_there_twice_or_missing(photo_config: Config) -> None:
+    result = classify(photo_config)
+    (path,) = Path(result.out, "errors").rglob("*.parquet")
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(pa.concat_tables([table.slice(1), table.slice(1, 1)]), path)
+    files = RunPaths(result.out, result.run_id).files
+    record = json.loads(Path(files).read_text())
+    for file in record["files"]:
+        if file["kind"] == "errors":
+            file["sha256"] = storage.sha256(str(path))
+    Path(files).write_text(json.dumps(record))
+    failed = {check.name for check in verify(result.out).checks if not check.ok}
+    assert failed == {"distinct", "missing"}
+
+
+def test_verify_says_that_a_run_is_unfinished(photo_config: Config) -> None:
+    commit_only(photo_config, [0, 1, 2])
+    (check,) = verify(str(photo_config.output.path)).checks
+    assert not check.ok
+    assert "3 of 8 units" in check.detail
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(photo_config: Config) -> None:
+    paths = plan_run(photo_config, "cpu").paths
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        import socket
+        import time
+
+        alive = {"host": socket.gethostname(), "pid": sleeper.pid, "time": time.time()}
+        storage.write_json(paths.heartbeat, alive)
+        with pytest.raises(UsageError, match="another driver works on it"):
+            classify(photo_config)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert verify(classify(photo_config).out).ok
+
+
+def test_killed_half_way_and_run_again(photo_config: Config, tmp_path: Path) -> None:
+    """SIGKILL between two units, wherever the driver then is."""
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from imgbatch.config import parse_config\n"
+        "from imgbatch.core import stages\n"
+        "from imgbatch.runtime.job import classify\n"
+        "import json\n"
+        "committed = 0\n"
+        "call = stages.CommitStage.__call__\n"
+        "def counted(self, block):\n"
+        "    global committed\n"
+        "    receipt = call(self, block)\n"
+        "    committed += 1\n"
+        "    if committed == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return receipt\n"
+        "stages.CommitStage.__call__ = counted\n"
+        "classify(parse_config(json.loads(sys.argv[1])))\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, str(script), photo_config.model_dump_json()], env=os.environ, check=False, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert len(plan_run(photo_config, "cpu").paths.committed_units()) == 3
+    result = classify(photo_config)
+    assert verify(result.out).ok
+    assert result.counts["OK"] == 114
+
+
+def test_a_unit_that_kills_the_engine_ends_in_isolation(photo_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit of unit 2 fails whenever the engine tries it; the rest goes through and unit 2 ends all the same."""
+    commit = CommitStage.__call__
+    tries = []
+
+    def failing(self: CommitStage, block: pa.Table) -> object:
+        if block["unit"][0].as_py() == 2 and len(tries) < 2:
+            tries.append(1)
+            raise RuntimeError("the machine went away")
+        return commit(self, block)
+
+    monkeypatch.setattr(CommitStage, "__call__", failing)
+    result = classify(photo_config)
+    assert verify(result.out).ok
+    sessions = storage.read_json(RunPaths(result.out, result.run_id).run_json)["sessions"]
+    assert sessions[-1]["isolated_units"] == 1
+    assert result.counts["OK"] == 114
+
+
+def test_the_model_may_not_change_under_a_bundle_path(photo_config: Config, tiny_model: ModelBundle) -> None:
+    result = classify(photo_config)
+    assert rows_of(photo_config, "select distinct model_id from predictions") == [(tiny_model.model_id,)]
+    plan = storage.read_json(RunPaths(result.out, result.run_id).plan)
+    assert plan["fields"]["model"] == tiny_model.model_id
