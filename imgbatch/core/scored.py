@@ -2,7 +2,7 @@
 
 Legend of the shape suffixes: ``N`` rows, ``K`` classes.
 
-DuckDB joins and streams; memory is bounded by :data:`MEMORY_LIMIT` and spills to a temporary directory. Two views
+DuckDB joins and streams; memory is bounded by :data:`MEMORY_LIMIT` and spills to a temporary directory. Two relations
 are made on the connection:
 
     scored       every image that has a prediction and a target, once, with truth (the target, or the list of targets),
@@ -63,7 +63,7 @@ class Labeller:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An open connection with the views ``scored`` and ``unpredicted``."""
+    """An open connection with the relations ``scored`` and ``unpredicted``."""
 
     connection: duckdb.DuckDBPyConnection
     labeller: Labeller
@@ -85,19 +85,25 @@ class Scored:
         """A column of ``probabilities`` as float32 (N, K)."""
         return lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), self.labeller.num_classes)
 
-    def membership(self, lists: pa.Array) -> np.ndarray:
-        """A column of lists of class names as bool (N, K); names that the model does not know are left out."""
+    def membership(self, lists: pa.Array, class_names: Sequence[str] | None = None) -> np.ndarray:
+        """A column of lists of class names as bool (N, K), K the labeller's or ``class_names``; others are left out."""
+        names = self.labeller.class_names if class_names is None else class_names
         lengths_N = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
-        index = pc.index_in(lists.flatten(), pa.array(self.labeller.class_names)).fill_null(-1).to_numpy()
+        index = pc.index_in(lists.flatten(), pa.array(names)).fill_null(-1).to_numpy()
         row = np.repeat(np.arange(len(lists)), lengths_N)
-        membership_NK = np.zeros((len(lists), self.labeller.num_classes), bool)
+        membership_NK = np.zeros((len(lists), len(names)), bool)
         membership_NK[row[index >= 0], index[index >= 0]] = True
         return membership_NK
 
 
 @contextlib.contextmanager
 def open_scored(
-    out: str, *, manifest: str | None = None, split: str | None = None, slice_by: Sequence[str] = ()
+    out: str,
+    *,
+    manifest: str | None = None,
+    split: str | None = None,
+    slice_by: Sequence[str] = (),
+    all_predictions: bool = False,
 ) -> Iterator[Scored]:
     """The current predictions of ``out`` beside their targets.
 
@@ -105,6 +111,7 @@ def open_scored(
         manifest: where the targets are, joined on ``image_id``; none: the classified manifest's own.
         split: only rows of this split.
         slice_by: manifest columns to carry along.
+        all_predictions: ``scored`` also holds predictions without a target, with a null truth.
 
     Raises:
         UsageError: no finished run, runs of different models, no such column, no targets, or contradictory ones.
@@ -114,13 +121,14 @@ def open_scored(
         labeller = read_labeller(connection, out)
         slice_by = tuple(dict.fromkeys(slice_by))
         truth = TARGETS if labeller.is_multilabel else TARGET
+        wanted = _Wanted(truth, split, slice_by, all_predictions)
         if manifest is None:
-            _use_own_targets(connection, out, _Wanted(truth, split, slice_by))
+            _use_own_targets(connection, out, wanted)
         else:
-            _load_targets(connection, open_manifest(manifest), _Wanted(truth, split, slice_by))
+            _load_targets(connection, open_manifest(manifest), wanted)
         _view_with_target_index(connection, labeller)
         scored = Scored(connection, labeller, slice_by)
-        if not scored.fetch_row("select exists(from scored) or exists(from unpredicted)")[0]:
+        if not all_predictions and not scored.fetch_row("select exists(from scored) or exists(from unpredicted)")[0]:
             of_split = f" in split {split!r}" if split is not None else ""
             raise UsageError(f"{manifest or out}: no row{of_split} has a target; fill in column {truth!r}")
         yield scored
@@ -170,9 +178,11 @@ class _Wanted:
     """The column with the target: ``target`` or ``targets``."""
     split: str | None
     slice_by: tuple[str, ...]
+    all_predictions: bool
+    """Whether rows without a target are wanted too."""
 
     def check(self, names: Sequence[str], where: str) -> None:
-        if self.truth not in names:
+        if self.truth not in names and not self.all_predictions:
             raise UsageError(f"{where}: no column {self.truth!r}; name a manifest that has it with --manifest")
         if self.split is not None and SPLIT not in names:
             raise UsageError(f"{where}: no column {SPLIT!r}, which --split {self.split} needs")
@@ -183,32 +193,40 @@ class _Wanted:
 
     @property
     def columns(self) -> list[str]:
+        """What to select of the rows that hold the target."""
         slices = [f"cast({_quoted(name)} as varchar) as slice_{i}" for i, name in enumerate(self.slice_by)]
         return [f"{self.truth} as truth", *slices]
 
     @property
     def names(self) -> list[str]:
+        """What :attr:`columns` are called."""
         return ["truth", *(f"slice_{i}" for i in range(len(self.slice_by)))]
 
     @property
     def condition(self) -> str:
-        of_split = f" and {SPLIT} = {_text(self.split)}" if self.split is not None else ""
-        return f"{self.truth} is not null{of_split}"
+        has_truth = "true" if self.all_predictions else f"{self.truth} is not null"
+        return has_truth if self.split is None else f"{has_truth} and {SPLIT} = {_text(self.split)}"
 
 
 def _use_own_targets(connection: duckdb.DuckDBPyConnection, out: str, wanted: _Wanted) -> None:
     of_failed = set(_columns(connection, "errors"))
-    wanted.check([name for name in _columns(connection, "predictions") if name in of_failed], out)
-    kept = ", ".join([*_KEPT, *wanted.columns])
+    names = [name for name in _columns(connection, "predictions") if name in of_failed]
+    wanted.check(names, out)
+    columns = wanted.columns
+    if wanted.truth not in names:
+        columns[0] = f"null::varchar{'[]' if wanted.truth == TARGETS else ''} as truth"
+    kept = ", ".join([*_KEPT, *columns])
     connection.execute(f"create temp view with_truth as select {kept} from predictions where {wanted.condition}")
     # The views count an image that an older run labelled and a newer one did not on both sides.
     connection.execute(
-        f"create temp view unpredicted as select image_id, status, {', '.join(wanted.columns)} "
+        f"create temp table unpredicted as select image_id, status, {', '.join(columns)} "
         f"from errors anti join predictions using (image_id) where {wanted.condition}"
     )
 
 
 def _load_targets(connection: duckdb.DuckDBPyConnection, manifest: Manifest, wanted: _Wanted) -> None:
+    if wanted.truth not in manifest.schema.names:
+        raise UsageError(f"manifest {manifest.path}: no column {wanted.truth!r}; it holds what is true of each image")
     wanted.check(manifest.schema.names, f"manifest {manifest.path}")
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -233,11 +251,13 @@ def _load_targets(connection: duckdb.DuckDBPyConnection, manifest: Manifest, wan
         )
     predicted = ", ".join(f"p.{name}" for name in _KEPT)
     truth = ", ".join(f"t.{name}" for name in wanted.names)
+    join = "left join" if wanted.all_predictions and wanted.split is None else "join"
     connection.execute(
-        f"create temp view with_truth as select {predicted}, {truth} from predictions p join targets t using (image_id)"
+        f"create temp view with_truth as select {predicted}, {truth} "
+        f"from predictions p {join} targets t using (image_id)"
     )
     connection.execute(
-        f"""create temp view unpredicted as select t.image_id, e.status, {truth}
+        f"""create temp table unpredicted as select t.image_id, e.status, {truth}
         from (from targets anti join predictions using (image_id)) t
         left join errors e using (image_id)"""
     )
