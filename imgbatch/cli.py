@@ -31,6 +31,8 @@ app.command("verify")(output.verify)
 app.command("query")(output.query)
 app.command("clean")(output.clean)
 app.command("evaluate")(evaluate.evaluate)
+app.command("calibrate")(evaluate.calibrate)
+app.command("compare")(evaluate.compare)
 
 
 @app.callback()
