@@ -152,7 +152,7 @@ def test_fitting_keeps_the_type_and_leaves_nothing_empty(state_dict: dict[str, t
     assert_same(network.state_dict(), half)
 
 
-@pytest.mark.parametrize("arch", ["swin_t", "swin_v2_t", "regnet_x_400mf", "shufflenet_v2_x0_5", "maxvit_t"])
+@pytest.mark.parametrize("arch", ["swin_v2_t", "regnet_x_400mf", "shufflenet_v2_x0_5"])
 def test_networks_with_computed_buffers_survive_being_built_empty(arch: str):
     torch.manual_seed(0)
     network = build_network(arch, 3).eval()

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from imgbatch.cli import run
+from imgbatch.core.architectures import build_network
+from imgbatch.core.model import ModelBundle, load_bundle
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A complete ``model init`` but for the output."""
+    torch.save(build_network("simple_cnn", 2).state_dict(), tmp_path / "w.pth")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    parts = ["--arch", "simple_cnn", "--weights", str(tmp_path / "w.pth"), "--classes", str(tmp_path / "classes.txt")]
+    return ["model", "init", *parts]
+
+
+def test_init_makes_a_model_and_says_which(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "model")
+    assert run([*arguments, "-o", path, "--task", "multilabel", "--resize-size", "40", "--crop-size", "32"]) == 0
+    bundle = load_bundle(path)
+    assert (bundle.task, bundle.preprocess.resize_size, bundle.preprocess.crop_size) == ("multilabel", 40, 32)
+    assert capsys.readouterr().out == f"{path}: simple_cnn, 2 classes, model_id {bundle.model_id}\n"
+
+
+def test_init_does_not_overwrite_another_model_unless_told(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments += ["-o", str(tmp_path / "model")]
+    assert run(arguments) == 0
+    assert run(arguments) == 0
+    assert run([*arguments, "--crop-size", "32"]) == 2
+    assert "choose another place, or --overwrite it" in capsys.readouterr().err
+    assert run([*arguments, "--crop-size", "32", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--arch", "resnet19"], "--arch resnet19: unknown architecture; one of resnet101"),
+        (["--weights", "nothing.pth"], "--weights nothing.pth: No such file or directory"),
+        (["--classes", "imagenet1k"], "its head has 2 outputs, but --classes imagenet1k names 1000"),
+        (["--task", "odd"], "--task"),
+        (["--crop-size", "0"], "--crop-size"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str], changed: list[str], message: str
+) -> None:
+    assert run([*arguments, *changed, "-o", str(tmp_path / "model")]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_inspect_prints_a_line_for_each_fact(
+    make_bundle: Callable[..., ModelBundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = make_bundle(
+        class_names=[f"class {index}" for index in range(12)],
+        thresholds={"accept": {"class 3": 0.5}},
+        metrics={"validation": {"top1": 0.75}},
+        provenance={"made_by": "a test"},
+    )
+    assert run(["model", "inspect", bundle.path]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["model_id"] == bundle.model_id
+    assert lines["arch"] == "simple_cnn"
+    assert lines["class_names"].endswith("class 9 and 2 more")
+    assert lines["preprocessing"] == bundle.preprocess.describe()
+    assert lines["parameters"] == "95,020"
+    assert lines["thresholds"] == "accept: class 3: 0.5"
+    assert lines["metrics"] == "validation: top1: 0.75"
+    assert lines["provenance"] == "made_by: a test"
+
+
+def test_inspect_as_json(make_bundle: Callable[..., ModelBundle], capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = make_bundle()
+    assert run(["model", "inspect", bundle.path, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model_id"] == bundle.model_id
+    assert facts["class_names"] == ["cat", "dog", "owl"]
+    assert facts["weights_bytes"] == Path(bundle.path, "model.safetensors").stat().st_size
+
+
+def test_inspect_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["model", "inspect", str(tmp_path)]) == 2
+    assert "there is no model; make one with imgbatch model init" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from imgbatch.core.architectures import build_network
+from imgbatch.core.model import ModelBundle, init_bundle, load_network
+from imgbatch.core.predict import Predictor
+from imgbatch.errors import Stage, Status
+
+MakeBundle = Callable[..., ModelBundle]
+
+
+@pytest.fixture(name="images_NHWC")
+def draw_images() -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
+    images.setflags(write=False)  # as Ray hands them out
+    return images
+
+
+def plain_logits(bundle: ModelBundle, images_NHWC: np.ndarray) -> torch.Tensor:
+    """What anyone would write with torch alone."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (bundle.preprocess.mean, bundle.preprocess.std))
+    inputs_NCHW = (torch.from_numpy(images_NHWC.copy()).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.inference_mode():
+        return load_network(bundle)(inputs_NCHW.contiguous())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 64])
+def test_probabilities_are_plain_torchs(make_bundle: MakeBundle, images_NHWC: np.ndarray, batch_size: int):
+    bundle = make_bundle()
+    predictions = Predictor(bundle, batch_size=batch_size, num_threads=1).predict(images_NHWC)
+    expected_NK = plain_logits(bundle, images_NHWC).softmax(1).numpy()
+    np.testing.assert_allclose(predictions.probs_NK, expected_NK, atol=1e-6)
+    assert predictions.probs_NK.dtype == np.float32
+    assert predictions.finite_N.all()
+    assert predictions.errors == [None] * 11
+
+
+def test_multilabel_probabilities_do_not_exclude_each_other(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    bundle = make_bundle(task="multilabel", temperature=(1.0, 2.0, 0.5))
+    predictions = Predictor(bundle).predict(images_NHWC)
+    expected_NK = (plain_logits(bundle, images_NHWC) / torch.tensor([1.0, 2.0, 0.5])).sigmoid().numpy()
+    np.testing.assert_allclose(predictions.probs_NK, expected_NK, atol=1e-6)
+
+
+def test_binary_has_two_probabilities_that_add_up(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    predictions = Predictor(make_bundle(task="binary", class_names=("no", "yes"))).predict(images_NHWC)
+    assert predictions.probs_NK.shape == (11, 2)
+    np.testing.assert_allclose(predictions.probs_NK.sum(axis=1), 1, atol=1e-6)
+
+
+def test_temperature_softens_and_keeps_the_label(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    sharp = Predictor(make_bundle("sharp")).predict(images_NHWC).probs_NK
+    soft = Predictor(make_bundle("soft", temperature=10.0)).predict(images_NHWC).probs_NK
+    assert (sharp.argmax(1) == soft.argmax(1)).all()
+    assert (soft.max(1) < sharp.max(1)).all()
+
+
+def test_no_images_no_predictions(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    predictions = Predictor(make_bundle()).predict(images_NHWC[:0])
+    assert predictions.probs_NK.shape == (0, 3)
+    assert predictions.errors == []
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_gives_no_numbers_gives_errors(
+    make_bundle: MakeBundle, images_NHWC: np.ndarray, task: str, value: float
+):
+    weights = build_network("simple_cnn", 3).state_dict()
+    weights["head.bias"][1] = value
+    predictions = Predictor(make_bundle(state_dict=weights, task=task)).predict(images_NHWC)
+    assert not predictions.finite_N.any()
+    assert not predictions.probs_NK.any()
+    assert {(error.status, error.stage) for error in predictions.errors} == {(Status.NON_FINITE, Stage.CLASSIFY)}
+
+
+class Fussy(nn.Module):
+    """A network that gives no numbers for a black image and raises for a batch that holds a white one."""
+
+    def __init__(self, network: nn.Module, error: type[Exception], largest_batch: int = 1000) -> None:
+        super().__init__()
+        self.network, self.error, self.largest_batch = network, error, largest_batch
+
+    def forward(self, inputs_BCHW: torch.Tensor) -> torch.Tensor:
+        if len(inputs_BCHW) > self.largest_batch:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if (inputs_BCHW.amin(dim=(1, 2, 3)) > 2).any():
+            raise self.error("white at 0x7f0012345678\nhurts")
+        black_B = inputs_BCHW.amax(dim=(1, 2, 3)) < -1.7
+        return torch.where(black_B[:, None], torch.nan, self.network(inputs_BCHW))
+
+
+def fussy_predictor(bundle: ModelBundle, error: type[Exception] = RuntimeError, largest_batch: int = 1000) -> Predictor:
+    predictor = Predictor(bundle, batch_size=8)
+    predictor._network = Fussy(predictor._network, error, largest_batch)
+    return predictor
+
+
+def test_one_bad_image_costs_its_own_row(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    bundle = make_bundle()
+    odd_NHWC = images_NHWC.copy()
+    odd_NHWC[3], odd_NHWC[9], odd_NHWC[5] = 255, 255, 0
+    predictions = fussy_predictor(bundle).predict(odd_NHWC)
+    statuses = {index: error.status for index, error in enumerate(predictions.errors) if error}
+    assert statuses == {3: Status.CLASSIFY_FAILED, 5: Status.NON_FINITE, 9: Status.CLASSIFY_FAILED}
+    assert predictions.errors[3].message == "white at 0x… hurts"
+    assert not predictions.finite_N[[3, 5, 9]].any()
+    good = np.setdiff1d(np.arange(11), [3, 5, 9])
+    expected_NK = plain_logits(bundle, images_NHWC).softmax(1).numpy()
+    np.testing.assert_allclose(predictions.probs_NK[good], expected_NK[good], atol=1e-6)
+
+
+def test_a_device_out_of_memory_gets_smaller_batches(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    bundle = make_bundle()
+    predictor = fussy_predictor(bundle, largest_batch=3)
+    predictions = predictor.predict(images_NHWC)
+    assert predictions.errors == [None] * 11
+    assert predictor.batch_size == 2
+    np.testing.assert_allclose(predictions.probs_NK, plain_logits(bundle, images_NHWC).softmax(1).numpy(), atol=1e-6)
+
+
+def test_an_image_too_large_for_the_device_alone(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    predictions = fussy_predictor(make_bundle(), largest_batch=0).predict(images_NHWC)
+    assert {error.status for error in predictions.errors} == {Status.OUT_OF_MEMORY}
+
+
+def test_a_broken_device_is_not_blamed_on_the_images(make_bundle: MakeBundle):
+    white_NHWC = np.full((2, 32, 32, 3), 255, dtype=np.uint8)
+    with pytest.raises(torch.AcceleratorError):
+        fussy_predictor(make_bundle(), error=torch.AcceleratorError).predict(white_NHWC)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 32, 32, 3), np.float32), ((2, 3, 32, 32), np.uint8), ((32, 32, 3), np.uint8)]
+)
+def test_other_arrays_are_refused(make_bundle: MakeBundle, shape: tuple[int, ...], dtype: type):
+    with pytest.raises(ValueError, match=r"images must be uint8 \[N, 32, 32, 3\]"):
+        Predictor(make_bundle()).predict(np.zeros(shape, dtype))
+
+
+def test_no_batch_is_a_mistake(make_bundle: MakeBundle):
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        Predictor(make_bundle(), batch_size=0)
+
+
+def test_predictions_travel_between_processes(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    bundle = pickle.loads(pickle.dumps(make_bundle()))
+    predictions = pickle.loads(pickle.dumps(Predictor(bundle).predict(images_NHWC)))
+    assert predictions.finite_N.all()
+
+
+def test_labels_of_a_real_network_are_plain_torchs(tmp_path: Path, test_data: Path):
+    weights = str(test_data / "weights/resnet18-imagenet1k-pq-fp16.safetensors")
+    sizes = {"resize_size": 96, "crop_size": 96}
+    bundle = init_bundle(str(tmp_path / "m"), arch="resnet18", weights=weights, classes="imagenet1k", **sizes)
+    from PIL import Image
+
+    paths = sorted((test_data / "catalog").rglob("*.jpg"))[:96]
+    images_NHWC = np.stack([np.asarray(Image.open(path).convert("RGB").resize((96, 96))) for path in paths])
+    predictions = Predictor(bundle, batch_size=16).predict(images_NHWC)
+    logits_NK = plain_logits(bundle, images_NHWC)
+    assert (predictions.probs_NK.argmax(1) == logits_NK.argmax(1).numpy()).mean() >= 0.999
+    np.testing.assert_allclose(predictions.probs_NK, logits_NK.softmax(1).numpy(), atol=1e-5)
