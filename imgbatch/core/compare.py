@@ -21,7 +21,7 @@ from imgbatch.core.metrics import confusion, intervals
 from imgbatch.core.metrics.confusion import ClassCounts
 from imgbatch.core.plain import to_plain
 from imgbatch.core.runs import RunPaths
-from imgbatch.core.scored import Labeller, Scored, open_scored, read_labeller
+from imgbatch.core.scored import IDENTITY, Labeller, Scored, open_scored, read_labeller
 from imgbatch.errors import UsageError
 
 MAX_LISTED = 10_000
@@ -114,8 +114,9 @@ def _pair(scored: Scored) -> None:
     scored.connection.execute(
         f"""
         create temp view both_labelled as
-        select a.image_id, a.uri, a.truth, a.label as label_a, a.probability as probability_a,
-            b.label as label_b, b.probability as probability_b, {answers}
+        select {", ".join(f"a.{name}" for name in IDENTITY)}, a.truth,
+            a.label as label_a, a.probability as probability_a, b.label as label_b, b.probability as probability_b,
+            {answers}
         from scored a join b.predictions b using (image_id);
         create temp view paired as select *, {same} as same, case
             when truth is null then 'no_target'
@@ -279,11 +280,11 @@ def _counts_of_kinds(kinds: np.ndarray) -> tuple[ClassCounts, ClassCounts]:
 def _write_disagreements(scored: Scored, directory: str) -> dict[str, Any]:
     found = scored.fetch_row("select count(*) from paired where not same")[0]
     truth, answers = (
-        ("targets", "answer_a as labels_a, answer_b as labels_b, ") if scored.labeller.is_multilabel else ("target", "")
+        ("targets", "answer_a as labels_a, answer_b as labels_b,") if scored.labeller.is_multilabel else ("target", "")
     )
     rows = scored.connection.sql(
-        f"select image_id, uri, truth as {truth}, {answers}label_a, probability_a, label_b, probability_b, outcome "
-        f"from paired where not same order by probability_a + probability_b desc, image_id limit {MAX_LISTED}"
+        f"select {', '.join(IDENTITY)}, truth as {truth}, {answers} label_a, probability_a, label_b, probability_b, "
+        f"outcome from paired where not same order by probability_a + probability_b desc, image_id limit {MAX_LISTED}"
     ).to_arrow_table()
     with storage.staged_file(storage.join(directory, "disagreements.parquet")) as staged:
         pq.write_table(rows, staged, compression="zstd")

@@ -20,7 +20,7 @@ from imgbatch.core import multi_label, single_label, storage
 from imgbatch.core.plain import to_plain
 from imgbatch.core.rank_sample import RankSample
 from imgbatch.core.runs import RunPaths
-from imgbatch.core.scored import Scored, open_scored
+from imgbatch.core.scored import IDENTITY, Scored, open_scored
 from imgbatch.core.slices import describe_slices
 
 FORMAT_VERSION = 1
@@ -130,7 +130,8 @@ def _measure_single_label(scored: Scored, sample: RankSample, directory: str) ->
     metrics = single_label.summarise(scored, sums)
     _write_confusion(scored, sums.confusion_KK, directory)
     mistakes = scored.connection.sql(
-        "select image_id, uri, truth as target, label, probability from scored where is_known and not is_right "
+        f"select {', '.join(IDENTITY)}, truth as target, label, probability from scored "
+        "where is_known and not is_right "
         f"order by probability desc, image_id limit {MAX_LISTED}"
     ).to_arrow_table()
     metrics["mistakes"] = _write(directory, "mistakes", mistakes)

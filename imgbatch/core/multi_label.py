@@ -17,7 +17,7 @@ from imgbatch.core.metrics import confusion, intervals, probability
 from imgbatch.core.metrics.calibration import ReliabilityBins, risk_coverage
 from imgbatch.core.metrics.label_errors import SelfConfidence, suspects
 from imgbatch.core.rank_sample import RankSample, rank_metrics
-from imgbatch.core.scored import Scored
+from imgbatch.core.scored import IDENTITY, Scored
 from imgbatch.core.single_label import NO_ROWS, NOT_STORED, SCORES, describe_classes, thinned
 
 _REPLICATES = 1000
@@ -160,12 +160,12 @@ def iter_suspects(scored: Scored, self_confidence: list[SelfConfidence]) -> Iter
 
 
 def _iter_probabilities(scored: Scored) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
-    for batch in scored.iter_batches(["image_id", "uri", "truth", "labels", "probabilities"]):
+    for batch in scored.iter_batches([*IDENTITY, "truth", "probabilities"]):
         yield batch, scored.probabilities(batch["probabilities"]), scored.membership(batch["truth"])
 
 
 def _cells(scored: Scored, rows: pa.RecordBatch, row: np.ndarray, k: np.ndarray, truth_NK: np.ndarray) -> pa.Table:
-    table = pa.Table.from_batches([rows.select(["image_id", "uri"])]).take(row)
+    table = pa.Table.from_batches([rows.select(IDENTITY)]).take(row)
     names = pa.array(scored.labeller.class_names)
     table = table.append_column("class_name", names.take(pa.array(k)))
     return table.append_column("in_targets", pa.array(truth_NK[row, k]))

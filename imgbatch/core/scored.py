@@ -36,7 +36,10 @@ MEMORY_LIMIT = "1GB"
 
 _BATCH_VALUES = 1 << 21
 
-_KEPT = ("image_id", "uri", "run_id", "label", "label_index", "probability", "top_k", "probabilities", "labels")
+IDENTITY = ("image_id", "uri", "run_id", "row_id")
+"""What says which image a listed row is about, and where a reader finds it again."""
+
+_KEPT = (*IDENTITY, "label", "label_index", "probability", "top_k", "probabilities", "labels")
 
 
 @dataclass(frozen=True, slots=True)

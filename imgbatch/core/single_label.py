@@ -16,7 +16,7 @@ from imgbatch.core.metrics import confusion, intervals, probability, ranking
 from imgbatch.core.metrics.calibration import ReliabilityBins, RiskCoverage, risk_coverage
 from imgbatch.core.metrics.label_errors import SelfConfidence, suspects
 from imgbatch.core.rank_sample import RankSample, rank_metrics
-from imgbatch.core.scored import Labeller, Scored
+from imgbatch.core.scored import IDENTITY, Labeller, Scored
 
 MAX_MATRIX_CLASSES = 100
 """Up to so many classes the confusion matrix stands in metrics.json; beyond, only its pairs, in confusion.parquet."""
@@ -147,7 +147,7 @@ def _probability_metrics(sums: Sums, labeller: Labeller, num_rows: int) -> dict[
     if labeller.has_probabilities:
         halves = 2 if labeller.num_classes == 2 else 1
         found |= {"log_loss": sums.log_loss / num_rows, "brier": sums.brier / halves / num_rows}
-    if labeller.has_probabilities or (sums.least_listed or 0) >= min(_TOP, labeller.num_classes):
+    if labeller.num_classes > _TOP and (labeller.has_probabilities or (sums.least_listed or 0) >= _TOP):
         found["top5"] = sums.top5_hits / num_rows
     return found
 
@@ -158,9 +158,11 @@ def _unavailable(metrics: dict[str, Any], sums: Sums, labeller: Labeller) -> dic
     reasons = {}
     if not labeller.has_probabilities:
         reasons = dict.fromkeys(["log_loss", "brier", "rank", "label_errors"], NOT_STORED)
-        if metrics["top5"] is None:
-            listed = sums.least_listed or 0
-            reasons["top5"] = f"needs the {_TOP} best classes, and the run stored {listed} (output.top_k)"
+    if labeller.num_classes <= _TOP:
+        reasons["top5"] = f"the model has only {labeller.num_classes} classes"
+    elif metrics["top5"] is None:
+        listed = sums.least_listed or 0
+        reasons["top5"] = f"needs the {_TOP} best classes, and the run stored {listed} (output.top_k)"
     if metrics["confusion"] is None:
         reasons["confusion"] = f"more than {MAX_MATRIX_CLASSES} classes: see confusion.parquet"
     return reasons
@@ -192,14 +194,15 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 def iter_suspects(scored: Scored, thresholds_K: np.ndarray) -> Iterator[pa.Table]:
     """Rows that confident learning finds mislabelled, batch by batch: a second pass over the probabilities."""
     names = pa.array(scored.labeller.class_names)
-    columns = ["image_id", "uri", "truth as target", "label", "probability", "target_index", "probabilities"]
+    listed = [*IDENTITY, "target", "label", "probability"]
+    columns = [*IDENTITY, "truth as target", "label", "probability", "target_index", "probabilities"]
     for batch in scored.iter_batches(columns, _KNOWN):
         targets_N = batch["target_index"].to_numpy()
         probs_NK = scored.probabilities(batch["probabilities"])
         found = suspects(probs_NK, targets_N, thresholds_K)
         at = np.flatnonzero(found.class_N != targets_N)
         if at.size:
-            rows = pa.Table.from_batches([batch.select(["image_id", "uri", "target", "label", "probability"])]).take(at)
+            rows = pa.Table.from_batches([batch.select(listed)]).take(at)
             rows = rows.append_column("suggested", names.take(pa.array(found.class_N[at])))
             rows = rows.append_column("target_probability", pa.array(probs_NK[at, targets_N[at]]))
             yield rows.append_column("margin", pa.array(found.margin_N[at]))

@@ -42,7 +42,7 @@ def test_multiclass_metrics_equal_the_oracle(store_run, targets):
     assert metrics["top1"] == pytest.approx(oracle.accuracy_score(targets, predicted))
     assert metrics["accuracy_of_all"] == metrics["top1"]
     assert metrics["balanced_accuracy"] == pytest.approx(oracle.balanced_accuracy_score(targets, predicted))
-    assert metrics["top5"] == 1.0
+    assert metrics["top5"] is None
     assert metrics["macro"]["f1"] == pytest.approx(f1.mean())
     assert metrics["log_loss"] == pytest.approx(oracle.log_loss(targets, probs), abs=1e-6)
     brier = oracle.brier_score_loss(targets, probs, scale_by_half=False, labels=range(4))
@@ -62,6 +62,15 @@ def test_multiclass_metrics_equal_the_oracle(store_run, targets):
         assert low < f1[k] < high
     low, high = metrics["intervals"]["top1"]
     assert low < metrics["top1"] < high
+    assert metrics["unavailable"] == {"top5": "the model has only 4 classes"}
+
+
+def test_top5_equals_the_oracle(store_run):
+    targets = np.random.default_rng(7).integers(0, 8, 300)
+    classes = [f"class {k}" for k in range(8)]
+    probs = make_probs(targets, 8)
+    metrics = evaluate(str(store_run(classes, probs, columns={"target": [classes[t] for t in targets]}))).metrics
+    assert metrics["top5"] == pytest.approx(oracle.top_k_accuracy_score(targets, probs, k=5))
     assert metrics["unavailable"] == {}
 
 
