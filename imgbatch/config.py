@@ -82,7 +82,7 @@ class ClassifyConfig(Section):
     unit_rows: PositiveInt | Auto = "auto"
     """Rows per unit, what is decoded, written and retried as one; auto: see ``core.units.choose_unit_rows``."""
     batch_size: PositiveInt | Auto = "auto"
-    """Images per forward pass; auto: 32 on a CPU, 256 on a GPU."""
+    """Images per forward pass; auto: 8 on a CPU, 256 on a GPU."""
     engine: Literal["ray", "local"] = "ray"
     """``ray``, or ``local``: the same stages in a plain loop in this process."""
     backend: Literal["auto", "torch"] = "auto"

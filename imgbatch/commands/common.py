@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +20,8 @@ Assignments = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+_UNBOUNDED_WIDTH = 1000
+
 console = Console(highlight=False, soft_wrap=True)
 """For results: standard output."""
 
@@ -28,3 +32,17 @@ messages = Console(stderr=True, highlight=False, soft_wrap=True)
 def print_json(value: Any) -> None:
     """``value`` as indented JSON on standard output."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], file: IO[str] | None = None) -> None:
+    """Aligned columns, nothing cut off: as wide as they need to be where the output is no terminal."""
+    from rich.table import Table
+
+    table = Table(box=None)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    file = file or sys.stdout
+    width = None if file.isatty() else _UNBOUNDED_WIDTH
+    Console(file=file, highlight=False, markup=False, width=width).print(table)

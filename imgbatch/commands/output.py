@@ -13,43 +13,40 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from imgbatch.commands.common import AsJson, console, print_json
+from imgbatch.commands.common import AsJson, console, print_json, print_table
 from imgbatch.errors import CheckFailed, UsageError
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Output directory.")]
 FORMATS = ("table", "csv", "json", "parquet")
 FETCHED_ROWS = 1000
-WIDE = 200
-"""Columns of a table that is not printed on a terminal."""
 
 
 def status(out: OutArgument, as_json: AsJson = False) -> None:
     """What runs an output holds and how far each is, from storage alone."""
-    from rich.table import Table
-
     from imgbatch.core.status import run_states
 
     states = run_states(out)
     if as_json:
         print_json(states)
         return
-    table = Table(box=None)
-    for name in ("run", "state", "rows", "units", "predictions", "errors", "images/s", "started"):
-        table.add_column(name, no_wrap=True)
-    for state in states:
-        counts = state["counts"] or {}
-        failed = sum(n for name, n in counts.items() if name != "OK")
-        table.add_row(
-            state["run_id"],
-            state["state"],
-            f"{state['num_rows']:,}",
-            f"{state['units_done']:,}/{state['num_units']:,}",
-            f"{counts.get('OK', 0):,}" if counts else "",
-            f"{failed:,}" if counts else "",
-            f"{state['images_per_s']:,.1f}" if state["images_per_s"] else "",
-            state["predicted_at"][:19],
-        )
-    console.print(table)
+    print_table(
+        ("run", "state", "rows", "units", "predictions", "errors", "images/s", "started"),
+        [_state_row(state) for state in states],
+    )
+
+
+def _state_row(state: dict[str, Any]) -> list[str]:
+    counts = state["counts"]
+    return [
+        state["run_id"],
+        state["state"],
+        f"{state['num_rows']:,}",
+        f"{state['units_done']:,}/{state['num_units']:,}",
+        f"{counts.get('OK', 0):,}" if counts else "",
+        f"{sum(n for name, n in counts.items() if name != 'OK'):,}" if counts else "",
+        f"{state['images_per_s']:,.1f}" if state["images_per_s"] else "",
+        state["predicted_at"][:19],
+    ]
 
 
 def verify(
@@ -125,15 +122,7 @@ def clean(
 
 
 def _write_table(columns: list[str], rows: Iterator[tuple[Any, ...]], file: IO[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None)
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(_shown(value) for value in row))
-    Console(file=file, highlight=False, markup=False, width=None if file.isatty() else WIDE).print(table)
+    print_table(columns, ([_shown(value) for value in row] for row in rows), file)
 
 
 def _shown(value: Any) -> str:

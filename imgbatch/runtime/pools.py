@@ -9,7 +9,7 @@ from pathlib import Path
 from imgbatch.config import ResourcesConfig
 from imgbatch.core.plan import DeviceKind
 
-_CPU_BATCH, _GPU_BATCH = 32, 256
+_CPU_BATCH, _GPU_BATCH = 8, 256
 _MAX_AUTO_THREADS = 4
 
 

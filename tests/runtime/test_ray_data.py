@@ -1,0 +1,130 @@
+"""The Ray engine held to the plain loop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.config import Config
+from imgbatch.core import storage
+from imgbatch.core.runs import RunPaths
+from imgbatch.core.verify import verify
+from imgbatch.core.views import open_views
+from imgbatch.runtime.job import classify
+from tests.conftest import changed
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+
+EXACT = "row_id, image_id, label, label_index, width, height, target, shop, price"
+
+
+def on_ray(config: Config, tmp_path: Path, **flags: object) -> Config:
+    return changed(
+        config,
+        classify__engine="ray",
+        output__path=str(tmp_path / "on_ray"),
+        resources__decode_actors=1,
+        resources__classify_actors=1,
+        resources__classify_threads=1,
+        **flags,
+    )
+
+
+def table_of(config: Config, sql: str) -> pa.Table:
+    with open_views(str(config.output.path)) as connection:
+        return connection.sql(sql).to_arrow_table()
+
+
+def assert_same_output(config: Config, oracle: Config) -> None:
+    """Same rows, statuses and labels, probabilities within 1e-5."""
+    predictions = f"select {EXACT} from predictions order by row_id"
+    assert table_of(config, predictions).equals(table_of(oracle, predictions))
+    errors = "select row_id, status, error_stage, error_message, attempts from errors order by row_id"
+    assert table_of(config, errors).equals(table_of(oracle, errors))
+    probabilities = "select unnest(probabilities)::double p from predictions order by row_id"
+    ours, theirs = (table_of(c, probabilities)["p"].to_numpy() for c in (config, oracle))
+    assert abs(ours - theirs).max() < 1e-5
+
+
+def test_ray_gives_what_the_loop_gives(photo_config: Config, tmp_path: Path) -> None:
+    oracle = changed(photo_config, output__partition_by=("shop",))
+    config = on_ray(oracle, tmp_path)
+    result = classify(config)
+    classify(oracle)
+    assert verify(result.out).ok
+    assert_same_output(config, oracle)
+    assert classify(config).already_finished
+    record = storage.read_json(RunPaths(result.out, result.run_id).run_json)
+    assert record["state"] == "finished"
+    assert record["sessions"][0]["units"] == 8
+    assert record["engine_ready_at"] < record["finished_at"]
+    assert set(record["stage_seconds"]) == {"fetch", "decode", "classify", "commit"}
+
+
+def actor_pids(name: str) -> list[int]:
+    """Processes of actors of this class; Ray writes the class into the process title."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            title = " ".join(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if title.startswith("ray::") and name in title:
+            found.append(process.pid)
+    return found
+
+
+def kill_once(name: str, units: Path, killed: list[int]) -> None:
+    """SIGKILL an actor as soon as the first unit is committed."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(units.glob("unit-*")):
+        time.sleep(0.02)
+    for pid in actor_pids(name)[:1]:
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+
+@pytest.mark.parametrize("name", ["DecodeActor", "ClassifyActor"])
+def test_an_actor_that_is_killed_costs_no_row(
+    name: str, photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    manifest = tmp_path / "many.parquet"
+    pq.write_table(
+        pa.table(
+            {
+                "uri": [str(path) for path in photos] * 30,
+                "image_id": [f"{repeat}/{path.name}" for repeat in range(30) for path in photos],
+                "target": ["red"] * 3600,
+                "shop": ["x"] * 3600,
+                "price": [0.0] * 3600,
+            }
+        ),
+        manifest,
+    )
+    oracle = changed(photo_config, input__manifest=str(manifest))
+    config = on_ray(oracle, tmp_path)
+    units = Path(str(config.output.path), "runs")
+    killed: list[int] = []
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list(units.glob("r*")):
+            time.sleep(0.05)
+        kill_once(name, next(iter(units.glob("r*"))) / "units", killed)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = classify(config)
+    thread.join()
+    assert killed
+    assert verify(result.out).ok
+    classify(oracle)
+    assert_same_output(config, oracle)
