@@ -24,7 +24,7 @@ from imgbatch.runtime.isolate import classify_isolated
 from imgbatch.runtime.pools import Pools, choose_batch_size
 from imgbatch.runtime.watchdog import watched
 
-_FINITE_RETRIES = {"max_restarts": 3, "max_task_retries": 3}
+FINITE_RETRIES = {"max_restarts": 3, "max_task_retries": 3}
 """Ray Data's own defaults are infinite: one image that kills its actor would do so for ever."""
 
 
@@ -34,7 +34,7 @@ class RayEngine:
     def __init__(self, run: Run, pools: Pools) -> None:
         self._run = run
         self._pools = pools
-        _configure_ray_data()
+        configure_ray_data()
 
     @property
     def window(self) -> int:
@@ -73,7 +73,7 @@ class RayEngine:
                 num_cpus=pools.decode_cpus,
                 batch_size=None,
                 batch_format="pyarrow",
-                **_FINITE_RETRIES,
+                **FINITE_RETRIES,
             )
             .map_batches(
                 ClassifyActor,
@@ -83,7 +83,7 @@ class RayEngine:
                 num_gpus=pools.classify_gpus,
                 batch_size=None,
                 batch_format="pyarrow",
-                **_FINITE_RETRIES,
+                **FINITE_RETRIES,
             )
             .map_batches(
                 commit_block,
@@ -104,7 +104,8 @@ class RayEngine:
         """The pools end with each pass; nothing is held between them."""
 
 
-def _configure_ray_data() -> None:
+def configure_ray_data() -> None:
+    """One block in is one block out, failures end the pipeline, and nothing is printed."""
     context = DataContext.get_current()
     context.target_max_block_size = None
     context.max_errored_blocks = 0
