@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Set
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgbatch.config import DecodeConfig
+from imgbatch.core.decoder import DecodedUnit, Decoder
+from imgbatch.core.images import Decoded, decode_image
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import ImgbatchError, RowError, Stage, Status, row_error
+
+SPEC = PreprocessSpec(resize_size=16, crop_size=16)
+
+
+def jpeg(width: int = 40, height: int = 30, seed: int = 0) -> bytes:
+    pixels_HWC = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return encode(Image.fromarray(pixels_HWC), "JPEG")
+
+
+def encode(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def slow_png() -> bytes:
+    """Small to send, long to decode: a palette of 100 million pixels, for some seconds in C code."""
+    return encode(Image.new("P", (10_000, 10_000)), "PNG")
+
+
+def assert_all_decoded(unit: DecodedUnit, payloads: list[bytes], except_rows: Set[int] = frozenset()) -> None:
+    for row, data in enumerate(payloads):
+        if row in except_rows:
+            assert unit.errors[row] is not None
+            assert not unit.pixels_NHWC[row].any()
+            assert unit.widths[row] == unit.heights[row] == 0
+        else:
+            expected = decode_image(data, SPEC, max_pixels=10**9)
+            assert isinstance(expected, Decoded)
+            assert unit.errors[row] is None
+            np.testing.assert_array_equal(unit.pixels_NHWC[row], expected.pixels_HWC)
+            assert (unit.widths[row], unit.heights[row]) == (expected.width, expected.height)
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def test_a_unit_is_what_decode_image_makes_of_each_row() -> None:
+    payloads = [jpeg(40 + seed, 30, seed) for seed in range(20)]
+    with Decoder(SPEC, DecodeConfig()) as decoder:
+        unit = decoder.decode(payloads, len(payloads))
+        again = decoder.decode(iter(payloads[:3]), 3)
+    assert_all_decoded(unit, payloads)
+    assert_all_decoded(again, payloads[:3])
+    assert unit.pixels_NHWC.shape == (20, 16, 16, 3)
+    assert unit.pixels_NHWC.dtype == np.uint8
+    assert unit.widths.dtype == unit.heights.dtype == np.int32
+    assert unit.decode_s > 0
+
+
+def test_errors_stay_in_their_rows() -> None:
+    missing = row_error(Status.NOT_FOUND, Stage.FETCH, "no such file")
+    with Decoder(SPEC, DecodeConfig(max_pixels=1500)) as decoder:
+        unit = decoder.decode([b"", missing, jpeg(), b"<html>", jpeg(100, 100)], 5)
+    assert [error.status if error else Status.OK for error in unit.errors] == [
+        Status.EMPTY,
+        Status.NOT_FOUND,
+        Status.OK,
+        Status.NOT_AN_IMAGE,
+        Status.TOO_LARGE,
+    ]
+    assert unit.errors[1] is missing
+    assert unit.errors[4] == RowError(Status.TOO_LARGE, Stage.DECODE, "100 x 100 px, more than 1500 (max_pixels)")
+
+
+def test_a_unit_without_rows_and_one_of_nothing_but_errors() -> None:
+    missing = row_error(Status.NOT_FOUND, Stage.FETCH, "no such file")
+    with Decoder(SPEC, DecodeConfig()) as decoder:
+        assert decoder.decode([], 0).errors == []
+        assert decoder.decode([missing], 1).errors == [missing]
+
+
+def test_images_larger_than_any_socket_buffer_pass() -> None:
+    payloads = [encode(Image.effect_noise((1500, 1500), 90).convert("RGB"), "BMP"), jpeg()]
+    assert len(payloads[0]) > 6_000_000
+    with Decoder(SPEC, DecodeConfig()) as decoder:
+        assert_all_decoded(decoder.decode(payloads, 2), payloads)
+
+
+def test_a_hanging_decoder_is_a_timeout_of_one_row() -> None:
+    payloads = [jpeg(), slow_png(), jpeg(seed=1), slow_png(), jpeg(seed=2)]
+    with Decoder(SPEC, DecodeConfig(timeout_s=0.1)) as decoder:
+        unit = decoder.decode(payloads, 5)
+    assert_all_decoded(unit, payloads, except_rows={1, 3})
+    for error in (unit.errors[1], unit.errors[3]):
+        assert error is not None
+        assert (error.status, error.stage, error.attempts) == (Status.TIMEOUT, Stage.DECODE, 1)
+        assert "decode.timeout_s" in error.message
+
+
+def test_memory_is_bounded_for_the_child_and_not_for_this_process() -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    payloads = [jpeg(), encode(Image.new("RGB", (6000, 6000)), "PNG"), jpeg(seed=1)]
+    with Decoder(SPEC, DecodeConfig(memory_mb=32)) as decoder:
+        unit = decoder.decode(payloads, 3)
+    assert_all_decoded(unit, payloads, except_rows={1})
+    assert unit.errors[1] is not None
+    assert (unit.errors[1].status, unit.errors[1].attempts) == (Status.OUT_OF_MEMORY, 2)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+
+
+def signalling(decoder: Decoder, payloads: list[bytes], rows: set[int], sent: signal.Signals) -> Iterator[bytes]:
+    """``payloads``; before each of ``rows`` the child, by then at work on a slow image, is sent a signal."""
+    for row, data in enumerate(payloads):
+        if row in rows:
+            time.sleep(0.3)
+            assert decoder.child_pid is not None
+            os.kill(decoder.child_pid, sent)
+            while sent is not signal.SIGSTOP and is_alive(decoder.child_pid):
+                time.sleep(0.01)
+        yield data
+
+
+def test_a_child_killed_once_costs_no_row() -> None:
+    payloads = [jpeg(), slow_png(), jpeg(seed=1)]
+    with Decoder(SPEC, DecodeConfig()) as decoder:
+        decoder.decode(payloads[:1], 1)
+        unit = decoder.decode(signalling(decoder, payloads, {2}, signal.SIGKILL), 3)
+    assert_all_decoded(unit, payloads)
+
+
+def test_a_row_that_the_child_dies_of_twice_is_a_decoder_crash() -> None:
+    payloads = [jpeg(), slow_png(), jpeg(seed=1), jpeg(seed=2), jpeg(seed=3)]
+    with Decoder(SPEC, DecodeConfig()) as decoder:
+        decoder.decode(payloads[:1], 1)
+        unit = decoder.decode(signalling(decoder, payloads, {2, 3}, signal.SIGSEGV), 5)
+    assert_all_decoded(unit, payloads, except_rows={1})
+    assert unit.errors[1] is not None
+    assert (unit.errors[1].status, unit.errors[1].attempts) == (Status.DECODER_CRASH, 2)
+    assert "SIGSEGV" in unit.errors[1].message
+
+
+def test_a_stopped_child_is_a_timeout() -> None:
+    payloads = [jpeg(), slow_png(), jpeg(seed=1)]
+    with Decoder(SPEC, DecodeConfig(timeout_s=1.0)) as decoder:
+        decoder.decode(payloads[:1], 1)
+        unit = decoder.decode(signalling(decoder, payloads, {2}, signal.SIGSTOP), 3)
+    assert_all_decoded(unit, payloads, except_rows={1})
+    assert unit.errors[1] is not None
+    assert (unit.errors[1].status, unit.errors[1].attempts) == (Status.TIMEOUT, 1)
+
+
+def test_a_child_that_died_between_units_is_replaced() -> None:
+    payloads = [jpeg()]
+    with Decoder(SPEC, DecodeConfig()) as decoder:
+        decoder.decode(payloads, 1)
+        first = decoder.child_pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        assert_all_decoded(decoder.decode(payloads, 1), payloads)
+        assert decoder.child_pid != first
+
+
+def test_a_child_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "simplejpeg.py").write_text("raise ImportError('this build of simplejpeg is broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Decoder(SPEC, DecodeConfig()) as decoder, pytest.raises(ImgbatchError, match="simplejpeg is broken"):
+        decoder.decode([jpeg()], 1)
+    assert not children()
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_wrong_number_of_payloads_is_the_callers_mistake(num_rows: int) -> None:
+    with Decoder(SPEC, DecodeConfig()) as decoder, pytest.raises(ValueError, match="argument 2"):
+        decoder.decode([jpeg(), jpeg()], num_rows)
+
+
+def test_an_exception_among_the_payloads_ends_the_child_and_nothing_else() -> None:
+    def failing() -> Iterator[bytes]:
+        yield jpeg()
+        raise KeyError("from the fetcher")
+
+    with Decoder(SPEC, DecodeConfig()) as decoder:
+        with pytest.raises(KeyError, match="from the fetcher"):
+            decoder.decode(failing(), 2)
+        assert decoder.child_pid is None
+        assert_all_decoded(decoder.decode([jpeg()], 1), [jpeg()])
+
+
+def test_nothing_is_left_behind() -> None:
+    descriptors = open_descriptors()
+    payloads = [jpeg(), slow_png()]
+    for timeout_s in (20.0, 0.1):
+        with Decoder(SPEC, DecodeConfig(timeout_s=timeout_s)) as decoder:
+            decoder.decode(payloads, 2)
+    forgotten = Decoder(SPEC, DecodeConfig())
+    forgotten.decode(payloads[:1], 1)
+    del forgotten
+    assert open_descriptors() == descriptors
+    assert not children()
+
+
+def test_the_child_ends_with_its_parent() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from imgbatch.config import DecodeConfig\n"
+        "from imgbatch.core.decoder import Decoder\n"
+        "from imgbatch.core.transforms import PreprocessSpec\n"
+        "decoder = Decoder(PreprocessSpec(), DecodeConfig())\n"
+        "decoder.decode([b'x'], 1)\n"
+        "print(decoder.child_pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    parent = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert parent.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while is_alive(int(parent.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(int(parent.stdout))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_every_odd_file_ends_in_pixels_or_a_reason(test_data: Path) -> None:
+    files = sorted(file for file in (test_data / "odd-images").rglob("*") if file.is_file())
+    payloads = [file.read_bytes() for file in files]
+    with Decoder(SPEC, DecodeConfig(timeout_s=10, memory_mb=1024)) as decoder:
+        unit = decoder.decode(payloads, len(payloads))
+    statuses = {file.name: error.status if error else Status.OK for file, error in zip(files, unit.errors, strict=True)}
+    assert len(statuses) > 400
+    counts = {status: list(statuses.values()).count(status) for status in statuses.values()}
+    assert set(counts) == {
+        Status.OK,
+        Status.UNSUPPORTED_FORMAT,
+        Status.NOT_AN_IMAGE,
+        Status.TRUNCATED,
+        Status.CORRUPT,
+        Status.TOO_LARGE,
+    }
+    assert counts[Status.OK] >= 290
+    other_formats = (".ico", ".ff", ".exr", ".hdr", ".qoi", ".ppm", ".pgm", ".pbm")
+    for name, status in statuses.items():
+        if name.endswith(other_formats):
+            assert status is Status.UNSUPPORTED_FORMAT, name
+        elif name.endswith((".tga", ".icc")):
+            assert status in (Status.UNSUPPORTED_FORMAT, Status.NOT_AN_IMAGE), name
+        elif name.endswith((".md", ".txt", ".sh", ".scan")) or "LICENSE" in name or name.endswith("README"):
+            assert status is Status.NOT_AN_IMAGE, name
+        elif name.startswith(("bad__bmp__Bad_", "testpngs__crashers__huge")):
+            assert status in (Status.OK, Status.CORRUPT, Status.TRUNCATED, Status.TOO_LARGE), name
+        elif name.startswith(("pngsuite", "Landscape_")):
+            assert status is Status.OK, name
