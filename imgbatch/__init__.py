@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from imgbatch.core.model import load_bundle as load_model
     from imgbatch.core.verify import VerifyResult, verify
     from imgbatch.runtime.job import RunResult, classify
+    from imgbatch.runtime.train import TrainResult, train
 
 _HOME = {
     "Config": ("imgbatch.config", "Config"),
@@ -28,17 +29,21 @@ _HOME = {
     "verify": ("imgbatch.core.verify", "verify"),
     "RunResult": ("imgbatch.runtime.job", "RunResult"),
     "classify": ("imgbatch.runtime.job", "classify"),
+    "TrainResult": ("imgbatch.runtime.train", "TrainResult"),
+    "train": ("imgbatch.runtime.train", "train"),
 }
 
 __all__ = [
     "Config",
     "ModelBundle",
     "RunResult",
+    "TrainResult",
     "VerifyResult",
     "__version__",
     "classify",
     "load_config",
     "load_model",
+    "train",
     "verify",
 ]
 

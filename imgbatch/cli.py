@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from imgbatch.commands import classify, demo, evaluate, manifest, model, output
+from imgbatch.commands import classify, demo, evaluate, manifest, model, output, train
 from imgbatch.commands.common import messages
 from imgbatch.errors import ExitCode, ImgbatchError
 
@@ -30,6 +30,7 @@ app.command("status")(output.status)
 app.command("verify")(output.verify)
 app.command("query")(output.query)
 app.command("clean")(output.clean)
+app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("calibrate")(evaluate.calibrate)
 app.command("compare")(evaluate.compare)

@@ -1,0 +1,126 @@
+"""What a fine-tuned network has to beat: linear classifiers on the features of a frozen one.
+
+Each is a plain linear layer, so its bundle is the backbone with that layer as its head and is classified like any
+other model.
+
+Legend of shape suffixes: N image, D feature, K class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from imgbatch.core.architectures import head_module_name
+from imgbatch.core.description import Task
+from imgbatch.errors import UsageError
+
+LOGISTIC_REGRESSION, PROTOTYPES = "logistic_regression", "prototypes"
+BASELINES = (LOGISTIC_REGRESSION, PROTOTYPES)
+
+_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+_SCALES = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 5))
+_MAX_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """``logits_NK = features_ND @ weight_KD.T + bias_K``, float32."""
+
+    weight_KD: Tensor
+    bias_K: Tensor
+    setting: float
+    """The penalty (logistic_regression) or scale (prototypes) that was best on the validation split."""
+
+    def logits(self, features_ND: Tensor) -> Tensor:
+        return functional.linear(features_ND, self.weight_KD, self.bias_K)
+
+    def install(self, network: nn.Module, arch: str) -> None:
+        """Make it the head of a network; see :func:`check_linear_head`."""
+        head = network.get_submodule(head_module_name(arch))
+        with torch.no_grad():
+            for parameter, value in ((head.weight, self.weight_KD), (head.bias, self.bias_K)):
+                assert isinstance(parameter, nn.Parameter)
+                parameter.copy_(value)
+
+
+def check_linear_head(network: nn.Module, arch: str) -> None:
+    """Raise :class:`UsageError` unless the network ends in a linear layer."""
+    if not isinstance(network.get_submodule(head_module_name(arch)), nn.Linear):
+        raise UsageError(
+            f"{arch}: its head is a convolution, to which no linear classifier can be fitted; take another"
+        )
+
+
+def fit_head(
+    kind: str, train_ND: Tensor, truth_NK: Tensor, validation_ND: Tensor, validation_NK: Tensor, *, task: Task
+) -> LinearHead:
+    """The ``kind`` of head that has the lowest validation loss among a few settings.
+
+    Args:
+        kind: one of :data:`BASELINES`.
+        train_ND: features, float32; likewise ``validation_ND``.
+        truth_NK: float32, 1 where an image shows the class; likewise ``validation_NK``.
+    """
+    if kind == PROTOTYPES:
+        candidates = [fit_prototypes(train_ND, truth_NK, task=task, scale=scale) for scale in _SCALES]
+    else:
+        candidates = [fit_logistic(train_ND, truth_NK, task=task, penalty=penalty) for penalty in _PENALTIES]
+    return min(candidates, key=lambda head: float(_loss(head.logits(validation_ND), validation_NK, task)))
+
+
+def fit_logistic(features_ND: Tensor, truth_NK: Tensor, *, task: Task, penalty: float) -> LinearHead:
+    """Logistic regression on standardised features, by L-BFGS in float64.
+
+    Args:
+        penalty: half of it times the squared norm of the weights is added to the mean loss; scikit-learn's C is
+            ``1 / (penalty * N)``.
+    """
+    features = features_ND.double()
+    mean_D, std_D = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
+    standard_ND = (features - mean_D) / std_D
+    truth = truth_NK.double()
+    weight_KD = torch.zeros(truth.shape[1], features.shape[1], dtype=torch.float64, requires_grad=True)
+    bias_K = torch.zeros(truth.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_KD, bias_K], max_iter=_MAX_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = _loss(functional.linear(standard_ND, weight_KD, bias_K), truth, task)
+        loss = loss + 0.5 * penalty * weight_KD.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    scaled_KD = weight_KD.detach() / std_D
+    return LinearHead(scaled_KD.float(), (bias_K.detach() - scaled_KD @ mean_D).float(), penalty)
+
+
+def fit_prototypes(features_ND: Tensor, truth_NK: Tensor, *, task: Task, scale: float) -> LinearHead:
+    """The nearest class mean: few-shot classification from a handful of images per class (Snell et al., 2017).
+
+    Logits are minus the squared distance to each class's mean; what all classes share drops out and leaves them
+    linear. Multilabel: the distance to the mean of the images without the class less that to the mean of those with.
+
+    Args:
+        scale: what the logits are multiplied by, relative to the features' mean squared norm.
+    """
+    features, truth = features_ND.double(), truth_NK.double()
+    scale_by_norm = scale / float(features.square().sum(dim=1).mean().clamp(min=1e-12)) * features.shape[1] ** 0.5
+    with_KD = truth.T @ features / truth.sum(dim=0)[:, None]
+    weight_KD, bias_K = 2 * with_KD, -with_KD.square().sum(dim=1)
+    if task == "multilabel":
+        without = 1 - truth
+        without_KD = without.T @ features / without.sum(dim=0)[:, None]
+        weight_KD, bias_K = weight_KD - 2 * without_KD, bias_K + without_KD.square().sum(dim=1)
+    return LinearHead((scale_by_norm * weight_KD).float(), (scale_by_norm * bias_K).float(), scale)
+
+
+def _loss(logits_NK: Tensor, truth_NK: Tensor, task: Task) -> Tensor:
+    if task == "multilabel":
+        return functional.binary_cross_entropy_with_logits(logits_NK, truth_NK.to(logits_NK))
+    return functional.cross_entropy(logits_NK, truth_NK.to(logits_NK))

@@ -1,0 +1,191 @@
+"""Images decoded once, kept as uint8 crops on disk and mapped by every process that needs them.
+
+    STORE/rows.parquet     row_id and uri, one row group per part
+    STORE/part-00000.npy   the part's crops, uint8 NHWC, zeros where a row failed
+    STORE/part-00000.json  which rows failed and why; written last, so a part is whole or absent
+
+Legend of shape suffixes: N image, H height, W width, C channel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgbatch.config import Config
+from imgbatch.core import storage
+from imgbatch.core.decoder import Decoder
+from imgbatch.core.fetch import Fetcher
+from imgbatch.core.manifest import Manifest, open_manifest
+from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import RowError, Stage, Status, row_error
+from imgbatch.schema import ROW_ID, URI
+
+_PART_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class FailedImage:
+    """An image that training leaves out."""
+
+    row_id: int
+    uri: str | None
+    status: str
+    message: str
+
+
+@dataclass(frozen=True)
+class CropStore:
+    """Where the crops of some rows are or will be; small enough to send to another process."""
+
+    directory: str
+    spec: PreprocessSpec
+    num_rows: int
+
+    @property
+    def part_rows(self) -> int:
+        """Images in every part but the last."""
+        return max(1, _PART_BYTES // self.spec.pixel_bytes)
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.num_rows // self.part_rows)
+
+    @property
+    def rows_file(self) -> str:
+        return storage.join(self.directory, "rows.parquet")
+
+    def pixels_file(self, part: int) -> str:
+        return storage.join(self.directory, f"part-{part:05d}.npy")
+
+    def report_file(self, part: int) -> str:
+        return storage.join(self.directory, f"part-{part:05d}.json")
+
+    def missing_parts(self) -> list[int]:
+        """Parts that are still to decode."""
+        there = {info.uri.rsplit("/", 1)[-1] for info in storage.list_files(self.directory, ".json")}
+        return [part for part in range(self.num_parts) if self.report_file(part).rsplit("/", 1)[-1] not in there]
+
+    def failed_images(self) -> list[FailedImage]:
+        """Every image without a crop, in row order."""
+        reports = (storage.read_json(self.report_file(part)) for part in range(self.num_parts))
+        return [FailedImage(**failed) for report in reports for failed in report["failed"]]
+
+    def open(self) -> Crops:
+        """The crops, mapped; a store that is not on this machine's disks is copied to its temporary directory first."""
+        paths = [self._local_part(part) for part in range(self.num_parts)]
+        return Crops([np.load(path, mmap_mode="r") for path in paths], self.part_rows)
+
+    def _local_part(self, part: int) -> Path:
+        uri = self.pixels_file(part)
+        if storage.is_local(uri):
+            return storage.local_path(uri)
+        key = hashlib.sha256(self.directory.encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir(), f"imgbatch-crops-{key}", f"part-{part:05d}.npy")
+        storage.create_if_absent(str(path), b"" if path.exists() else storage.read_bytes(uri))
+        return path
+
+
+class Crops:
+    """The crops of a store, by position."""
+
+    def __init__(self, parts: Sequence[np.ndarray], part_rows: int) -> None:
+        self._parts = parts
+        self._part_rows = part_rows
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        """One crop, uint8 HWC, read-only."""
+        part, row = divmod(position, self._part_rows)
+        return self._parts[part][row]
+
+    def take(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """A copy of several crops, uint8 NHWC, in the order asked for."""
+        return np.stack([self[int(position)] for position in positions])
+
+
+def create_store(
+    parent: str, manifest: Manifest, row_ids_N: np.ndarray, spec: PreprocessSpec, *, identity: str
+) -> CropStore:
+    """The store for these rows below ``parent``: a fresh one, or the one that is there for the same images.
+
+    Args:
+        row_ids_N: int64, rising.
+        spec: how images are decoded; its crop is what is kept.
+        identity: of the manifest's content.
+    """
+    key = json.dumps([identity, spec.to_dict(), hashlib.sha256(row_ids_N.tobytes()).hexdigest()], sort_keys=True)
+    directory = storage.join(parent, f"crops-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    store = CropStore(directory, spec, len(row_ids_N))
+    if not storage.exists(store.rows_file):
+        table = pa.table({ROW_ID: row_ids_N, URI: _uris(manifest, row_ids_N)})
+        with storage.staged_file(store.rows_file) as staged:
+            pq.write_table(table, staged, row_group_size=store.part_rows)
+    return store
+
+
+def _uris(manifest: Manifest, row_ids_N: np.ndarray) -> pa.Array:
+    if URI not in manifest.schema.names:
+        return pa.nulls(len(row_ids_N), pa.string())
+    return pa.concat_tables(manifest.iter_batches([URI]))[URI].take(pa.array(row_ids_N)).combine_chunks()
+
+
+class CropDecoder:
+    """Decodes parts of a store with the decoder that classification uses. Holds a child process: close it."""
+
+    def __init__(self, store: CropStore, config: Config) -> None:
+        self._store = store
+        self._fetcher = Fetcher(config.fetch)
+        self._decoder = Decoder(store.spec, config.decode)
+        manifest = open_manifest(str(config.input.manifest))
+        self._embedded = EmbeddedImages(manifest) if manifest.has_bytes else None
+
+    def decode_part(self, part: int) -> dict[str, Any]:
+        """Decode and store one part; returns its report, which lists the images that failed."""
+        with storage.open_input(self._store.rows_file) as file:
+            rows = pq.ParquetFile(file).read_row_group(part)
+        decoded = self._decoder.decode(self._payloads(rows), rows.num_rows)
+        failed = [
+            {"row_id": row_id, "uri": uri, "status": error.status.value, "message": error.message}
+            for row_id, uri, error in zip(rows[ROW_ID].to_pylist(), rows[URI].to_pylist(), decoded.errors, strict=True)
+            if error is not None
+        ]
+        with storage.staged_file(self._store.pixels_file(part)) as staged, staged.open("wb") as file:
+            np.save(file, decoded.pixels_NHWC)
+        report = {"num_rows": rows.num_rows, "failed": failed}
+        storage.write_json(self._store.report_file(part), report)
+        return report
+
+    def _payloads(self, rows: pa.Table) -> Any:
+        if self._embedded is None:
+            return self._fetcher.fetch(rows[URI].to_pylist())
+        missing: RowError = row_error(Status.EMPTY, Stage.FETCH, "the bytes column is null")
+        return (data if data is not None else missing for data in self._embedded.read(rows[ROW_ID].to_pylist()))
+
+    def close(self) -> None:
+        self._decoder.close()
+        self._fetcher.close()
+
+    def __enter__(self) -> CropDecoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def decode_crops(store: CropStore, config: Config) -> None:
+    """Decode what is missing in a plain loop."""
+    parts = store.missing_parts()
+    if parts:
+        with CropDecoder(store, config) as decoder:
+            for part in parts:
+                decoder.decode_part(part)

@@ -1,0 +1,97 @@
+"""From stored crops to batches on the device.
+
+Legend of shape suffixes: B image of the batch, C channel, H height, W width, K class, M image of this worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from imgbatch.core.training.augment import augment_image, build_augmentation
+from imgbatch.core.training.crops import Crops
+from imgbatch.core.training.job import TrainingJob
+from imgbatch.core.training.labelled import TRAIN
+from imgbatch.core.training.workers import Worker
+from imgbatch.core.transforms import PreprocessSpec
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""images_BCHW uint8, truth_BK float32, row_ids_B int64."""
+
+
+class AugmentedImages(Dataset[tuple[Tensor, Tensor, int]]):
+    """Training images as the network sees them, by (epoch, position)."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        images = job.splits[TRAIN]
+        self._crops: Crops | None = None
+        self._store = job.store_of(TRAIN)
+        self._positions = job.positions[TRAIN]
+        self._row_ids = images.row_ids_N
+        self._truth_NK = torch.from_numpy(images.dense_truth(len(job.class_names)))
+        self._augmentation = build_augmentation(job.config.augment, job.spec)
+        self._seed = job.train.seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        epoch, index = key
+        # Opened where it is used: every loader process maps the files itself.
+        self._crops = self._crops or self._store.open()
+        image_CHW = torch.from_numpy(self._crops[int(self._positions[index])].copy()).permute(2, 0, 1)
+        row_id = int(self._row_ids[index])
+        varied_CHW = augment_image(image_CHW, self._augmentation, seed=self._seed, epoch=epoch, row_id=row_id)
+        return varied_CHW, self._truth_NK[index], row_id
+
+
+def iter_training_batches(
+    images: AugmentedImages, passes: Iterator[list[tuple[int, int]]], worker: Worker
+) -> Iterator[Batch]:
+    """A batch for each of ``passes``, prepared ahead where the worker has loader processes."""
+    loader: DataLoader[tuple[Tensor, Tensor, int]] = DataLoader(
+        images,
+        batch_sampler=passes,
+        num_workers=worker.loader_processes,
+        pin_memory=worker.device.type == "cuda",
+        prefetch_factor=4 if worker.loader_processes else None,
+    )
+    return iter(loader)
+
+
+class Normaliser:
+    """uint8 to float32 on the device, exactly as classification does it."""
+
+    def __init__(self, spec: PreprocessSpec, device: torch.device) -> None:
+        std_C = 255.0 * torch.tensor(spec.std)
+        self._scale_C11 = std_C.reciprocal().view(-1, 1, 1).to(device)
+        self._shift_C11 = (-255.0 * torch.tensor(spec.mean) / std_C).view(-1, 1, 1).to(device)
+        self._device = device
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        pixels = images_BCHW.to(self._device, non_blocking=True).to(memory_format=torch.channels_last)
+        return torch.addcmul(self._shift_C11, pixels.float(), self._scale_C11)
+
+
+def iter_evaluation_batches(job: TrainingJob, split: str, worker: Worker, batch_size: int) -> Iterator[Tensor]:
+    """This worker's images of a split (rank, rank + world_size, ...) as the model will see them, uint8 BCHW."""
+    crops = job.store_of(split).open()
+    positions_M = job.positions[split][worker.rank :: worker.world_size]
+    side = job.spec.crop_size
+    for start in range(0, len(positions_M), batch_size):
+        images_BHWC = crops.take(positions_M[start : start + batch_size])
+        offset = (images_BHWC.shape[1] - side) // 2
+        centre_BHWC = images_BHWC[:, offset : offset + side, offset : offset + side]
+        yield torch.from_numpy(np.ascontiguousarray(centre_BHWC)).permute(0, 3, 1, 2)
+
+
+def sample_augmented(job: TrainingJob, *, num_images: int = 8, num_variants: int = 8) -> tuple[np.ndarray, list[str]]:
+    """Some training images as the first epochs will show them: uint8 NHWC, image by image, and the class of each."""
+    images = job.splits[TRAIN]
+    chosen = np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int)
+    augmented = AugmentedImages(job)
+    shown = [augmented[epoch, int(index)][0] for index in chosen for epoch in range(1, num_variants + 1)]
+    truth_NK = images.dense_truth(len(job.class_names))[chosen]
+    names = [" + ".join(np.array(job.class_names)[row > 0]) for row in truth_NK]
+    return torch.stack(shown).permute(0, 2, 3, 1).numpy(), [name for name in names for _ in range(num_variants)]

@@ -1,0 +1,154 @@
+"""A training job: everything that workers need, settled before they start and stored for those that start again.
+
+STORAGE/crops-*/             decoded images (see ``crops``), shared by jobs on the same images
+STORAGE/t<fingerprint>/      the job
+    job.json  labels.npz  initial.safetensors
+    last.pt  best.safetensors  epochs.jsonl  outcome.json  failure.json
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from imgbatch.config import Config, TrainConfig, parse_config
+from imgbatch.core import storage
+from imgbatch.core.description import Task
+from imgbatch.core.training.crops import CropStore
+from imgbatch.core.training.labelled import TRAIN, LabelledSplit
+from imgbatch.core.transforms import PreprocessSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class JobPaths:
+    """The files of a job."""
+
+    directory: str
+
+    @property
+    def description(self) -> str:
+        return storage.join(self.directory, "job.json")
+
+    @property
+    def labels(self) -> str:
+        return storage.join(self.directory, "labels.npz")
+
+    @property
+    def initial(self) -> str:
+        return storage.join(self.directory, "initial.safetensors")
+
+    @property
+    def last(self) -> str:
+        return storage.join(self.directory, "last.pt")
+
+    @property
+    def best(self) -> str:
+        return storage.join(self.directory, "best.safetensors")
+
+    @property
+    def epochs(self) -> str:
+        return storage.join(self.directory, "epochs.jsonl")
+
+    @property
+    def outcome(self) -> str:
+        """What was measured, when training is over."""
+        return storage.join(self.directory, "outcome.json")
+
+    @property
+    def failure(self) -> str:
+        """Why trying again would not help."""
+        return storage.join(self.directory, "failure.json")
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What workers train, as stored in job.json and labels.npz."""
+
+    paths: JobPaths
+    config: Config
+    arch: str
+    baseline: str | None
+    method: str
+    keeps_head: bool
+    """Whether the weights to start from bring the head too."""
+    task: Task
+    class_names: tuple[str, ...]
+    spec: PreprocessSpec
+    stores: dict[str, CropStore]
+    splits: dict[str, LabelledSplit]
+    positions: dict[str, np.ndarray]
+    """Of each split: where its images are in their store, int64 (N,)."""
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.config.train
+
+    def store_of(self, split: str) -> CropStore:
+        return self.stores["train" if split == TRAIN else "evaluation"]
+
+
+def save_job(job: TrainingJob, initial_weights: Mapping[str, Tensor]) -> None:
+    """Store a job and what it starts from; job.json is written last."""
+    import safetensors.torch
+
+    weights = {name: tensor.detach().contiguous() for name, tensor in initial_weights.items()}
+    storage.replace(job.paths.initial, safetensors.torch.save(weights))
+    storage.replace(job.paths.labels, _pack_labels(job))
+    storage.write_json(job.paths.description, _description(job))
+
+
+def load_job(directory: str) -> TrainingJob:
+    """The job stored in a directory."""
+    paths = JobPaths(directory)
+    values = storage.read_json(paths.description)
+    with np.load(io.BytesIO(storage.read_bytes(paths.labels))) as arrays:
+        names = [name.removesuffix("/truth") for name in arrays if name.endswith("/truth")]
+        splits = {name: LabelledSplit(arrays[f"{name}/row_ids"], arrays[f"{name}/truth"]) for name in names}
+        positions = {name: arrays[f"{name}/positions"] for name in names}
+    stores = {
+        name: CropStore(store["directory"], PreprocessSpec.from_dict(store["spec"]), store["num_rows"])
+        for name, store in values.pop("stores").items()
+    }
+    return TrainingJob(
+        **values
+        | {
+            "paths": paths,
+            "config": parse_config(values["config"]),
+            "class_names": tuple(values["class_names"]),
+            "spec": PreprocessSpec.from_dict(values["spec"]),
+            "stores": stores,
+            "splits": splits,
+            "positions": positions,
+        }
+    )
+
+
+def _description(job: TrainingJob) -> dict[str, Any]:
+    return {
+        "config": job.config.model_dump(mode="json"),
+        "arch": job.arch,
+        "baseline": job.baseline,
+        "method": job.method,
+        "keeps_head": job.keeps_head,
+        "task": job.task,
+        "class_names": job.class_names,
+        "spec": job.spec.to_dict(),
+        "stores": {name: asdict(store) for name, store in job.stores.items()},
+    }
+
+
+def _pack_labels(job: TrainingJob) -> bytes:
+    arrays = {}
+    for name, images in job.splits.items():
+        arrays[f"{name}/row_ids"], arrays[f"{name}/truth"] = images.row_ids_N, images.truth
+        arrays[f"{name}/positions"] = job.positions[name]
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()

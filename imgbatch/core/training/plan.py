@@ -1,0 +1,257 @@
+"""What is to be trained, checked before anything is decoded, and settled once everything is.
+
+plan_training -> TrainingPlan -> (decode its stores) -> settle_job -> TrainingJob
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from imgbatch.config import Config, TrainConfig
+from imgbatch.core import storage
+from imgbatch.core.architectures import check_architecture, default_preprocess
+from imgbatch.core.baselines import BASELINES, check_linear_head
+from imgbatch.core.manifest import Manifest, open_manifest
+from imgbatch.core.model import DESCRIPTION_FILE, ModelBundle, load_bundle, load_network
+from imgbatch.core.training.augment import room_spec
+from imgbatch.core.training.crops import CropStore, FailedImage, create_store
+from imgbatch.core.training.job import JobPaths, TrainingJob, save_job
+from imgbatch.core.training.labelled import TRAIN, Labelled, check_class_counts, read_labelled
+from imgbatch.core.training.measure import check_metric
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.weights import fit_network, published_name, read_state_dict
+from imgbatch.errors import ErrorBudgetExceeded, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_UNDECISIVE = {"num_workers", "max_failures", "storage", "weights"}
+"""Keys of the section ``train`` that do not change the result; weights count by their content."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is to be trained, checked; nothing is decoded yet."""
+
+    config: Config
+    manifest: Manifest
+    manifest_identity: str
+    labelled: Labelled
+    arch: str
+    """The network; a baseline's backbone."""
+    baseline: str | None
+    method: str
+    """``fine_tune``, ``linear_probe`` or ``from_scratch``; of a baseline ``frozen``."""
+    start: ModelBundle | None
+    """The bundle that training starts from, if it does."""
+    weights_identity: str | None
+    spec: PreprocessSpec
+    storage: str
+    fingerprint: str
+
+    @property
+    def paths(self) -> JobPaths:
+        return JobPaths(storage.join(self.storage, f"t{self.fingerprint}"))
+
+    def stores(self) -> dict[str, CropStore]:
+        """Where images are decoded to: training images with room for augmentation, the others as they are seen."""
+        train_spec = self.spec if self.baseline else room_spec(self.spec, self.config.augment)
+
+        def store(rows_N: np.ndarray, spec: PreprocessSpec) -> CropStore:
+            return create_store(self.storage, self.manifest, rows_N, spec, identity=self.manifest_identity)
+
+        others = next(name for name in self.labelled.splits if name != TRAIN)
+        return {
+            "train": store(self.stored_rows(TRAIN), train_spec),
+            "evaluation": store(self.stored_rows(others), self.spec),
+        }
+
+    def stored_rows(self, split: str) -> np.ndarray:
+        """The rows in the store that holds a split, int64, rising: train has its own, the others share one."""
+        splits = self.labelled.splits
+        if split == TRAIN:
+            return splits[TRAIN].row_ids_N
+        return np.sort(np.concatenate([images.row_ids_N for name, images in splits.items() if name != TRAIN]))
+
+
+def plan_training(config: Config) -> TrainingPlan:
+    """Check everything that can be checked without looking at an image.
+
+    Raises:
+        UsageError: one line that names the option, column or class at fault.
+    """
+    train = config.train
+    if config.input.manifest is None:
+        raise UsageError("input.manifest: not given; name one with --manifest")
+    if config.output.path is None:
+        raise UsageError("output.path: not given; name a directory with -o")
+    baseline = train.arch if train.arch in BASELINES else None
+    arch = train.backbone if baseline else train.arch
+    if baseline and train.weights is None:
+        raise UsageError(f"train.weights: {baseline} needs a trained backbone; name its weights with --weights")
+    check_architecture(arch)
+    method = _resolve_method(train, baseline)
+    start = _bundle_at(train.weights)
+    if start is not None and start.arch != arch:
+        raise UsageError(
+            f"train.weights: the model at {start.path} is a {start.arch}, not a {arch}; give --arch for it"
+        )
+    manifest = open_manifest(config.input.manifest)
+    labelled = read_labelled(manifest, task=train.task, limit=config.input.limit)
+    check_class_counts(labelled, min_images=1 if baseline else 2, where=f"manifest {manifest.path}")
+    if start is not None and not baseline and start.class_names != labelled.class_names:
+        raise UsageError(
+            f"train.weights: the model at {start.path} has other classes ({', '.join(start.class_names[:5])}, …) "
+            f"than the manifest ({', '.join(labelled.class_names[:5])}, …); give its model.safetensors for a new head"
+        )
+    if train.metric != "auto" and train.metric != "loss" and not check_metric(train.metric, labelled.task):
+        raise UsageError(f"train.metric: {labelled.task} has no {train.metric}; auto fits every task")
+    spec = start.preprocess if start else default_preprocess(arch, published_name(train.weights or "") or "DEFAULT")
+    try:
+        spec = spec.with_sizes(config.preprocess.resize_size, config.preprocess.crop_size)
+    except ValueError as error:
+        raise UsageError(f"preprocess: {error}") from error
+    identity = manifest.content_identity()
+    weights_identity = _weights_identity(train.weights, start)
+    return TrainingPlan(
+        config=config,
+        manifest=manifest,
+        manifest_identity=identity,
+        labelled=labelled,
+        arch=arch,
+        baseline=baseline,
+        method=method,
+        start=start,
+        weights_identity=weights_identity,
+        spec=spec,
+        storage=storage.absolute(train.storage or storage.join(str(config.output.path), "training")),
+        fingerprint=_fingerprint(config, identity, weights_identity, spec),
+    )
+
+
+def initial_network(plan: TrainingPlan) -> nn.Module:
+    """The network before the first step, float32: as the weights and the seed say."""
+    import torch
+
+    from imgbatch.core.architectures import build_network, replace_head
+
+    num_classes = len(plan.labelled.class_names)
+    torch.manual_seed(plan.config.train.seed)
+    if plan.method == "from_scratch":
+        return build_network(plan.arch, num_classes, crop_size=plan.spec.crop_size)
+    if plan.start is not None:
+        network = load_network(plan.start)
+    else:
+        weights = str(plan.config.train.weights)
+        state_dict = read_state_dict(weights, plan.arch)
+        network = fit_network(
+            plan.arch, state_dict, crop_size=plan.spec.crop_size, where=f"--weights {weights}"
+        ).float()
+    if plan.baseline or plan.start is None:
+        replace_head(network, plan.arch, num_classes)
+    if plan.baseline:
+        check_linear_head(network, plan.arch)
+    return network
+
+
+def settle_job(plan: TrainingPlan, stores: dict[str, CropStore]) -> tuple[TrainingJob, list[FailedImage]]:
+    """Store the job, without the images that could not be decoded, which are returned.
+
+    Raises:
+        UsageError: too few images of a class are left, or too few for a batch.
+        ErrorBudgetExceeded: more than ``errors.max_rate`` of the images failed.
+    """
+    failed = [image for store in stores.values() for image in store.failed_images()]
+    num_images = sum(store.num_rows for store in stores.values())
+    if len(failed) > plan.config.errors.max_rate * num_images:
+        first = failed[0]
+        raise ErrorBudgetExceeded(
+            f"{len(failed):,} of {num_images:,} images cannot be used, more than errors.max_rate "
+            f"{plan.config.errors.max_rate:g}; the first: {first.uri or first.row_id}: {first.status}: {first.message}"
+        )
+    failed_rows = [image.row_id for image in failed]
+    splits = {
+        name: images.take(~np.isin(images.row_ids_N, failed_rows)) for name, images in plan.labelled.splits.items()
+    }
+    usable = Labelled(plan.labelled.task, plan.labelled.class_names, splits, plan.labelled.num_unused)
+    where = f"manifest {plan.manifest.path}, images that can be decoded"
+    if not all(len(images) for images in splits.values()):
+        raise UsageError(f"{where}: a split is empty")
+    check_class_counts(usable, min_images=1 if plan.baseline else 2, where=where)
+    _check_batch(plan.config.train, len(splits[TRAIN]))
+    job = TrainingJob(
+        paths=plan.paths,
+        config=plan.config,
+        arch=plan.arch,
+        baseline=plan.baseline,
+        method=plan.method,
+        keeps_head=plan.start is not None and plan.baseline is None,
+        task=plan.labelled.task,
+        class_names=plan.labelled.class_names,
+        spec=plan.spec,
+        stores=stores,
+        splits=splits,
+        positions={name: np.searchsorted(plan.stored_rows(name), images.row_ids_N) for name, images in splits.items()},
+    )
+    if not storage.exists(job.paths.description):
+        save_job(job, initial_network(plan).state_dict())
+    return job, failed
+
+
+def _resolve_method(train: TrainConfig, baseline: str | None) -> str:
+    if baseline:
+        return "frozen"
+    if train.method == "auto":
+        return "from_scratch" if train.weights is None else "fine_tune"
+    if train.method == "from_scratch" and train.weights is not None:
+        raise UsageError("train.weights: from_scratch starts without weights; leave them out, or fine_tune")
+    if train.method != "from_scratch" and train.weights is None:
+        raise UsageError(f"train.weights: {train.method} starts from weights; name them with --weights")
+    return train.method
+
+
+def _bundle_at(weights: str | None) -> ModelBundle | None:
+    if weights is None or published_name(weights) or not storage.exists(storage.join(weights, DESCRIPTION_FILE)):
+        return None
+    return load_bundle(weights)
+
+
+def _weights_identity(weights: str | None, start: ModelBundle | None) -> str | None:
+    if weights is None or start is not None:
+        return start.model_id if start else None
+    if name := published_name(weights):
+        return name
+    try:
+        return storage.sha256(weights)
+    except OSError as error:
+        raise UsageError(f"--weights {weights}: {error.strerror or error}") from error
+
+
+def _check_batch(train: TrainConfig, num_images: int) -> None:
+    """A worker needs a pair of images for every forward pass."""
+    workers = train.num_workers if isinstance(train.num_workers, int) else 1
+    least = 2 * workers * train.accumulate
+    size = min(train.batch_size, num_images)
+    if size < least:
+        raise UsageError(
+            f"train.batch_size: {size} images are too few for {workers} workers and accumulate {train.accumulate}, "
+            f"which need {least}; take fewer workers"
+        )
+
+
+def _fingerprint(config: Config, manifest_identity: str, weights_identity: str | None, spec: PreprocessSpec) -> str:
+    decisive = {
+        "manifest": manifest_identity,
+        "limit": config.input.limit,
+        "weights": weights_identity,
+        "train": config.train.model_dump(mode="json", exclude=_UNDECISIVE),
+        "augment": config.augment.model_dump(mode="json"),
+        "spec": spec.to_dict(),
+        "max_pixels": config.decode.max_pixels,
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]

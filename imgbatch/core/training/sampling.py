@@ -1,0 +1,64 @@
+"""Which images make which batch, and which of them a worker takes: the same for any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from imgbatch.core.training.augment import derived_seed
+
+_ORDER = 1
+"""Keeps the seed of the order apart from those of other uses."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How epochs are cut into optimiser steps, and steps into the passes of each worker."""
+
+    num_images: int
+    batch_size: int
+    """Images per step, over all workers; fewer where there are not so many."""
+    seed: int
+    world_size: int = 1
+    rank: int = 0
+    accumulate: int = 1
+
+    @property
+    def step_images(self) -> int:
+        return min(self.batch_size, self.num_images)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """What is left over is left out, another part each epoch."""
+        return self.num_images // self.step_images
+
+    def passes(self, epoch: int, weights_N: np.ndarray | None = None) -> Iterator[list[tuple[int, int]]]:
+        """This worker's forward passes of an epoch, as (epoch, position) pairs; ``accumulate`` of them a step.
+
+        Images 0 and 1, 2 and 3, ... of a step stay together, so that pairs can be mixed.
+        """
+        order = epoch_order(self.num_images, seed=self.seed, epoch=epoch, weights_N=weights_N)
+        size = self.step_images
+        for step in range(self.steps_per_epoch):
+            batch = order[step * size : (step + 1) * size]
+            pairs = [batch[first : first + 2] for first in range(0, size, 2)][self.rank :: self.world_size]
+            for part in range(self.accumulate):
+                yield [(epoch, int(position)) for pair in pairs[part :: self.accumulate] for position in pair]
+
+
+def epoch_order(num_images: int, *, seed: int, epoch: int, weights_N: np.ndarray | None = None) -> np.ndarray:
+    """Positions in the order of an epoch: a permutation, or drawn with replacement in proportion to weights."""
+    rng = np.random.default_rng(derived_seed(_ORDER, seed, epoch))
+    if weights_N is None:
+        return rng.permutation(num_images)
+    return rng.choice(num_images, size=num_images, p=weights_N / weights_N.sum())
+
+
+def balancing_weights(truth_NK: np.ndarray) -> np.ndarray:
+    """Weights that draw every class equally often, float64 (N,); multilabel: by an image's rarest class."""
+    counts_K = np.maximum(truth_NK.sum(axis=0), 1)
+    weights_N = (truth_NK / counts_K).max(axis=1)
+    # An image of none of the classes is drawn like one of the commonest.
+    return np.where(weights_N > 0, weights_N, (1 / counts_K).min())

@@ -1,0 +1,70 @@
+"""The processes that train one network together, seen from one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process's place among the workers; alone where torch.distributed is not initialised."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    loader_processes: int = 0
+    """Processes that augment images for this worker; 0: it does so itself."""
+
+    @classmethod
+    def current(cls, device: torch.device, *, loader_processes: int = 0) -> Worker:
+        """The place that torch.distributed has given this process."""
+        if not distributed.is_initialized():
+            return cls(device, loader_processes=loader_processes)
+        return cls(device, distributed.get_rank(), distributed.get_world_size(), loader_processes)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers, in place; every worker must call it."""
+        if self.world_size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+        if self.world_size > 1:
+            distributed.barrier()
+
+    def gather_rows(self, mine: Tensor, num_rows: int) -> Tensor:
+        """Rows that the workers computed in turn (this one: rank, rank + world_size, ...), put together by all."""
+        everything = torch.zeros((num_rows, *mine.shape[1:]), dtype=mine.dtype, device=mine.device)
+        everything[self.rank :: self.world_size] = mine
+        return self.sum(everything)
+
+    def share(self, network: nn.Module, *, has_statistics: bool) -> nn.Module:
+        """The network, its gradients averaged over the workers at every backward pass.
+
+        Args:
+            has_statistics: batch norms are training; the first worker's statistics are everyone's.
+        """
+        if self.world_size == 1:
+            return network
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=has_statistics)
+
+    @contextmanager
+    def accumulating(self, network: nn.Module, *, last: bool) -> Iterator[None]:
+        """Gradients are exchanged in the last pass of a step only."""
+        context: Any = nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
+        with context:
+            yield

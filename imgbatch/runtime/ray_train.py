@@ -1,0 +1,160 @@
+"""Training on Ray: Ray Data decodes the images once, Ray Train runs the workers and starts them again when one dies.
+
+parts of the crop store --> decode actors --> crops on shared storage
+job --> TorchTrainer: workers that map the crops, each from the last checkpoint on --> outcome.json
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.data import ActorPoolStrategy
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+from imgbatch.config import Config
+from imgbatch.core import storage
+from imgbatch.core.training.checkpoint import read_epochs
+from imgbatch.core.training.crops import CropDecoder, CropStore
+from imgbatch.core.training.job import TrainingJob, load_job
+from imgbatch.errors import ImgbatchError, normalise_message
+from imgbatch.runtime.pools import choose_pools
+from imgbatch.runtime.ray_data import FINITE_RETRIES, configure_ray_data
+from imgbatch.runtime.session import cluster_machine
+from imgbatch.runtime.train import OnEpoch
+
+PART = "part"
+_POLL_S = 0.5
+_MAX_LOADER_PROCESSES = 8
+
+
+class RayTrainEngine:
+    """Decodes and trains on the connected Ray."""
+
+    def decode(self, store: CropStore, config: Config) -> None:
+        parts = store.missing_parts()
+        if not parts:
+            return
+        configure_ray_data()
+        pools = choose_pools(config.resources, "cpu", cluster_machine())
+        reports = ray.data.from_arrow([pa.table({PART: pa.array([part], pa.int32())}) for part in parts]).map_batches(
+            CropActor,
+            fn_constructor_kwargs={"store": store, "config": config},
+            compute=ActorPoolStrategy(size=min(pools.decode_actors, len(parts))),
+            num_cpus=pools.decode_cpus,
+            batch_size=None,
+            batch_format="pyarrow",
+            **FINITE_RETRIES,
+        )
+        for _ in reports.iter_batches(batch_size=None, batch_format="pyarrow"):
+            pass
+
+    def run(self, job: TrainingJob, on_epoch: OnEpoch) -> None:
+        """Raises :class:`ImgbatchError` in one line when the workers fail for good."""
+        trainer = _build_trainer(job)
+        outcome: list[BaseException] = []
+        # Ray Train's callbacks run in an actor of its own; what a person sees comes from epochs.jsonl instead.
+        fitting = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
+        fitting.start()
+        shown = 0
+        while True:
+            fitting.join(_POLL_S)
+            finished = not fitting.is_alive()
+            records = read_epochs(job.paths)
+            for record in records[shown:]:
+                on_epoch(record)
+            shown = len(records)
+            if finished:
+                break
+        if storage.exists(job.paths.failure):
+            message = storage.read_json(job.paths.failure)["message"]
+            storage.remove(job.paths.failure)
+            raise ImgbatchError(message)
+        if outcome:
+            raise ImgbatchError(f"training: {_cause(outcome[0])}; the same command continues from the last epoch")
+
+
+class CropActor:
+    """CPU pool: fetches, decodes and stores parts of a crop store. Does not import torch."""
+
+    def __init__(self, store: CropStore, config: Config) -> None:
+        self._decoder = CropDecoder(store, config)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        for part in block[PART].to_pylist():
+            self._decoder.decode_part(part)
+        return block
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What every worker of Ray Train runs, from the beginning or after a restart."""
+    import torch
+
+    # cuBLAS is deterministic only with a workspace of fixed size, to be chosen before its first use.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from imgbatch.core.training.loop import run_training
+    from imgbatch.core.training.workers import Worker
+
+    job = load_job(settings["directory"])
+    if storage.exists(job.paths.failure):
+        return
+    torch.set_num_threads(settings["num_threads"])
+    worker = Worker.current(ray.train.torch.get_device(), loader_processes=settings["loader_processes"])
+    try:
+        run_training(job, worker, lambda record: ray.train.report({"epoch": record["epoch"]}))
+    except ImgbatchError as error:
+        # Trying again would not help: workers that start again find this file and leave.
+        storage.write_json(job.paths.failure, {"message": str(error)})
+        raise
+
+
+def _build_trainer(job: TrainingJob) -> ray.train.torch.TorchTrainer:
+    train, use_gpu = job.train, job.config.resources.device == "cuda"
+    num_workers = int(train.num_workers)
+    cpus_each = max(1, cluster_machine().num_cpus // num_workers)
+    filesystem, path = storage.filesystem(job.paths.directory)
+    return ray.train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "directory": job.paths.directory,
+            "num_threads": 1 if use_gpu else cpus_each,
+            "loader_processes": min(_MAX_LOADER_PROCESSES, cpus_each - 1) if use_gpu else 0,
+        },
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=_share(use_gpu)),
+        run_config=RunConfig(
+            # A name that was used before would bring back that attempt's state; ours is in the job's own files.
+            name=f"ray-{uuid.uuid4().hex[:8]}",
+            storage_path=path,
+            storage_filesystem=PyFileSystem(FSSpecHandler(filesystem)),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+        ),
+    )
+
+
+def _share(use_gpu: bool) -> dict[str, float]:
+    """What a worker reserves; its threads take what cores there are."""
+    return {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, outcome: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except BaseException as error:
+        outcome.append(error)
+
+
+def _cause(error: BaseException) -> str:
+    """The first worker's own error in one line, or Ray's."""
+    failures = getattr(error, "worker_failures", None)
+    first = next(iter(failures.values())) if failures else error
+    inner = getattr(first, "cause", None) or first
+    lines = str(inner).strip().splitlines()
+    return normalise_message(lines[-1] if lines else type(inner).__name__)
