@@ -8,6 +8,7 @@ DIR/confusion.parquet      target, label, count: every pair that occurs (single-
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,37 +91,42 @@ def evaluate(
 
 
 def _count_rows(scored: Scored) -> dict[str, Any]:
-    predicted, measured, right = scored.fetch_row(
-        "select count(*), count(*) filter (is_known), count(*) filter (is_right) from scored"
-    )
+    unknown_name = "null" if scored.labeller.is_multilabel else "case when not is_known then truth end"
+    groups = scored.connection.execute(
+        f"select {unknown_name} as name, count(*), count(*) filter (is_right) from scored group by name"
+    ).fetchall()
+    predicted = sum(count for _, count, _ in groups)
     by_status = scored.connection.execute(
         "select coalesce(status, 'NOT_CLASSIFIED') as status, count(*) from unpredicted group by 1 order by 2 desc, 1"
     ).fetchall()
-    unknown = _unknown_targets(scored)
-    num_all = scored.fetch_row("select count(*) from predictions")[0]
     without = sum(count for _, count in by_status)
+    unknown = Counter({name: count for name, count, _ in groups if name is not None})
+    unknown.update(_unknown_names(scored, "unpredicted"))
+    if scored.labeller.is_multilabel:
+        unknown.update(_unknown_names(scored, "scored"))
+    listed = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
     return {
         "with_target": predicted + without,
         "predicted": predicted,
         "coverage": predicted / (predicted + without),
-        "measured": measured,
+        "measured": sum(count for name, count, _ in groups if name is None),
         "without_prediction": without,
         "without_prediction_by_status": dict(by_status),
-        "unknown_target": sum(unknown.values()),
-        "unknown_targets": dict(list(unknown.items())[:MAX_UNKNOWN_LISTED]),
-        "predicted_without_target": num_all - predicted,
-        "right": right,
+        "unknown_target": unknown.total(),
+        "unknown_targets": dict(listed[:MAX_UNKNOWN_LISTED]),
+        "predicted_without_target": scored.fetch_row("select count(*) from predictions")[0] - predicted,
+        "right": sum(right for _, _, right in groups),
     }
 
 
-def _unknown_targets(scored: Scored) -> dict[str, int]:
-    """Targets that the model has no class for, of rows with and without a prediction, most frequent first."""
-    names = "select unnest(truth) as name" if scored.labeller.is_multilabel else "select truth as name"
+def _unknown_names(scored: Scored, relation: str) -> dict[str, int]:
+    """How often ``relation`` has each target that the model has no class for."""
+    names = "unnest(truth)" if scored.labeller.is_multilabel else "truth"
     scored.connection.register("known_names", pa.table({"name": list(scored.labeller.class_names)}))
     return dict(
         scored.connection.execute(
-            f"select name, count(*) from ({names} from scored union all {names} from unpredicted) "
-            "anti join known_names using (name) where name is not null group by name order by 2 desc, 1"
+            f"select name, count(*) from (select {names} as name from {relation}) "
+            "anti join known_names using (name) where name is not null group by name"
         ).fetchall()
     )
 
