@@ -11,6 +11,7 @@ from imgbatch.core.plan import DeviceKind
 
 _CPU_BATCH, _GPU_BATCH = 8, 256
 _MAX_AUTO_THREADS = 4
+_DECODERS_PER_COMMITTER = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """Sizes of the two actor pools and the share of a CPU or GPU that each actor asks for."""
+    """Sizes of the actor pools and the share of a CPU or GPU that each actor asks for."""
 
     decode_actors: int
     classify_actors: int
@@ -31,6 +32,11 @@ class Pools:
     decode_cpus: float
     classify_cpus: float
     classify_gpus: float
+
+    @property
+    def commit_actors(self) -> int:
+        """Processes that write unit files and ask for no CPU: a write takes some ms, a unit seconds."""
+        return -(-self.decode_actors // _DECODERS_PER_COMMITTER)
 
     def describe(self) -> str:
         device = "GPU" if self.classify_gpus else f"{self.classify_threads} thread(s)"

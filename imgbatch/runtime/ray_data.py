@@ -19,7 +19,7 @@ from ray.util.annotations import RayDeprecationWarning
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT
-from imgbatch.runtime.actors import ClassifyActor, DecodeActor, commit_block, read_receipts
+from imgbatch.runtime.actors import ClassifyActor, CommitActor, DecodeActor, read_receipts
 from imgbatch.runtime.isolate import classify_isolated
 from imgbatch.runtime.pools import Pools, choose_batch_size
 from imgbatch.runtime.watchdog import watched
@@ -29,7 +29,7 @@ FINITE_RETRIES = {"max_restarts": 3, "max_task_retries": 3}
 
 
 class RayEngine:
-    """Runs the stages in two actor pools of the connected Ray."""
+    """Runs the stages in actor pools of the connected Ray."""
 
     def __init__(self, run: Run, pools: Pools) -> None:
         self._run = run
@@ -45,7 +45,7 @@ class RayEngine:
     def num_actors(self) -> dict[str, int]:
         """Of the stages whose seconds receipts count; fetching and decoding share a pool."""
         decode, classify = self._pools.decode_actors, self._pools.classify_actors
-        return {"fetch": decode, "decode": decode, "classify": classify, "commit": decode}
+        return {"fetch": decode, "decode": decode, "classify": classify, "commit": self._pools.commit_actors}
 
     def describe(self) -> str:
         return self._pools.describe()
@@ -86,12 +86,14 @@ class RayEngine:
                 **FINITE_RETRIES,
             )
             .map_batches(
-                commit_block,
-                fn_kwargs={"run": run, "defer": defer},
+                CommitActor,
+                fn_constructor_kwargs={"run": run, "defer": defer},
+                # Tasks without a CPU have no limit: Ray would start a worker process for each that waits.
+                compute=ActorPoolStrategy(size=pools.commit_actors, max_tasks_in_flight_per_actor=4),
                 num_cpus=0,
                 batch_size=None,
                 batch_format="pyarrow",
-                max_retries=3,
+                **_FINITE_RETRIES,
             )
         )
 
