@@ -26,7 +26,6 @@ from imgbatch.core.decode_protocol import (
     END_UNIT,
     EXIT_OUT_OF_MEMORY,
     FRAME,
-    OPEN_UNIT,
     READY,
     ChildSettings,
     RowState,
@@ -41,24 +40,30 @@ def main(settings: ChildSettings, connection: socket.socket) -> None:
     _prepare(settings)
     connection.sendall(READY)
     _silence_standard_error()
-    unit: UnitBuffer | None = None
-    while True:
-        header, descriptors, _, _ = socket.recv_fds(connection, FRAME.size, 1)
-        header += _receive(connection, FRAME.size - len(header)) if header else b""
-        if len(header) < FRAME.size:
-            return
-        row, size = FRAME.unpack(header)
-        if row == OPEN_UNIT:
-            unit = UnitBuffer(descriptors[0], settings.spec, size)
-            os.close(descriptors[0])
-        elif row == END_UNIT:
-            unit = None
-            connection.sendall(DONE)
-        else:
+    while unit := _receive_unit(connection, settings):
+        while True:
+            header = _receive(connection, FRAME.size)
+            if len(header) < FRAME.size:
+                return
+            row, size = FRAME.unpack(header)
+            if row == END_UNIT:
+                break
             data = _receive(connection, size)
-            if len(data) < size or unit is None:
+            if len(data) < size:
                 return
             _decode_row(unit, row, data, settings)
+        connection.sendall(DONE)
+
+
+def _receive_unit(connection: socket.socket, settings: ChildSettings) -> UnitBuffer | None:
+    """The memory of the next unit; none: the connection closed."""
+    header, descriptors, _, _ = socket.recv_fds(connection, FRAME.size, 1)
+    if not header:
+        return None
+    header += _receive(connection, FRAME.size - len(header))
+    unit = UnitBuffer(descriptors[0], settings.spec, FRAME.unpack(header)[1])
+    os.close(descriptors[0])
+    return unit
 
 
 def _prepare(settings: ChildSettings) -> None:

@@ -72,10 +72,7 @@ class RowState(IntEnum):
 
 
 class UnitBuffer:
-    """Views on one unit's shared memory, all zero at first.
-
-    Pages that nobody writes cost nothing, so the room for messages is free while images decode.
-    """
+    """Views on one unit's shared memory, all zero at first."""
 
     def __init__(self, descriptor: int, spec: PreprocessSpec, num_rows: int) -> None:
         """Maps the file behind ``descriptor``, which must be of :func:`unit_bytes`; the descriptor may be closed."""
@@ -83,7 +80,8 @@ class UnitBuffer:
         self._mapping = mmap.mmap(descriptor, unit_bytes(spec, num_rows))
         self._offset = 0
         self.pixels_NHWC = self._take((num_rows, side, side, channels), np.uint8)
-        self.states_N = self._take((num_rows,), np.uint8)
+        # Plain integers: comparing a numpy scalar with an IntEnum takes microseconds, and this is done for every row.
+        self.states_N = memoryview(self._take((num_rows,), np.uint8).data)
         self.widths_N = self._take((num_rows,), np.int32)
         self.heights_N = self._take((num_rows,), np.int32)
         self._status_N = self._take((num_rows,), np.uint8)

@@ -150,7 +150,7 @@ class _UnitInFlight:
 
     def progress(self) -> int:
         """Grows while the child works."""
-        return int(self._buffer.states_N.sum())
+        return sum(self._buffer.states_N)
 
     def blame_started_row(self, status: Status, message: str) -> bool:
         """Settle the row that the child was working on when it died, or give it another try; false: there was none."""
@@ -169,8 +169,9 @@ class _UnitInFlight:
 
     def result(self) -> DecodedUnit:
         buffer = self._buffer
-        for row in np.flatnonzero(buffer.states_N == RowState.FAILED).tolist():
-            self.errors[row] = buffer.get_error(row, attempts=self._deaths[row] + 1)
+        for row, state in enumerate(buffer.states_N):
+            if state == RowState.FAILED:
+                self.errors[row] = buffer.get_error(row, attempts=self._deaths[row] + 1)
         return DecodedUnit(buffer.pixels_NHWC, buffer.widths_N, buffer.heights_N, self.errors, buffer.busy_s)
 
     def _forget_finished(self) -> None:

@@ -133,8 +133,8 @@ def signalling(decoder: Decoder, payloads: list[bytes], rows: set[int], sent: si
             time.sleep(0.3)
             assert decoder.child_pid is not None
             os.kill(decoder.child_pid, sent)
-            while sent is not signal.SIGSTOP and is_alive(decoder.child_pid):
-                time.sleep(0.01)
+            if sent is not signal.SIGSTOP:
+                os.waitid(os.P_PID, decoder.child_pid, os.WEXITED | os.WNOWAIT)
         yield data
 
 
