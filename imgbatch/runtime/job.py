@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -22,7 +22,8 @@ from imgbatch.core.preflight import check_sample
 from imgbatch.core.results import Receipt
 from imgbatch.core.runs import RunEntry, find_run, heartbeat, list_runs
 from imgbatch.core.views import open_views
-from imgbatch.errors import ErrorBudgetExceeded, ImgbatchError, Interrupted, Status, UsageError, normalise_message
+from imgbatch.errors import ErrorBudgetExceeded, Interrupted, Status, UsageError, normalise_message
+from imgbatch.runtime.engine import Engine, EngineStopped
 from imgbatch.runtime.pools import choose_device, choose_pools, this_machine
 from imgbatch.runtime.progress import RunProgress
 from imgbatch.runtime.run_log import RunLog
@@ -30,30 +31,6 @@ from imgbatch.runtime.run_log import RunLog
 MAX_PASS_UNITS = 20_000
 """Units of one pass: keeps the driver small, and lets pools be sized anew between passes."""
 PASSES_BEFORE_ISOLATION = 2
-
-
-class Engine(Protocol):
-    """What runs the stages."""
-
-    @property
-    def window(self) -> int:
-        """Units under way at once, at most."""
-
-    @property
-    def num_actors(self) -> dict[str, int]:
-        """How many processes share each stage's work."""
-
-    def describe(self) -> str:
-        """One line for a person."""
-
-    def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
-        """A receipt per unit; an exception means that the pass is over, and says why."""
-
-    def classify_isolated(self, unit: int) -> Receipt:
-        """The last resort for one unit."""
-
-    def close(self) -> None:
-        """Give back what is held between passes."""
 
 
 @dataclass(frozen=True)
@@ -280,11 +257,9 @@ class _Passes:
             for receipt in self._engine.classify_units(units, defer=defer):
                 unseen.pop(receipt.unit, None)
                 self._take(receipt)
-        except ImgbatchError:
-            raise
-        except Exception as error:
-            # Whatever stopped the engine, what was committed stays; the units under way are tried again.
-            self._console.print(f"a pass ended early: {normalise_message(_root_cause(error))}", markup=False)
+        except EngineStopped as error:
+            # What was committed stays; the units under way are tried again.
+            self._console.print(f"a pass ended early: {normalise_message(error)}", markup=False)
             self._deaths.update(list(unseen)[: self._engine.window])
             return bool(unseen)
         return False
@@ -309,9 +284,3 @@ class _Passes:
                 f"in every unit more rows than errors.max_rate allows failed: {self._budget.reasons()}; nothing was "
                 f"written; put it right and run the same command again"
             )
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error

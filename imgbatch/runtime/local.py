@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import ClassifyStage, CommitStage, DecodeStage
+from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import classify_isolated
 from imgbatch.runtime.pools import choose_batch_size, this_machine
 
@@ -41,9 +42,15 @@ class LocalEngine:
         commit = CommitStage(self._run, defer=defer)
         try:
             for unit in units:
-                yield commit(self._classify(self._decode(unit)))
+                yield self._receipt(unit, commit)
         finally:
             commit.close()
+
+    def _receipt(self, unit: int, commit: CommitStage) -> Receipt:
+        try:
+            return commit(self._classify(self._decode(unit)))
+        except Exception as error:
+            raise EngineStopped(f"{type(error).__name__}: {error}") from error
 
     def classify_isolated(self, unit: int) -> Receipt:
         """The last resort for a unit that does not get through."""

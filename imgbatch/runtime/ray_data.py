@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT
 from imgbatch.runtime.actors import ClassifyActor, CommitActor, DecodeActor, read_receipts
+from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import classify_isolated
 from imgbatch.runtime.pools import Pools, choose_batch_size
 from imgbatch.runtime.watchdog import watched
@@ -51,14 +53,22 @@ class RayEngine:
         return self._pools.describe()
 
     def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
-        """A receipt for each of the units, as they are committed; raises whatever stopped the pipeline."""
+        """A receipt for each of the units, as they are committed.
+
+        Raises:
+            EngineStopped: an actor died or failed more often than it is tried again.
+            Interrupted: nothing was committed for ``run.no_progress_s``.
+        """
         with warnings.catch_warnings():
             # Finite retries have no other way in: the named parameters that replace remote args lack them.
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
             pipeline = self._pipeline(units, defer)
         blocks = pipeline.iter_batches(batch_size=None, batch_format="pyarrow")
-        for block in watched(blocks, self._run.config.run.no_progress_s):
-            yield from read_receipts(block)
+        try:
+            for block in watched(blocks, self._run.config.run.no_progress_s):
+                yield from read_receipts(block)
+        except RayError as error:
+            raise EngineStopped(_root_cause(error)) from error
 
     def _pipeline(self, units: Sequence[int], defer: bool) -> Dataset:
         run, pools = self._run, self._pools
@@ -93,7 +103,7 @@ class RayEngine:
                 num_cpus=0,
                 batch_size=None,
                 batch_format="pyarrow",
-                **_FINITE_RETRIES,
+                **FINITE_RETRIES,
             )
         )
 
@@ -116,3 +126,9 @@ def configure_ray_data() -> None:
     context.execution_options.preserve_order = False
     # Our own watchdog (run.no_progress_s) says what waited for what.
     context.execution_no_progress_timeout_s = -1
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"

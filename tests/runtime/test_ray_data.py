@@ -100,11 +100,11 @@ def test_an_actor_that_is_killed_costs_no_row(
     pq.write_table(
         pa.table(
             {
-                "uri": [str(path) for path in photos] * 30,
-                "image_id": [f"{repeat}/{path.name}" for repeat in range(30) for path in photos],
-                "target": ["red"] * 3600,
-                "shop": ["x"] * 3600,
-                "price": [0.0] * 3600,
+                "uri": [str(path) for path in photos] * 10,
+                "image_id": [f"{repeat}/{path.name}" for repeat in range(10) for path in photos],
+                "target": ["red"] * 1200,
+                "shop": ["x"] * 1200,
+                "price": [0.0] * 1200,
             }
         ),
         manifest,

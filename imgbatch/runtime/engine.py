@@ -1,0 +1,36 @@
+"""What the job asks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from imgbatch.core.results import Receipt
+
+
+class EngineStopped(Exception):
+    """The engine could not go on: something died or failed, perhaps because of one of the units under way."""
+
+
+class Engine(Protocol):
+    """What runs the stages."""
+
+    @property
+    def window(self) -> int:
+        """Units under way at once, at most."""
+
+    @property
+    def num_actors(self) -> dict[str, int]:
+        """How many processes share each stage's work."""
+
+    def describe(self) -> str:
+        """One line for a person."""
+
+    def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
+        """A receipt per unit; raises :class:`EngineStopped` when it cannot go on."""
+
+    def classify_isolated(self, unit: int) -> Receipt:
+        """The last resort for one unit."""
+
+    def close(self) -> None:
+        """Give back what is held between passes."""
