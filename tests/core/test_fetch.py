@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from imgbatch.config import FetchConfig
+from imgbatch.core import fetch
+from imgbatch.core.fetch import Fetcher
+from imgbatch.errors import RowError, Stage, Status
+
+
+def fetch_all(uris: list[str | None], **config: float) -> list[bytes | RowError]:
+    with Fetcher(FetchConfig(**config)) as fetcher:  # type: ignore[arg-type]
+        return list(fetcher.fetch(uris))
+
+
+def fetch_error(uri: str | None, **config: float) -> RowError:
+    (outcome,) = fetch_all([uri], **config)
+    assert isinstance(outcome, RowError)
+    assert outcome.stage is Stage.FETCH
+    return outcome
+
+
+def test_local_files_come_in_order(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{index}.bin" for index in range(50)]
+    for index, path in enumerate(paths):
+        path.write_bytes(bytes([index]) * index)
+    uris = [str(path) if index % 2 else path.as_uri() for index, path in enumerate(paths)]
+    with Fetcher(FetchConfig(in_flight=3)) as fetcher:
+        assert list(fetcher.fetch(uris)) == [bytes([index]) * index for index in range(50)]
+        assert list(fetcher.fetch([])) == []
+        assert fetcher.fetch_s > 0
+
+
+def test_what_is_not_a_file_says_so(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"x")
+    assert fetch_error(str(tmp_path / "none")).status is Status.NOT_FOUND
+    assert fetch_error(str(tmp_path / "file" / "below")).status is Status.NOT_FOUND
+    assert fetch_error(str(tmp_path)) == RowError(Status.NOT_FOUND, Stage.FETCH, "a directory, not a file")
+    assert fetch_error(str(tmp_path / "pipe")).status is Status.REFUSED
+    assert fetch_error("/dev/zero").status is Status.REFUSED
+    assert fetch_error(str(tmp_path / "nul\0byte")).status is Status.FETCH_FAILED
+    assert fetch_error(None).status is fetch_error("").status is Status.NOT_FOUND
+
+
+def test_a_file_that_may_not_be_read_is_forbidden(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"x")
+    (tmp_path / "secret").chmod(0)
+    if os.access(tmp_path / "secret", os.R_OK):
+        pytest.skip("this user may read everything")
+    assert fetch_error(str(tmp_path / "secret")).status is Status.FORBIDDEN
+
+
+def test_a_file_over_the_limit_is_too_large(tmp_path: Path) -> None:
+    (tmp_path / "ten").write_bytes(bytes(10))
+    assert fetch_all([str(tmp_path / "ten")], max_bytes=10) == [bytes(10)]
+    error = fetch_error(str(tmp_path / "ten"), max_bytes=9)
+    assert error.status is Status.TOO_LARGE
+    assert "fetch.max_bytes" in error.message
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://example.com/a.jpg?token=x", "http://169.254.169.254/", "memory://a", "zip://a::s3://b/c"]
+)
+def test_other_schemes_are_refused(uri: str) -> None:
+    error = fetch_error(uri)
+    assert (error.status, error.attempts) == (Status.REFUSED, 1)
+    assert "file, s3" in error.message
+
+
+class ObjectServer(ThreadingHTTPServer):
+    """As much of S3 as reading takes; a key like ``503x2`` answers that status so many times before its content."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ObjectHandler)
+        self.requests: Counter[str] = Counter()
+        self.busy = self.most_busy = 0
+        self.lock = threading.Lock()
+
+
+class ObjectHandler(BaseHTTPRequestHandler):
+    server: ObjectServer
+
+    def do_GET(self) -> None:
+        key = self.path.partition("?")[0].rpartition("/")[2]
+        with self.server.lock:
+            self.server.requests[key] += 1
+            self.server.busy += 1
+            self.server.most_busy = max(self.server.most_busy, self.server.busy)
+            seen = self.server.requests[key]
+        status, _, times = key.partition("x")
+        if key.startswith("slow"):
+            time.sleep(0.05)
+        if key.startswith("stuck"):
+            time.sleep(2)
+        if times and seen <= int(times):
+            self.answer(int(status), b"<Error><Code>%s</Code><Message>no</Message></Error>" % status.encode())
+        elif key == "empty":
+            self.answer(416, b"<Error><Code>InvalidRange</Code><Message>no</Message></Error>")
+        else:
+            content = key.encode() * 10
+            last = int(self.headers["Range"].rpartition("-")[2])
+            self.answer(206, content[: last + 1])
+        with self.server.lock:
+            self.server.busy -= 1
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError):  # whoever gave up waiting has gone
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def objects(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
+    with ObjectServer() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setattr(fetch, "_BACKOFF_S", 0.01)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield server
+        server.shutdown()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_objects_come_in_order_with_many_requests_in_flight(objects: ObjectServer) -> None:
+    uris = [f"s3://bucket/slow{index}" for index in range(40)]
+    assert fetch_all(uris, in_flight=8) == [f"slow{index}".encode() * 10 for index in range(40)]  # type: ignore[arg-type]
+    assert 2 <= objects.most_busy <= 8
+    assert set(objects.requests.values()) == {1}
+
+
+@pytest.mark.usefixtures("objects")
+def test_failures_that_may_pass_are_tried_again() -> None:
+    statuses = (429, 500, 503)
+    uris = [f"s3://bucket/{status}x2" for status in statuses]
+    assert fetch_all(uris, retries=2) == [f"{status}x2".encode() * 10 for status in statuses]  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("objects")
+def test_failures_that_go_on_give_up_after_the_retries() -> None:
+    error = fetch_error("s3://bucket/503x99", retries=3)
+    assert (error.status, error.attempts) == (Status.FETCH_FAILED, 4)
+
+
+@pytest.mark.parametrize(("http_status", "expected"), [(404, Status.NOT_FOUND), (403, Status.FORBIDDEN)])
+def test_failures_that_will_not_pass_are_tried_once(objects: ObjectServer, http_status: int, expected: Status) -> None:
+    error = fetch_error(f"s3://bucket/{http_status}x9")
+    assert (error.status, error.attempts) == (expected, 1)
+    assert objects.requests[f"{http_status}x9"] == 1
+
+
+@pytest.mark.usefixtures("objects")
+def test_a_request_that_takes_too_long_may_pass() -> None:
+    error = fetch_error("s3://bucket/stuck", timeout_s=0.2, retries=1)
+    assert (error.status, error.attempts) == (Status.FETCH_FAILED, 2)
+
+
+def test_a_server_that_is_not_there_may_come_back(objects: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    error = fetch_error("s3://bucket/key", retries=1)
+    assert (error.status, error.attempts) == (Status.FETCH_FAILED, 2)
+    assert objects.requests.total() == 0
+
+
+@pytest.mark.usefixtures("objects")
+def test_a_large_object_is_not_read_whole_and_an_empty_one_is_empty() -> None:
+    assert fetch_all(["s3://bucket/abcde", "s3://bucket/empty"], max_bytes=50) == [b"abcde" * 10, b""]
+    assert fetch_error("s3://bucket/abcde", max_bytes=49).status is Status.TOO_LARGE
+
+
+def test_giving_up_half_way_leaves_no_thread(objects: ObjectServer) -> None:
+    with Fetcher(FetchConfig(in_flight=4)) as fetcher:
+        rows = fetcher.fetch([f"s3://bucket/slow{index}" for index in range(1000)])
+        assert next(rows) == b"slow0" * 10
+        rows.close()  # type: ignore[attr-defined]
+    assert objects.requests.total() < 20
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch")]
