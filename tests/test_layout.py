@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "imgbatch": 3,
+    "imgbatch.__version__": 0,
     "imgbatch.cli": 3,
     "imgbatch.commands": 3,
     "imgbatch.demo": 3,
@@ -74,7 +75,7 @@ def imports_of(name: str, modules: dict[str, Path]) -> list[Import]:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([node.module] if node.module else [])])
             submodules = [f"{base}.{alias.name}" for alias in node.names]
-            targets = [sub if sub in modules else base for sub in submodules]
+            targets = [sub if sub in modules or sub in LAYERS else base for sub in submodules]
         found += [Import(target, node.lineno, on_load) for target in dict.fromkeys(targets)]
     return found
 
