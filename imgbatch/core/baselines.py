@@ -22,7 +22,7 @@ LOGISTIC_REGRESSION, PROTOTYPES = "logistic_regression", "prototypes"
 BASELINES = (LOGISTIC_REGRESSION, PROTOTYPES)
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-_SCALES = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 5))
+_SCALES = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 3))
 _MAX_ITERATIONS = 200
 
 
@@ -79,11 +79,9 @@ def fit_logistic(features_ND: Tensor, truth_NK: Tensor, *, task: Task, penalty: 
         penalty: half of it times the squared norm of the weights is added to the mean loss; scikit-learn's C is
             ``1 / (penalty * N)``.
     """
-    features = features_ND.double()
-    mean_D, std_D = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
-    standard_ND = (features - mean_D) / std_D
+    standard_ND, mean_D, std_D = _standardise(features_ND)
     truth = truth_NK.double()
-    weight_KD = torch.zeros(truth.shape[1], features.shape[1], dtype=torch.float64, requires_grad=True)
+    weight_KD = torch.zeros(truth.shape[1], features_ND.shape[1], dtype=torch.float64, requires_grad=True)
     bias_K = torch.zeros(truth.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight_KD, bias_K], max_iter=_MAX_ITERATIONS, line_search_fn="strong_wolfe")
 
@@ -96,28 +94,41 @@ def fit_logistic(features_ND: Tensor, truth_NK: Tensor, *, task: Task, penalty: 
 
     with torch.enable_grad():
         optimizer.step(closure)
-    scaled_KD = weight_KD.detach() / std_D
-    return LinearHead(scaled_KD.float(), (bias_K.detach() - scaled_KD @ mean_D).float(), penalty)
+    return _on_raw_features(weight_KD.detach(), bias_K.detach(), mean_D, std_D, penalty)
 
 
 def fit_prototypes(features_ND: Tensor, truth_NK: Tensor, *, task: Task, scale: float) -> LinearHead:
     """The nearest class mean: few-shot classification from a handful of images per class (Snell et al., 2017).
 
-    Logits are minus the squared distance to each class's mean; what all classes share drops out and leaves them
-    linear. Multilabel: the distance to the mean of the images without the class less that to the mean of those with.
+    Logits are minus the squared distance of standardised features to each class's mean; what all classes share drops
+    out and leaves them linear. Multilabel: the distance to the mean of the images without the class less that to the
+    mean of those with it.
 
     Args:
-        scale: what the logits are multiplied by, relative to the features' mean squared norm.
+        scale: what the logits are multiplied by.
     """
-    features, truth = features_ND.double(), truth_NK.double()
-    scale_by_norm = scale / float(features.square().sum(dim=1).mean().clamp(min=1e-12)) * features.shape[1] ** 0.5
-    with_KD = truth.T @ features / truth.sum(dim=0)[:, None]
+    standard_ND, mean_D, std_D = _standardise(features_ND)
+    truth = truth_NK.double()
+    with_KD = truth.T @ standard_ND / truth.sum(dim=0)[:, None]
     weight_KD, bias_K = 2 * with_KD, -with_KD.square().sum(dim=1)
     if task == "multilabel":
         without = 1 - truth
-        without_KD = without.T @ features / without.sum(dim=0)[:, None]
+        without_KD = without.T @ standard_ND / without.sum(dim=0)[:, None]
         weight_KD, bias_K = weight_KD - 2 * without_KD, bias_K + without_KD.square().sum(dim=1)
-    return LinearHead((scale_by_norm * weight_KD).float(), (scale_by_norm * bias_K).float(), scale)
+    return _on_raw_features(scale * weight_KD, scale * bias_K, mean_D, std_D, scale)
+
+
+def _standardise(features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features with mean 0 and standard deviation 1, and what they had, float64."""
+    features = features_ND.double()
+    mean_D, std_D = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
+    return (features - mean_D) / std_D, mean_D, std_D
+
+
+def _on_raw_features(weight_KD: Tensor, bias_K: Tensor, mean_D: Tensor, std_D: Tensor, setting: float) -> LinearHead:
+    """A head for standardised features as one for features as they are."""
+    scaled_KD = weight_KD / std_D
+    return LinearHead(scaled_KD.float(), (bias_K - scaled_KD @ mean_D).float(), setting)
 
 
 def _loss(logits_NK: Tensor, truth_NK: Tensor, task: Task) -> Tensor:

@@ -141,22 +141,24 @@ def initial_network(plan: TrainingPlan) -> nn.Module:
     from imgbatch.core.architectures import build_network, replace_head
 
     num_classes = len(plan.labelled.class_names)
-    torch.manual_seed(plan.config.train.seed)
-    if plan.method == "from_scratch":
-        return build_network(plan.arch, num_classes, crop_size=plan.spec.crop_size)
-    if plan.start is not None:
-        network = load_network(plan.start)
-    else:
-        weights = str(plan.config.train.weights)
-        state_dict = read_state_dict(weights, plan.arch)
-        network = fit_network(
-            plan.arch, state_dict, crop_size=plan.spec.crop_size, where=f"--weights {weights}"
-        ).float()
-    if plan.baseline or plan.start is None:
-        replace_head(network, plan.arch, num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.config.train.seed)
+        if plan.method == "from_scratch":
+            return build_network(plan.arch, num_classes, crop_size=plan.spec.crop_size)
+        network = _trained_network(plan)
+        if plan.baseline or plan.start is None:
+            replace_head(network, plan.arch, num_classes)
     if plan.baseline:
         check_linear_head(network, plan.arch)
     return network
+
+
+def _trained_network(plan: TrainingPlan) -> nn.Module:
+    if plan.start is not None:
+        return load_network(plan.start)
+    weights = str(plan.config.train.weights)
+    state_dict = read_state_dict(weights, plan.arch)
+    return fit_network(plan.arch, state_dict, crop_size=plan.spec.crop_size, where=f"--weights {weights}").float()
 
 
 def settle_job(plan: TrainingPlan, stores: dict[str, CropStore]) -> tuple[TrainingJob, list[FailedImage]]:

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from imgbatch.config import load_config
+from imgbatch.core.images import decode_image
+from imgbatch.core.manifest import open_manifest
+from imgbatch.core.training import crops as crops_module
+from imgbatch.core.training.crops import create_store, decode_crops
+from imgbatch.core.transforms import PreprocessSpec
+
+SPEC = PreprocessSpec(resize_size=12, crop_size=10)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Four images to a part."""
+    monkeypatch.setattr(crops_module, "_PART_BYTES", 4 * SPEC.pixel_bytes)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_crops_are_what_classification_decodes(colour_images, write_manifest, tmp_path):
+    uris = colour_images["red"][:10]
+    path = write_manifest(uri=uris)
+    rows_N = np.array([0, 1, 2, 4, 5, 7, 8, 9])
+    store = create_store(str(tmp_path / "crops"), open_manifest(str(path)), rows_N, SPEC, identity="x")
+    config = load_config(flags={"input.manifest": str(path)})
+    assert store.missing_parts() == [0, 1]
+    decode_crops(store, config)
+    assert store.missing_parts() == []
+    assert store.failed_images() == []
+    crops = store.open()
+    for position, row in enumerate(rows_N):
+        expected = decode_image(Path(uris[row]).read_bytes(), SPEC, max_pixels=10**6)
+        np.testing.assert_array_equal(crops[position], expected.pixels_HWC)
+    assert crops.take([5, 0]).shape == (2, 10, 10, 3)
+    np.testing.assert_array_equal(crops.take([5, 0])[0], crops[5])
+
+
+def test_an_image_that_fails_is_listed_and_the_others_stay(colour_images, write_manifest, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    path = write_manifest(uri=[colour_images["red"][0], str(broken)])
+    store = create_store(str(tmp_path), open_manifest(str(path)), np.array([0, 1]), SPEC, identity="x")
+    decode_crops(store, load_config(flags={"input.manifest": str(path)}))
+    (failed,) = store.failed_images()
+    assert (failed.row_id, failed.uri, failed.status) == (1, str(broken), "NOT_AN_IMAGE")
+    assert store.open()[0].any()
+
+
+def test_embedded_images_are_decoded(colour_images, write_manifest, tmp_path):
+    data = Path(colour_images["blue"][0]).read_bytes()
+    path = write_manifest(bytes=pa.array([data, None, data], pa.binary()))
+    store = create_store(str(tmp_path), open_manifest(str(path)), np.arange(3), SPEC, identity="x")
+    decode_crops(store, load_config(flags={"input.manifest": str(path)}))
+    assert [failed.row_id for failed in store.failed_images()] == [1]
+    assert store.open()[2].any()
+
+
+def test_the_same_images_are_decoded_once(colour_images, write_manifest, tmp_path):
+    manifest = open_manifest(str(write_manifest(uri=colour_images["red"])))
+    store = create_store(str(tmp_path), manifest, np.arange(3), SPEC, identity="x")
+    assert create_store(str(tmp_path), manifest, np.arange(3), SPEC, identity="x") == store
+    other = PreprocessSpec(resize_size=12, crop_size=12)
+    assert create_store(str(tmp_path), manifest, np.arange(3), other, identity="x").directory != store.directory
+    assert create_store(str(tmp_path), manifest, np.arange(4), SPEC, identity="x").directory != store.directory

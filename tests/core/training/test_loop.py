@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from imgbatch.core import storage
+from imgbatch.core.training import checkpoint
+from imgbatch.core.training.checkpoint import load_last, load_weights, read_epochs
+from imgbatch.core.training.loop import run_training
+from imgbatch.core.training.workers import Worker
+from imgbatch.errors import ImgbatchError
+from tests.conftest import changed
+from tests.core.training.conftest import settle
+
+ALONE = Worker(torch.device("cpu"))
+
+
+class Stop(Exception):
+    pass
+
+
+def train(config, report=lambda _: None):
+    """A whole training; returns the job and its outcome."""
+    job, _ = settle(config)
+    run_training(job, ALONE, report)
+    return job, storage.read_json(job.paths.outcome)
+
+
+def last_weights(job):
+    """The network's own weights after the last epoch."""
+    state, _ = load_last(job.paths)
+    return state["network"]
+
+
+def stop_after(epoch):
+    def report(record):
+        if record["epoch"] == epoch:
+            raise Stop
+
+    return report
+
+
+def test_colours_are_learnt(colour_config):
+    seen = []
+    job, outcome = train(changed(colour_config, train__epochs=8), seen.append)
+    assert [record["epoch"] for record in seen] == list(range(9))
+    assert read_epochs(job.paths) == seen
+    assert outcome["steps"] == 8 * 3
+    assert outcome["metrics"]["test"]["top1"] > 0.8
+    assert seen[-1]["train_loss"] < seen[1]["train_loss"]
+
+
+def test_a_killed_training_ends_as_if_nothing_had_happened(colour_config, tmp_path):
+    config = changed(colour_config, train__epochs=3, train__ema_decay=0.9, train__dropout=0.2, augment__mixup=0.2)
+    undisturbed, expected = train(changed(config, train__storage=str(tmp_path / "other")))
+    job, _ = settle(config)
+    with pytest.raises(Stop):
+        run_training(job, ALONE, stop_after(2))
+    run_training(job, ALONE, lambda _: None)
+    outcome = storage.read_json(job.paths.outcome)
+    assert outcome["steps"] == expected["steps"]
+    assert outcome["metrics"] == expected["metrics"]
+    torch.testing.assert_close(load_weights(job.paths.best), load_weights(undisturbed.paths.best), rtol=0, atol=0)
+
+
+def test_a_training_repeats_itself_and_a_seed_changes_it(colour_config, tmp_path):
+    config = changed(colour_config, augment__color_jitter=0.2, train__deterministic=True)
+    try:
+        losses = [
+            read_epochs(train(changed(config, train__storage=str(tmp_path / name), train__seed=seed))[0].paths)[-1]
+            for name, seed in (("a", 0), ("b", 0), ("c", 1))
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses[0]["train_loss"] == losses[1]["train_loss"]
+    assert losses[0]["train_loss"] != losses[2]["train_loss"]
+
+
+def test_accumulating_changes_nothing(colour_config, tmp_path):
+    config = changed(colour_config, train__batch_norm="frozen")
+    once, _ = train(config)
+    twice, _ = train(changed(config, train__accumulate=2, train__storage=str(tmp_path / "twice")))
+    torch.testing.assert_close(last_weights(once), last_weights(twice))
+
+
+def test_training_stops_when_nothing_gets_better(colour_config):
+    config = changed(colour_config, train__epochs=30, train__learning_rate=1e-9, train__patience=2)
+    job, outcome = train(changed(config, train__batch_norm="frozen"))
+    assert outcome["epochs"] < 30
+    assert not any(record["is_best"] for record in read_epochs(job.paths)[-2:])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"train__optimizer": "sgd", "train__imbalance": "sampler"},
+        {"train__imbalance": "weights", "train__label_smoothing": 0.1, "train__precision": "bfloat16"},
+        {"augment__rand_augment": 5, "augment__cutmix": 1.0, "augment__erasing": 0.3, "augment__flip": "all"},
+        {"train__task": "multiclass", "train__metric": "loss", "train__clip_norm": 0.0, "augment__min_scale": 1.0},
+    ],
+)
+def test_every_choice_trains(colour_config, flags):
+    _, outcome = train(changed(colour_config, train__epochs=1, **flags))
+    assert outcome["metrics"]["validation"]["images"] == 9
+
+
+def test_several_labels_of_an_image_are_learnt(colour_config, colour_images, write_manifest):
+    uris = [uri for name in ("blue", "red") for uri in colour_images[name]]
+    targets = [["cold"] if name == "blue" else ["warm", "loud"] for name in ("blue", "red") for _ in range(16)]
+    split = (["train"] * 10 + ["validation"] * 3 + ["test"] * 3) * 2
+    manifest = write_manifest("labels.parquet", uri=uris, targets=targets, split=split)
+    job, outcome = train(changed(colour_config, input__manifest=str(manifest), train__epochs=8))
+    assert job.class_names == ("cold", "loud", "warm")
+    assert outcome["metrics"]["test"]["mean_average_precision"] > 0.8
+
+
+@pytest.fixture
+def pretrained(colour_config, tmp_path):
+    """Weights of a short training, to start from."""
+    job, _ = train(changed(colour_config, train__storage=str(tmp_path / "pretrained"), train__epochs=4))
+    return job.paths.best
+
+
+def test_fine_tuning_starts_from_a_fitted_head(colour_config, pretrained):
+    job, _ = train(changed(colour_config, train__weights=pretrained, train__epochs=1, train__ema_decay=0.9))
+    first = read_epochs(job.paths)[0]
+    assert first["stage"] == "head"
+    assert first["validation"]["top1"] > 0.8
+
+
+def test_a_linear_probe_leaves_the_backbone_alone(colour_config, pretrained):
+    job, _ = train(changed(colour_config, train__weights=pretrained, train__method="linear_probe"))
+    before, after = load_weights(job.paths.initial), last_weights(job)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("baseline", ["logistic_regression", "prototypes"])
+def test_baselines_are_fitted_without_an_epoch(colour_config, pretrained, baseline):
+    flags = {"train__arch": baseline, "train__backbone": "simple_cnn", "train__weights": pretrained}
+    job, outcome = train(changed(colour_config, **flags))
+    assert outcome["steps"] == 0
+    assert outcome["metrics"]["test"]["top1"] > 0.8
+    before, after = load_weights(job.paths.initial), load_weights(job.paths.best)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight", "head.bias"}
+
+
+def test_a_loss_that_is_not_finite_is_one_line(colour_config):
+    config = changed(colour_config, train__learning_rate=1e30, train__clip_norm=0.0, train__optimizer="sgd")
+    with pytest.raises(ImgbatchError, match=r"the loss of epoch \d is not finite; lower train.learning_rate"):
+        train(changed(config, train__batch_norm="frozen"))
+
+
+def test_no_space_for_a_checkpoint_is_one_line(colour_config, monkeypatch):
+    job, _ = settle(colour_config)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.storage, "replace", full)
+    with pytest.raises(ImgbatchError, match=r"train\.storage: no space for .*best\.safetensors"):
+        run_training(job, ALONE, lambda _: None)

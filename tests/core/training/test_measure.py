@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from imgbatch.core.training.measure import check_metric, measure, score
+
+
+def test_single_label_agrees_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    probs_NK = rng.dirichlet(np.ones(7), 60).astype(np.float32)
+    targets_N = rng.integers(0, 7, 60)
+    names = tuple("abcdefg")
+    measured = measure(probs_NK, targets_N, task="multiclass", class_names=names, per_class=True)
+    predicted_N = probs_NK.argmax(axis=1)
+    assert measured["images"] == 60
+    assert measured["top1"] == reference.accuracy_score(targets_N, predicted_N)
+    assert measured["loss"] == pytest.approx(reference.log_loss(targets_N, probs_NK, labels=range(7)), rel=1e-5)
+    assert measured["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(targets_N, predicted_N))
+    assert measured["macro_f1"] == pytest.approx(reference.f1_score(targets_N, predicted_N, average="macro"))
+    assert measured["per_class"]["a"]["images"] == (targets_N == 0).sum()
+    low, high = measured["top1_interval_95"]
+    assert low < measured["top1"] < high
+
+
+def test_multilabel_agrees_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    probs_NK = rng.random((50, 3)).astype(np.float32)
+    truth_NK = rng.random((50, 3)) < 0.4
+    measured = measure(probs_NK, truth_NK, task="multilabel", class_names=("a", "b", "c"), per_class=True)
+    said_NK = probs_NK >= 0.5
+    assert measured["mean_average_precision"] == pytest.approx(reference.average_precision_score(truth_NK, probs_NK))
+    assert measured["macro_f1"] == pytest.approx(reference.f1_score(truth_NK, said_NK, average="macro"))
+    assert measured["micro_f1"] == pytest.approx(reference.f1_score(truth_NK, said_NK, average="micro"))
+    assert measured["exact_match"] == reference.accuracy_score(truth_NK, said_NK)
+    assert measured["per_class"]["b"]["base_rate"] == truth_NK[:, 1].mean()
+
+
+def test_what_cannot_be_measured_is_none():
+    truth_NK = np.array([[True, False], [False, False]])
+    measured = measure(
+        np.full((2, 2), 0.5, np.float32), truth_NK, task="multilabel", class_names=("a", "b"), per_class=True
+    )
+    assert measured["per_class"]["b"]["average_precision"] is None
+
+
+def test_scores_order_epochs():
+    better, worse = {"top1": 0.8, "loss": 0.5}, {"top1": 0.8, "loss": 0.6}
+    assert score(better, "auto", "multiclass") > score(worse, "auto", "multiclass")
+    assert score({"top1": 0.9, "loss": 9.0}, "auto", "binary") > score(better, "auto", "binary")
+    assert score(better, "loss", "multiclass") > score(worse, "loss", "multiclass")
+    assert score({"mean_average_precision": None, "loss": 1.0}, "auto", "multilabel")[0] == -np.inf
+
+
+def test_metrics_belong_to_tasks():
+    assert check_metric("top1", "binary")
+    assert not check_metric("top1", "multilabel")
+    assert check_metric("macro_f1", "multilabel")
+    assert not check_metric("mean_average_precision", "multiclass")

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from imgbatch.core.training.sampling import BatchPlan, balancing_weights, epoch_order
+
+
+def steps_of(plan: BatchPlan, epoch: int) -> list[list[int]]:
+    """The positions of each step of one worker."""
+    passes = list(plan.passes(epoch))
+    return [
+        [position for one in passes[first : first + plan.accumulate] for _, position in one]
+        for first in range(0, len(passes), plan.accumulate)
+    ]
+
+
+def test_an_epoch_shows_every_image_once_but_for_the_rest():
+    plan = BatchPlan(num_images=23, batch_size=5, seed=0)
+    shown = [position for step in steps_of(plan, 1) for position in step]
+    assert plan.steps_per_epoch == 4
+    assert len(set(shown)) == len(shown) == 20
+    assert steps_of(plan, 1) == steps_of(plan, 1)
+    assert steps_of(plan, 1) != steps_of(plan, 2)
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (3, 1), (1, 2), (2, 2)])
+def test_the_images_of_a_step_do_not_depend_on_who_takes_them(world_size, accumulate):
+    alone = steps_of(BatchPlan(num_images=50, batch_size=13, seed=1), 3)
+    plans = [
+        BatchPlan(50, 13, 1, world_size=world_size, rank=rank, accumulate=accumulate) for rank in range(world_size)
+    ]
+    for step, together in enumerate(zip(*(steps_of(plan, 3) for plan in plans), strict=True)):
+        assert sorted(position for share in together for position in share) == sorted(alone[step])
+        assert all(together)
+
+
+def test_pairs_stay_together():
+    alone = steps_of(BatchPlan(num_images=16, batch_size=8, seed=0), 1)[0]
+    pairs = {tuple(alone[first : first + 2]) for first in range(0, 8, 2)}
+    share = steps_of(BatchPlan(16, 8, 0, world_size=2, rank=1), 1)[0]
+    assert {tuple(share[first : first + 2]) for first in range(0, 4, 2)} < pairs
+
+
+def test_fewer_images_than_a_batch_are_one_step():
+    plan = BatchPlan(num_images=6, batch_size=64, seed=0)
+    assert [len(step) for step in steps_of(plan, 1)] == [6]
+
+
+def test_balancing_draws_classes_equally_often():
+    truth_NK = np.zeros((100, 2), np.float32)
+    truth_NK[:90, 0] = truth_NK[90:, 1] = 1
+    drawn = np.concatenate(
+        [epoch_order(100, seed=0, epoch=epoch, weights_N=balancing_weights(truth_NK)) for epoch in range(20)]
+    )
+    assert (drawn >= 90).mean() == pytest.approx(0.5, abs=0.05)
