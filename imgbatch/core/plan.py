@@ -36,7 +36,7 @@ ProbabilityMode = Literal["all", "top_k", "none"]
 AUTO_ALL_MAX_CLASSES = 100
 _BASE_ROW_BYTES = 200
 _TOP_K_ENTRY_BYTES = 24
-_CHECK_MEMORY = "512MB"
+_CHECK_MEMORY = "256MB"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,13 @@ from imgbatch.core.current import CurrentRun
 from imgbatch.errors import UsageError
 
 
+_NO_PREDICTIONS = (
+    "select null::bigint row_id, null::varchar image_id, null::varchar uri, null::varchar label, "
+    "null::float probability, null::varchar model_id, null::timestamptz predicted_at, null::varchar run_id where false"
+)
+"""Where no run has a file of predictions: a partitioned output in which every row failed."""
+
+
 def open_views(out: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB with the views over ``out``; close it when done.
 

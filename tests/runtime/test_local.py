@@ -234,16 +234,20 @@ def test_nothing_to_retry(photo_config: Config) -> None:
     assert retry(photo_config, None) is None
 
 
-def test_a_run_without_one_prediction_fails(photo_config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("partition_by", [(), ("bucket:4",)])
+def test_a_run_without_one_prediction_fails(
+    partition_by: tuple[str, ...], photo_config: Config, tmp_path: Path
+) -> None:
     manifest = tmp_path / "nothing.parquet"
     text = tmp_path / "text.jpg"
     text.write_text("<html>not here</html>")
     pq.write_table(pa.table({"uri": [str(text)]}), manifest)
-    config = changed(photo_config, input__manifest=str(manifest))
+    config = changed(photo_config, input__manifest=str(manifest), output__partition_by=partition_by)
     for _ in range(2):
         with pytest.raises(ErrorBudgetExceeded, match="1 NOT_AN_IMAGE"):
             classify(config)
     assert rows_of(config, "select status from errors") == [("NOT_AN_IMAGE",)]
+    assert rows_of(config, "select count(label) from predictions") == [(0,)]
 
 
 def test_the_sample_stops_a_run_whose_images_are_nowhere(photo_config: Config, tmp_path: Path) -> None:
