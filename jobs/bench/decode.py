@@ -1,6 +1,6 @@
 """What decoding costs: the routes compared, and what the killable child adds to the one that was chosen.
 
-    python jobs/bench/decode.py IMAGES [--max-images 372] [--repeats 7]
+    python jobs/bench/decode.py IMAGES [--max-images 372] [--repeats 7] [--only routes | large | protection]
 
 Single thread, files in memory. Runs alternate, so that a slow minute of the machine meets every candidate; medians
 and the range are printed as a Markdown table. Seconds of CPU are what a full machine pays; seconds on the clock
@@ -25,14 +25,15 @@ import PIL
 import simplejpeg
 from PIL import Image
 
-from imgbatch.config import DecodeConfig
+from imgbatch.config import Config
 from imgbatch.core.decode_protocol import UnitBuffer, create_unit_file
 from imgbatch.core.decoder import Decoder
 from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.transforms import CropGeometry, PreprocessSpec
 
 SPEC = PreprocessSpec()
-MAX_PIXELS = DecodeConfig().max_pixels
+DECODE = Config().decode
+MAX_PIXELS = DECODE.max_pixels
 BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -125,7 +126,7 @@ def time_routes(
 def time_protection(files: Sequence[bytes], repeats: int) -> dict[str, Timings]:
     """``decode_image`` in this process, and the same images through :class:`Decoder`, both into fresh shared memory."""
     off, on = Timings(), Timings()
-    with Decoder(SPEC, DecodeConfig()) as decoder:
+    with Decoder(SPEC, DECODE) as decoder:
         decoder.decode(files, len(files))
         assert decoder.child_pid is not None
         for _ in range(repeats):
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="a directory of JPEG files")
     parser.add_argument("--max-images", type=int, default=372)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", choices=["routes", "large", "protection"], help="one part instead of all")
     arguments = parser.parse_args()
 
     paths = sorted(arguments.images.rglob("*.jpg"))
@@ -191,16 +193,20 @@ def main() -> None:
     print(
         f"{os.cpu_count()} CPUs, {platform.machine()}; Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}\n"
     )
-    print("### Routes\n")
-    print(table(time_routes(ROUTES, files, arguments.repeats)), end="\n\n")
-    print(differences(ROUTES, files), end="\n\n")
-    print("### The same photographs, four times as wide and high\n")
-    scaled = {"decode_image": chosen, "reduced DCT scale, fused": dct_scaled}
-    large = enlarged(files[:: math.ceil(len(files) / 40)], 4)
-    print(table(time_routes(scaled, large, 3)), end="\n\n")
-    print(differences(scaled, large), end="\n\n")
-    print("### Protection\n")
-    print(table(time_protection(files, arguments.repeats)))
+    parts = [arguments.only] if arguments.only else ["routes", "large", "protection"]
+    if "routes" in parts:
+        print("### Routes\n")
+        print(table(time_routes(ROUTES, files, arguments.repeats)), end="\n\n")
+        print(differences(ROUTES, files), end="\n\n")
+    if "large" in parts:
+        print("### The same photographs, four times as wide and high\n")
+        scaled = {"decode_image": chosen, "reduced DCT scale, fused": dct_scaled}
+        large = enlarged(files[:: math.ceil(len(files) / 40)], 4)
+        print(table(time_routes(scaled, large, 3)), end="\n\n")
+        print(differences(scaled, large), end="\n\n")
+    if "protection" in parts:
+        print("### Protection\n")
+        print(table(time_protection(files, arguments.repeats)))
 
 
 if __name__ == "__main__":
