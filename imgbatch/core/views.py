@@ -16,7 +16,6 @@ from imgbatch.core import current, storage
 from imgbatch.core.current import CurrentRun
 from imgbatch.errors import UsageError
 
-
 _NO_PREDICTIONS = (
     "select null::bigint row_id, null::varchar image_id, null::varchar uri, null::varchar label, "
     "null::float probability, null::varchar model_id, null::timestamptz predicted_at, null::varchar run_id where false"
@@ -53,7 +52,8 @@ def view_statements(out: str, runs: Sequence[CurrentRun]) -> list[str]:
     if not runs:
         raise UsageError(f"{out}: no finished run there")
     base = storage.absolute(out)
-    predictions = _union([_read(base, run.predictions, run.partition_types) for run in runs if run.predictions])
+    labelled = [_read(base, run.predictions, run.partition_types) for run in runs if run.predictions]
+    predictions = _union(labelled) if labelled else _NO_PREDICTIONS
     errors = _union([_read(base, run.errors, {}) for run in runs])
     return [
         f"create view runs as {_runs_table(runs)}",
