@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+import warnings
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ import ray.train.torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.data import ActorPoolStrategy
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.util.annotations import RayDeprecationWarning
 
 from imgbatch.config import Config
 from imgbatch.core import storage
@@ -45,15 +47,20 @@ class RayTrainEngine:
             return
         configure_ray_data()
         pools = choose_pools(config.resources, "cpu", cluster_machine())
-        reports = ray.data.from_arrow([pa.table({PART: pa.array([part], pa.int32())}) for part in parts]).map_batches(
-            CropActor,
-            fn_constructor_kwargs={"store": store, "config": config},
-            compute=ActorPoolStrategy(size=min(pools.decode_actors, len(parts))),
-            num_cpus=pools.decode_cpus,
-            batch_size=None,
-            batch_format="pyarrow",
-            **FINITE_RETRIES,
-        )
+        with warnings.catch_warnings():
+            # Finite retries have no other way in: the named parameters that replace remote args lack them.
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+            reports = ray.data.from_arrow(
+                [pa.table({PART: pa.array([part], pa.int32())}) for part in parts]
+            ).map_batches(
+                CropActor,
+                fn_constructor_kwargs={"store": store, "config": config},
+                compute=ActorPoolStrategy(size=min(pools.decode_actors, len(parts))),
+                num_cpus=pools.decode_cpus,
+                batch_size=None,
+                batch_format="pyarrow",
+                **FINITE_RETRIES,
+            )
         for _ in reports.iter_batches(batch_size=None, batch_format="pyarrow"):
             pass
 

@@ -1,0 +1,99 @@
+"""Training as a whole, in the plain loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from imgbatch.config import Config
+from imgbatch.core.model import load_bundle
+from imgbatch.core.views import open_views
+from imgbatch.errors import UsageError
+from imgbatch.runtime.job import classify
+from imgbatch.runtime.train import train
+from tests.conftest import changed
+
+
+@pytest.fixture
+def config(colour_config: Config) -> Config:
+    return changed(colour_config, train__epochs=4, train__storage=None)
+
+
+def test_a_training_leaves_a_bundle_that_says_what_it_is_worth(config, capsys):
+    result = train(config, Console(soft_wrap=True))
+    out = Path(str(config.output.path))
+    bundle = load_bundle(str(out))
+    assert bundle.class_names == ("blue", "green", "red")
+    assert bundle.provenance["train_images_by_class"] == {"blue": 10, "green": 10, "red": 10}
+    assert bundle.provenance["hardware"]["workers"] == 1
+    assert {"torch", "ray", "imgbatch"} <= bundle.provenance["versions"].keys()
+    assert result.metrics["test"]["images"] == 9
+    assert result.metrics["steps"] == 12
+    assert "top1" in (out / "README.md").read_text()
+    left = {path.relative_to(out).parts[:2] for path in out.rglob("*") if path.is_file()}
+    pictures = {("training", name) for name in ("augmented.png", "curves.png", "epochs.jsonl", "tensorboard")}
+    assert left == {("model.json",), ("model.safetensors",), ("metrics.json",), ("README.md",)} | pictures
+    epochs = [json.loads(line) for line in (out / "training" / "epochs.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in epochs] == [0, 1, 2, 3, 4]
+    printed = capsys.readouterr().out
+    assert "epoch 4 of 4, loss" in printed
+    assert "0:00:00 left" in printed
+
+
+def test_what_was_measured_is_what_classification_gives(config, colour_manifest, tmp_path):
+    result = train(config)
+    job = changed(
+        config,
+        model__path=result.bundle.path,
+        output__path=str(tmp_path / "out"),
+        preprocess__resize_size=None,
+        preprocess__crop_size=None,
+    )
+    classify(job)
+    with open_views(str(tmp_path / "out")) as connection:
+        query = "select avg((label = target)::int) from predictions where split = 'test'"
+        assert connection.sql(query).fetchall() == [(result.metrics["test"]["top1"],)]
+    assert pq.read_metadata(colour_manifest).num_rows == 48
+
+
+def test_the_same_command_finds_it_done_and_another_one_is_refused(config):
+    first = train(config)
+    again = train(config)
+    assert again.already_finished
+    assert again.metrics == first.metrics
+    other = changed(config, train__seed=1)
+    with pytest.raises(UsageError, match=r"holds another model .*; choose another place, or --overwrite it"):
+        train(other)
+    assert not train(other, overwrite=True).already_finished
+
+
+def test_images_that_were_left_out_are_listed(config, colour_images, write_manifest, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    uris = [*colour_images["red"], *colour_images["blue"], str(broken)]
+    split = (["train"] * 10 + ["validation"] * 3 + ["test"] * 3) * 2 + ["train"]
+    manifest = write_manifest("more.parquet", uri=uris, target=["red"] * 16 + ["blue"] * 17, split=split)
+    result = train(changed(config, input__manifest=str(manifest), train__epochs=1))
+    assert result.bundle.task == "binary"
+    assert result.metrics["images_left_out"] == {"NOT_AN_IMAGE": 1}
+    (line,) = (Path(result.bundle.path) / "training" / "left_out.jsonl").read_text().splitlines()
+    assert json.loads(line)["uri"] == str(broken)
+
+
+@pytest.mark.parametrize("baseline", ["logistic_regression", "prototypes"])
+def test_a_baseline_is_a_model_like_any_other(config, tmp_path, baseline):
+    backbone = train(config).bundle
+    flags = {"train__arch": baseline, "train__backbone": "simple_cnn", "train__weights": backbone.path}
+    result = train(changed(config, output__path=str(tmp_path / baseline), **flags))
+    assert result.bundle.arch == "simple_cnn"
+    assert result.bundle.provenance["made_by"] == f"imgbatch train ({baseline})"
+    assert result.metrics["test"]["top1"] > 0.5
+
+
+def test_one_process_has_one_worker(config):
+    with pytest.raises(UsageError, match=r"train\.num_workers: the local engine has one worker"):
+        train(changed(config, train__num_workers=2))
