@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from imgbatch.commands import classify, demo, evaluate, manifest, model, output, train
+from imgbatch.commands import classify, demo, evaluate, manifest, model, output, review, train
 from imgbatch.commands.common import messages
 from imgbatch.errors import ExitCode, ImgbatchError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(manifest.app, name="manifest")
 app.add_typer(model.app, name="model")
+app.add_typer(review.app, name="review")
 app.command("demo")(demo.demo)
 app.command("classify")(classify.classify)
 app.command("retry")(classify.retry)
