@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
 from imgbatch.config import Config
 from imgbatch.core import storage
+from imgbatch.core.database import spilling
 from imgbatch.core.decoder import Decoder
 from imgbatch.core.fetch import Fetcher
 from imgbatch.core.manifest import Manifest, as_manifest, find_problems
@@ -144,10 +143,7 @@ class _Scan:
 
 
 def _find_duplicates(scan: _Scan) -> tuple[int, list[dict[str, Any]]]:
-    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as connection:
-        connection.execute(f"set memory_limit = '{_DUPLICATES_MEMORY}'")
-        connection.execute("set temp_directory = ?", [spill])
-        connection.execute("set preserve_insertion_order = false")
+    with spilling(memory_limit=_DUPLICATES_MEMORY) as connection:
         connection.register("ids", scan.reader())
         connection.execute(
             """create temp table repeated as

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
 from imgbatch.config import Config, parse_config
 from imgbatch.core import storage
+from imgbatch.core.database import spilling
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.partitions import Partition, PartitionCheck, parse_partitions
@@ -232,10 +231,7 @@ def _create(paths: RunPaths, plan: RunPlan, tables: Iterator[pa.Table], *, check
 
 def refuse_duplicates(paths: RunPaths) -> None:
     """Raise :class:`UsageError` if an ``image_id`` stands twice in the run's rows; memory is bounded."""
-    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as connection:
-        connection.execute(f"set memory_limit='{_CHECK_MEMORY}'; set temp_directory='{spill}'")
-        if not storage.is_local(paths.rows):
-            connection.register_filesystem(storage.filesystem(paths.rows)[0])
+    with spilling(paths.rows, memory_limit=_CHECK_MEMORY) as connection:
         found = connection.execute(
             f"select {IMAGE_ID}, count(*) from read_parquet(?) group by 1 having count(*) > 1 limit 1",
             [storage.join(paths.rows, "*.parquet")],

@@ -5,13 +5,11 @@ With DuckDB rather than with the code that wrote it.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import duckdb
-
 from imgbatch.core import storage
+from imgbatch.core.database import spilling
 from imgbatch.core.runs import RunEntry, find_run, list_runs
 from imgbatch.errors import UsageError
 
@@ -101,10 +99,7 @@ def _check_files(run: RunEntry) -> Iterator[Check]:
 
 
 def _check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
-    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as connection:
-        connection.execute(f"set memory_limit='{_MEMORY}'; set temp_directory='{spill}'")
-        if not storage.is_local(run.paths.out):
-            connection.register_filesystem(storage.filesystem(run.paths.out)[0])
+    with spilling(run.paths.out, memory_limit=_MEMORY) as connection:
 
         def number(query: str) -> int:
             row = connection.execute(query).fetchone()

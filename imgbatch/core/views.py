@@ -14,6 +14,7 @@ import duckdb
 
 from imgbatch.core import current, storage
 from imgbatch.core.current import CurrentRun
+from imgbatch.core.database import connect
 from imgbatch.errors import UsageError
 
 _NO_PREDICTIONS = (
@@ -32,13 +33,8 @@ def open_views(out: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyC
     Raises:
         UsageError: no finished run there.
     """
-    connection = duckdb.connect()
+    connection = connect(out, memory_limit=memory_limit)
     try:
-        if memory_limit is not None:
-            connection.execute(f"set memory_limit='{memory_limit}'")
-        if not storage.is_local(out):
-            connection.register_filesystem(storage.filesystem(out)[0])
-        connection.execute("set timezone='UTC'")
         for statement in view_statements(out, current.load(out)):
             connection.execute(statement)
     except BaseException:

@@ -1,0 +1,40 @@
+"""DuckDB as we use it: quiet, in UTC, within a memory limit and spilling beyond it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+
+import duckdb
+
+from imgbatch.core import storage
+
+
+def connect(out: str | None = None, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
+    """An in-memory database; close it when done.
+
+    Args:
+        out: a directory or file that queries will read; elsewhere than on a disk, through fsspec.
+        memory_limit: as DuckDB's setting, ``2GB``; none: DuckDB's default.
+    """
+    # Its progress bar would be printed into whatever the command prints.
+    connection = duckdb.connect(config={"enable_progress_bar": "false"})
+    connection.execute("set timezone='UTC'")
+    if memory_limit is not None:
+        connection.execute(f"set memory_limit='{memory_limit}'")
+    if out is not None and not storage.is_local(out):
+        connection.register_filesystem(storage.filesystem(out)[0])
+    return connection
+
+
+@contextlib.contextmanager
+def spilling(out: str | None = None, *, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    """As :func:`connect`, for the block, with a temporary directory for what exceeds the limit."""
+    with (
+        tempfile.TemporaryDirectory() as spill,
+        contextlib.closing(connect(out, memory_limit=memory_limit)) as database,
+    ):
+        database.execute("set temp_directory = ?", [spill])
+        database.execute("set preserve_insertion_order = false")
+        yield database
