@@ -18,9 +18,9 @@ def connect(out: str | None = None, *, memory_limit: str | None = None) -> duckd
         out: a directory or file that queries will read; elsewhere than on a disk, through fsspec.
         memory_limit: as DuckDB's setting, ``2GB``; none: DuckDB's default.
     """
+    connection = duckdb.connect()
     # Its progress bar would be printed into whatever the command prints.
-    connection = duckdb.connect(config={"enable_progress_bar": "false"})
-    connection.execute("set timezone='UTC'")
+    connection.execute("set enable_progress_bar = false; set timezone = 'UTC'")
     if memory_limit is not None:
         connection.execute(f"set memory_limit='{memory_limit}'")
     if out is not None and not storage.is_local(out):
