@@ -1,0 +1,226 @@
+"""One self-contained HTML page on an output: what was labelled, how fast, what failed and why, how good.
+
+count (summary) -> measure (quality) -> pick images -> thumbnails -> render
+
+The page loads nothing and runs nothing: its content security policy says so, and whatever comes from a manifest, a
+model or an error is escaped. jinja2 and matplotlib come with the ``report`` extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+
+from imgbatch.core import current, storage
+from imgbatch.core.runs import RunPaths
+from imgbatch.core.scored import Labeller, bounded_memory, read_labeller
+from imgbatch.core.views import open_views
+from imgbatch.errors import UsageError
+from imgbatch.report import figures, picks
+from imgbatch.report.picks import Gallery, Pick
+from imgbatch.report.quality import Quality, measure
+from imgbatch.report.summary import Summary, summarise
+from imgbatch.report.thumbnails import make_thumbnails
+
+MAX_THUMBNAILS = 150
+"""About 7 kB each on the page."""
+_LABELS_PICTURED = 12
+_LEAST_PER_LABEL, _MOST_PER_LABEL = 3, 12
+_FAILED_PER_STATUS = 6
+_SESSIONS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Galleries:
+    """The images that the page shows."""
+
+    per_label: tuple[Gallery, ...] = ()
+    least_certain: tuple[Pick, ...] = ()
+    failed: tuple[Pick, ...] = ()
+    mistakes: tuple[Pick, ...] = ()
+    label_errors: tuple[Pick, ...] = ()
+
+    @property
+    def all_picks(self) -> list[Pick]:
+        per_label = [pick for gallery in self.per_label for pick in gallery.picks]
+        return [*per_label, *self.least_certain, *self.failed, *self.mistakes, *self.label_errors]
+
+
+def check_installed() -> None:
+    """Raise :class:`UsageError` in one line where the ``report`` extra is missing."""
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise UsageError("report: jinja2 is not installed; pip install 'imgbatch[report]' brings it") from error
+    figures.check_installed()
+
+
+def write_report(
+    out: str,
+    *,
+    file: str | None = None,
+    manifest: str | None = None,
+    split: str | None = None,
+    slice_by: Sequence[str] = (),
+    max_thumbnails: int = MAX_THUMBNAILS,
+    price_per_hour: float | None = None,
+) -> str:
+    """Write the page on ``out`` and return where it stands.
+
+    Where targets are known, the labels are evaluated anew, which writes metrics.json and its tables too.
+
+    Args:
+        file: where to write; none: report.html of the newest run.
+        manifest: where the targets are; none: the classified manifest's own.
+        split: measure only rows of this split.
+        slice_by: manifest columns to compare the values of; none: those with few values.
+        max_thumbnails: images on the page, at most; 0: none.
+        price_per_hour: of everything the runs used; none: what their configuration says.
+
+    Raises:
+        UsageError: no finished run, the ``report`` extra is missing, or targets that were asked for do not fit.
+    """
+    check_installed()
+    out = storage.absolute(out)
+    with open_views(out) as connection, bounded_memory(connection):
+        labeller = _labeller(connection, out)
+        is_multilabel = isinstance(labeller, Labeller) and labeller.is_multilabel
+        summary = summarise(connection, out, is_multilabel=is_multilabel, price_per_hour=price_per_hour)
+        quality: Quality | str = "Not measured: nothing was labelled."
+        if isinstance(labeller, Labeller):
+            quality = measure(connection, out, labeller, manifest=manifest, split=split, slice_by=slice_by)
+        elif summary.num_predictions:
+            quality = f"Not measured: {labeller}."
+        galleries = _pick(connection, summary, quality, max_thumbnails, is_multilabel=is_multilabel)
+    run = RunPaths(out, current.load(out)[-1].run_id)
+    html = _render(
+        out=out,
+        sessions_shown=_SESSIONS_SHOWN,
+        run=_describe_run(run),
+        summary=summary,
+        labeller=labeller if isinstance(labeller, Labeller) else None,
+        quality=quality if isinstance(quality, Quality) else None,
+        not_measured=quality if isinstance(quality, str) else None,
+        galleries=galleries,
+        thumbnails=make_thumbnails(out, galleries.all_picks),
+        histogram=figures.confidence_histogram(summary.confidence_bins) if summary.num_predictions else None,
+    )
+    file = file or storage.join(run.root, "report.html")
+    storage.replace(file, html.encode())
+    return file
+
+
+def _labeller(connection: duckdb.DuckDBPyConnection, out: str) -> Labeller | str:
+    """The model behind the labels, or why there is not one."""
+    try:
+        return read_labeller(connection, out)
+    except UsageError as error:
+        return str(error)
+
+
+def _pick(
+    connection: duckdb.DuckDBPyConnection,
+    summary: Summary,
+    quality: Quality | str,
+    max_thumbnails: int,
+    *,
+    is_multilabel: bool,
+) -> Galleries:
+    if not max_thumbnails:
+        return Galleries()
+    part = max(1, max_thumbnails * 3 // 20)
+    shown = max(1, min(_LABELS_PICTURED, part, len(summary.labels)))
+    each = max(_LEAST_PER_LABEL, min(_MOST_PER_LABEL, max_thumbnails * 2 // 5 // shown))
+    mistakes: tuple[Pick, ...] = ()
+    label_errors: tuple[Pick, ...] = ()
+    if isinstance(quality, Quality):
+        if _listed(quality.metrics, "mistakes"):
+            mistakes = picks.pick_mistakes(connection, quality.directory, part)
+        if _listed(quality.metrics, "label_errors"):
+            label_errors = picks.pick_label_errors(connection, quality.directory, part)
+    return Galleries(
+        tuple(picks.pick_per_label(connection, [each.label for each in summary.labels[:shown]], each)),
+        picks.pick_least_certain(connection, part, is_multilabel=is_multilabel),
+        picks.pick_failed(connection, part, _FAILED_PER_STATUS),
+        mistakes,
+        label_errors,
+    )
+
+
+def _listed(metrics: dict[str, Any], name: str) -> int:
+    """Rows of the table that an evaluation wrote under ``name``."""
+    return (metrics.get(name) or {}).get("listed", 0)
+
+
+def _describe_run(paths: RunPaths) -> dict[str, Any]:
+    """What is known of a run beyond its rows: its id, and run.json where the run's driver lived to write it."""
+    record = storage.read_json(paths.run_json) if storage.exists(paths.run_json) else {}
+    plan = storage.read_json(paths.plan)
+    return {
+        "run_id": paths.run_id,
+        "predicted_at": plan["predicted_at"],
+        "manifest": plan.get("config", {}).get("input", {}).get("manifest"),
+        "model": record.get("model", {}),
+        "preprocess": record.get("preprocess"),
+        "device": record.get("device"),
+        "backend": record.get("backend"),
+        "machine": record.get("machine", {}),
+        "versions": record.get("versions", {}),
+    }
+
+
+def _render(**values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        loader=PackageLoader("imgbatch.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": lambda value: f"{value:,}",
+        "percent": percent,
+        "number": number,
+        "when": when,
+        "short": figures.shorten,
+        "duration": duration,
+    }
+    return environment.get_template("report.html.j2").render(values)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as per cent; what is not all never reads as all, and what is not nothing never as nothing."""
+    if share is None:
+        return "–"
+    text = f"{share:.{digits}%}"
+    if share < 1 and text == f"{1:.{digits}%}":
+        return f">{1 - 0.1 ** (digits + 2):.{digits}%}"
+    if share > 0 and text == f"{0:.{digits}%}":
+        return f"<{0.1 ** (digits + 2):.{digits}%}"
+    return text
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant digits, thousands apart."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def when(moment: str) -> str:
+    """An ISO 8601 moment, for a person: ``2 Jan 2026, 03:04 UTC``."""
+    parsed = datetime.fromisoformat(moment).astimezone(UTC)
+    return f"{parsed.day} {parsed:%b %Y, %H:%M} UTC"
+
+
+def duration(seconds: float) -> str:
+    """``48 s``, ``12 min`` or ``7.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,175 @@
+"""How good the labels are, for the page: what ``evaluate`` measured, and the figures of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import numpy as np
+
+from imgbatch.core import storage
+from imgbatch.core.evaluate import Evaluation, evaluate
+from imgbatch.core.scored import Labeller
+from imgbatch.errors import UsageError
+from imgbatch.report import figures
+from imgbatch.schema import BANDS, BYTES, IMAGE_ID, RESERVED_COLUMNS, TARGET, TARGETS, URI, WINDOW
+
+MAX_SLICE_VALUES = 50
+"""A manifest column of more values is not compared unless it is asked for."""
+MAX_SLICE_COLUMNS = 6
+MAX_MATRIX_CLASSES = 40
+"""Classes of the matrix where metrics.json holds none: those with the most mistakes."""
+_NO_SLICES = RESERVED_COLUMNS | {URI, BYTES, IMAGE_ID, TARGET, TARGETS, WINDOW, BANDS}
+_SLICE_TYPES = ("VARCHAR", "BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure and what to read in it."""
+
+    title: str
+    text: str
+    svg: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What was measured."""
+
+    directory: str
+    metrics: dict[str, Any]
+    """What metrics.json holds."""
+    headline: tuple[str, float, Sequence[float] | None]
+    """Name, value and 95% interval of the one figure to remember."""
+    figures: tuple[Figure, ...]
+    matrix: Figure | None
+    classes: tuple[dict[str, Any], ...]
+    """Those that occur, worst F1 first."""
+    includes_training: bool
+    """Whether rows of a split called train are among those measured."""
+
+
+def measure(
+    connection: duckdb.DuckDBPyConnection,
+    out: str,
+    labeller: Labeller,
+    *,
+    manifest: str | None,
+    split: str | None,
+    slice_by: Sequence[str],
+) -> Quality | str:
+    """Evaluate the current labels; or why that cannot be done.
+
+    Args:
+        slice_by: columns to compare the values of; none: those with few values.
+
+    Raises:
+        UsageError: ``manifest``, ``split`` or ``slice_by`` do not fit.
+    """
+    truth = TARGETS if labeller.is_multilabel else TARGET
+    asked = bool(manifest or split or slice_by)
+    if not asked and truth not in _columns(connection, "predictions"):
+        return f"The manifest has no column {truth}: nothing to measure against."
+    slice_by = slice_by or ([] if manifest else _choose_slices(connection))
+    try:
+        evaluation = evaluate(out, manifest=manifest, split=split, slice_by=slice_by)
+    except UsageError as error:
+        if asked:
+            raise
+        return f"Not measured: {error}."
+    rows = evaluation.metrics["rows"]
+    if not rows["measured"]:
+        known = ", ".join(f"{name} ({count:,})" for name, count in list(rows["unknown_targets"].items())[:8])
+        unknown = f" The model has no class for the targets: {known}." if known else ""
+        return f"Not measured: of {rows['with_target']:,} rows with a target none can be compared.{unknown}"
+    return _describe(connection, evaluation, split)
+
+
+def _describe(connection: duckdb.DuckDBPyConnection, evaluation: Evaluation, split: str | None) -> Quality:
+    metrics = evaluation.metrics
+    name = "top1" if "top1" in metrics else "exact_match"
+    measured = [entry for entry in metrics["per_class"] if entry["support"] or entry["predicted"]]
+    splits = [value["value"] for part in metrics["slices"] if part["column"] == "split" for value in part["values"]]
+    return Quality(
+        directory=evaluation.directory,
+        metrics=metrics,
+        headline=(name, metrics[name], metrics["intervals"].get(name)),
+        figures=tuple(_draw_figures(metrics)),
+        matrix=_draw_matrix(connection, evaluation) if name == "top1" else None,
+        classes=tuple(sorted(measured, key=lambda entry: (entry["f1"] or 0, -entry["support"]))),
+        includes_training=split is None and "train" in splits and len(splits) > 1,
+    )
+
+
+def _choose_slices(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Columns that both predictions and errors have, with few values."""
+    types = _columns(connection, "predictions")
+    names = [
+        name
+        for name in _columns(connection, "errors")
+        if name not in _NO_SLICES and types.get(name, "") in _SLICE_TYPES
+    ]
+    if not names:
+        return []
+    counted = ", ".join("approx_count_distinct(" + '"' + name.replace('"', '""') + '")' for name in names)
+    counts = connection.execute(f"select {counted} from predictions").fetchall()[0]
+    few = [name for name, count in zip(names, counts, strict=True) if 2 <= count <= MAX_SLICE_VALUES]
+    return few[:MAX_SLICE_COLUMNS]
+
+
+def _columns(connection: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
+    """Name to type."""
+    return {row[0]: row[1] for row in connection.execute(f"describe {view}").fetchall()}
+
+
+def _draw_figures(metrics: dict[str, Any]) -> list[Figure]:
+    drawn = []
+    if metrics["reliability"]:
+        error = metrics["expected_calibration_error"]
+        text = f"On the dashed line, confidence means what it says. Expected calibration error {error:.3f}."
+        drawn.append(Figure("Reliability", text, figures.reliability_diagram(metrics["reliability"])))
+    if metrics["risk_coverage"] and metrics["risk_coverage"]["coverage"]:
+        text = "How many mistakes remain if only the most confident labels are accepted."
+        drawn.append(Figure("Risk and coverage", text, figures.risk_coverage(metrics["risk_coverage"])))
+    curves = [entry for entry in metrics["per_class"] if entry.get("pr_curve")]
+    if any(entry["average_precision"] is not None for entry in curves):
+        mean = metrics["rank"]["mean_average_precision"]
+        text = f"Each class against the rest. Mean average precision {mean:.3f}."
+        drawn.append(Figure("Precision and recall", text, figures.precision_recall(curves)))
+    return drawn
+
+
+def _draw_matrix(connection: duckdb.DuckDBPyConnection, evaluation: Evaluation) -> Figure:
+    names = [entry["class_name"] for entry in evaluation.metrics["per_class"]]
+    text = "Targets in rows, labels in columns; the shade is the share of the row, blue right and red wrong."
+    if evaluation.metrics["confusion"] is not None:
+        confusion_KK = np.array(evaluation.metrics["confusion"])
+    else:
+        names, confusion_KK = _most_confused(connection, evaluation.directory)
+        text += f" The {len(names)} classes with the most mistakes; all pairs are in confusion.parquet."
+    return Figure("Confusion", text, figures.confusion_matrix(names, confusion_KK))
+
+
+def _most_confused(connection: duckdb.DuckDBPyConnection, directory: str) -> tuple[list[str], np.ndarray]:
+    file = storage.join(directory, "confusion.parquet")
+    names = [
+        name
+        for name, _ in connection.execute(
+            "select name, sum(count) as wrong from (select unnest([target, label]) as name, count "
+            "from read_parquet($file) where target <> label) group by name order by wrong desc, name limit $limit",
+            {"file": file, "limit": MAX_MATRIX_CLASSES},
+        ).fetchall()
+    ]
+    names.sort()
+    index = {name: k for k, name in enumerate(names)}
+    confusion_KK = np.zeros((len(names), len(names)), np.int64)
+    pairs = connection.execute(
+        "select target, label, count from read_parquet($file) "
+        "where list_contains($names, target) and list_contains($names, label)",
+        {"file": file, "names": names},
+    ).fetchall()
+    for target, label, count in pairs:
+        confusion_KK[index[target], index[label]] = count
+    return names, confusion_KK
