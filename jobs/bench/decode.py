@@ -1,6 +1,6 @@
 """What decoding costs: the routes compared, and what the killable child adds to the one that was chosen.
 
-    python jobs/bench/decode.py IMAGES [--max-images 372] [--repeats 7] [--only routes | large | protection]
+    python -m jobs.bench.decode [--folder IMAGES] [--max-images 100] [--repeats 3] [--only routes | large | protection]
 
 Single thread, files in memory. Runs alternate, so that a slow minute of the machine meets every candidate; medians
 and the range are printed as a Markdown table. Seconds of CPU are what a full machine pays; seconds on the clock
@@ -13,15 +13,14 @@ import argparse
 import io
 import math
 import os
-import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import PIL
 import simplejpeg
 from PIL import Image
 
@@ -30,6 +29,7 @@ from imgbatch.core.decode_protocol import UnitBuffer, create_unit_file
 from imgbatch.core.decoder import Decoder
 from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.transforms import CropGeometry, PreprocessSpec
+from jobs.bench.common import describe_machine, find_photographs
 
 SPEC = PreprocessSpec()
 DECODE = Config().decode
@@ -181,18 +181,17 @@ def differences(routes: Mapping[str, Callable[[bytes], np.ndarray]], files: Sequ
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("images", type=Path, help="a directory of JPEG files")
-    parser.add_argument("--max-images", type=int, default=372)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="JPEG files")
+    parser.add_argument("--max-images", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=["routes", "large", "protection"], help="one part instead of all")
     arguments = parser.parse_args()
 
-    paths = sorted(arguments.images.rglob("*.jpg"))
-    files = [path.read_bytes() for path in paths[:: math.ceil(len(paths) / arguments.max_images)]]
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = find_photographs(arguments.folder, Path(scratch))
+        files = [path.read_bytes() for path in paths[:: math.ceil(len(paths) / arguments.max_images)]]
     print(f"{len(files)} files, {sum(map(len, files)) / len(files) / 1e3:.0f} KB on average, {arguments.repeats} runs.")
-    print(
-        f"{os.cpu_count()} CPUs, {platform.machine()}; Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}\n"
-    )
+    print(f"{describe_machine()}, simplejpeg {simplejpeg.__version__}\n")
     parts = [arguments.only] if arguments.only else ["routes", "large", "protection"]
     if "routes" in parts:
         print("### Routes\n")

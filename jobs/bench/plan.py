@@ -1,6 +1,6 @@
 """How long planning takes, and how much memory: 5,000,000 synthetic rows of which no image is ever opened.
 
-    python jobs/bench/plan.py [--rows 5000000]
+    python -m jobs.bench.plan [--rows 5000000]
 
 Prints seconds and peak memory of a fresh process that plans the run: fingerprint, ``rows/``, duplicate check.
 """
@@ -61,7 +61,7 @@ def main() -> None:
         manifest = Path(folder, "manifest.parquet")
         write_manifest(manifest, arguments.rows)
         model = arguments.model or _draw_model(Path(folder, "model"))
-        command = [sys.executable, __file__, "--plan", str(manifest), model, str(Path(folder, "out"))]
+        command = [sys.executable, "-m", "jobs.bench.plan", "--plan", str(manifest), model, str(Path(folder, "out"))]
         subprocess.run(command, check=True)
 
 

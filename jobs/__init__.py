@@ -1,0 +1,1 @@
+"""Entry points for a plain ``ray job submit``, recipes, benchmarks and their dated results."""
