@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from imgbatch.commands import classify, demo, evaluate, manifest, model, output, review, train
+from imgbatch.commands import classify, demo, evaluate, manifest, model, output, report, review, train
 from imgbatch.commands.common import messages
 from imgbatch.errors import ExitCode, ImgbatchError
 
@@ -35,6 +35,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("calibrate")(evaluate.calibrate)
 app.command("compare")(evaluate.compare)
+app.command("report")(report.report)
 
 
 @app.callback()

@@ -227,6 +227,13 @@ class RayConfig(Section):
     """Size of the object store of a Ray of its own, MB; none: sized from the units in flight."""
 
 
+class ReportConfig(Section):
+    """The page on a run."""
+
+    price_per_hour: float | None = Field(None, ge=0)
+    """Price of an hour of everything that the job uses, in any currency; the page then tells the cost."""
+
+
 class Config(Section):
     """One job's whole configuration."""
 
@@ -243,6 +250,7 @@ class Config(Section):
     errors: ErrorsConfig = ErrorsConfig()
     run: RunConfig = RunConfig()
     ray: RayConfig = RayConfig()
+    report: ReportConfig = ReportConfig()
 
 
 def load_config(

@@ -75,6 +75,7 @@ OPTIONS = [
     "run.no_progress_s",
     "ray.address",
     "ray.object_store_mb",
+    "report.price_per_hour",
 ]
 """The public list. A new option is a decision: add it here with it."""
 

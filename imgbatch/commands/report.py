@@ -1,0 +1,65 @@
+"""``imgbatch report``: one page on an output; and the page that ``classify`` leaves behind."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from imgbatch.commands.common import Assignments, ConfigFile, console, messages
+from imgbatch.config import load_config
+from imgbatch.errors import UsageError, normalise_message
+
+
+def report(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output directory of classify.")],
+    manifest: Annotated[
+        str | None,
+        typer.Option("--manifest", help="Manifest with the targets; default: those of the manifest classified."),
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("-o", "--output", help="Where to write; default: report.html of the newest run.")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Measure only rows of this split.")] = None,
+    slice_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slice-by", metavar="COLUMN", help="Manifest column to compare; default: those with few values."
+        ),
+    ] = None,
+    thumbnails: Annotated[
+        int, typer.Option("--thumbnails", min=0, max=1000, help="Images on the page, at most; 0: none.")
+    ] = 150,
+    config_file: ConfigFile = None,
+    assignments: Assignments = None,
+) -> None:
+    """Write one self-contained HTML page: what was labelled, how fast, what failed and why, how good."""
+    from imgbatch.report.page import write_report
+
+    config = load_config(config_file, assignments or ())
+    written = write_report(
+        out,
+        file=file,
+        manifest=manifest,
+        split=split,
+        slice_by=slice_by or (),
+        max_thumbnails=thumbnails,
+        price_per_hour=config.report.price_per_hour,
+    )
+    console.print(written, markup=False)
+
+
+def report_after_run(out: str) -> None:
+    """Write the page on a run that has just finished; whatever goes wrong is one line and nothing more."""
+    from imgbatch.report.page import check_installed, write_report
+
+    try:
+        check_installed()
+    except UsageError:
+        return
+    try:
+        console.print(f"report:  {write_report(out)}", markup=False)
+    except Exception as error:
+        messages.print(
+            f"no report: {normalise_message(error)}; `imgbatch report {out}` tries again", markup=False
+        )
