@@ -192,6 +192,8 @@ class OutputConfig(Section):
     """``all`` keeps every class's probability, ``top_k`` the best few; auto: all up to 100 classes."""
     top_k: PositiveInt = 5
     """How many classes ``top_k`` lists."""
+    embeddings: bool = False
+    """Also write what the model's last layer sees of each image."""
     target_file_mb: PositiveInt = 128
     """Size that output files aim at, MB."""
     keep_units: bool = False

@@ -42,6 +42,7 @@ UNIT_SCHEMA = pa.schema(
         ("decision", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("embedding", pa.list_(pa.float32())),
     ]
 )
 """A unit file: one row per manifest row of the unit, in the unit's order, whatever its status.
@@ -62,9 +63,10 @@ PREDICTION_COLUMNS = [
     "height",
 ]
 ERROR_COLUMNS = ["status", "error_stage", "error_message", "attempts"]
+EMBEDDING_COLUMNS = ["embedding"]
 
 RESERVED_COLUMNS = frozenset(
-    [ROW_ID, *PREDICTION_COLUMNS, *ERROR_COLUMNS, "model_id", "predicted_at", "run_id", "bucket"]
+    [ROW_ID, *PREDICTION_COLUMNS, *ERROR_COLUMNS, *EMBEDDING_COLUMNS, "model_id", "predicted_at", "run_id", "bucket"]
 )
 """Output columns that a manifest may not bring itself."""
 

@@ -66,6 +66,7 @@ OPTIONS = [
     "output.partition_by",
     "output.probabilities",
     "output.top_k",
+    "output.embeddings",
     "output.target_file_mb",
     "output.keep_units",
     "errors.max_rate",

@@ -67,7 +67,8 @@ def test_columns_keep_their_values_when_brought_to_plain_types():
 
 def test_the_schema_of_units_is_plain_already():
     assert all(field.type == schema.plain_type(field.type) for field in schema.UNIT_SCHEMA)
-    assert {*schema.PREDICTION_COLUMNS, *schema.ERROR_COLUMNS, schema.ROW_ID} == set(schema.UNIT_SCHEMA.names)
+    outcome = {*schema.PREDICTION_COLUMNS, *schema.ERROR_COLUMNS, *schema.EMBEDDING_COLUMNS}
+    assert {*outcome, schema.ROW_ID} == set(schema.UNIT_SCHEMA.names)
 
 
 @pytest.mark.parametrize("name", ["label", "row_id", "run_id", "error_message"])

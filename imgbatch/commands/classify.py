@@ -26,6 +26,9 @@ def classify(
     out: Out = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many rows.")] = None,
     engine: Engine = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Also write what the last layer sees of each image.")
+    ] = False,
     new_run: Annotated[bool, typer.Option("--new-run", help="A second run although this one has finished.")] = False,
     assignments: Assignments = None,
 ) -> None:
@@ -38,6 +41,7 @@ def classify(
         "output.path": out,
         "input.limit": limit,
         "classify.engine": engine,
+        "output.embeddings": True if embeddings else None,
         "run.new_run": True if new_run else None,
     }
     config = load_config(config_file, assignments or (), flags)

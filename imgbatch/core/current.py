@@ -5,7 +5,7 @@ It follows from the finished runs, so it can be made again at any time.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from imgbatch.core import storage
 from imgbatch.core.runs import RunEntry, list_runs
@@ -27,6 +27,7 @@ class CurrentRun:
     """DuckDB type of each partition column, so that no reader guesses it from the directory names."""
     predictions: list[str]
     errors: list[str]
+    embeddings: list[str] = field(default_factory=list)
 
 
 def location(out: str) -> str:
@@ -48,7 +49,8 @@ def load(out: str) -> list[CurrentRun]:
 
 def _entry(run: RunEntry) -> CurrentRun:
     written = storage.read_json(run.paths.files)
-    files = {kind: [f for f in written["files"] if f["kind"] == kind] for kind in ("predictions", "errors")}
+    kinds = ("predictions", "errors", "embeddings")
+    files = {kind: [f for f in written["files"] if f["kind"] == kind] for kind in kinds}
     return CurrentRun(
         run_id=run.run_id,
         parent=run.parent,
@@ -60,4 +62,5 @@ def _entry(run: RunEntry) -> CurrentRun:
         partition_types=written["partition_types"],
         predictions=[file["path"] for file in files["predictions"]],
         errors=[file["path"] for file in files["errors"]],
+        embeddings=[file["path"] for file in files["embeddings"]],
     )

@@ -28,6 +28,7 @@ from imgbatch.core.rows import RowsReader
 from imgbatch.core.units import Unit
 from imgbatch.errors import ImgbatchError, Status
 from imgbatch.schema import (
+    EMBEDDING_COLUMNS,
     ERROR_COLUMNS,
     IMAGE_ID,
     PREDICTED_AT_TYPE,
@@ -38,7 +39,7 @@ from imgbatch.schema import (
     URI,
 )
 
-PREDICTIONS, ERRORS = "predictions", "errors"
+PREDICTIONS, ERRORS, EMBEDDINGS = KINDS = ("predictions", "errors", "embeddings")
 OPEN_FILES = 64
 """Output files written in one pass over the units."""
 BUFFERED_BYTES = 256 * 2**20
@@ -103,17 +104,21 @@ def _settled_layout(run: Run) -> list[OutputFile]:
 def _lay_out(run: Run) -> Iterator[OutputFile]:
     """Which units make which file: each partition's rows in unit order, cut at units when a file is full."""
     rows_of: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    arrow_bytes: Counter[str] = Counter()
+    num_rows: Counter[str] = Counter()
     for unit, results, rows in _iter_units(run):
         for kind, table in _split(run, results, rows).items():
+            arrow_bytes[kind] += table.nbytes
+            num_rows[kind] += table.num_rows
             paths = partition_paths(table, run.partitions if kind == PREDICTIONS else (), _date(run))
             counts = Counter(paths.indices.to_pylist())
             for index, path in enumerate(paths.dictionary.to_pylist()):
                 rows_of[kind, path].append((unit.index, counts[index]))
-    for kind in (PREDICTIONS, ERRORS):
+    for kind in _kinds(run):
         if not any(key[0] == kind for key in rows_of) and not (kind == PREDICTIONS and run.partitions):
             rows_of[kind, ""] = []  # an empty file, so that a reader finds the columns
-    rows_per_file = _rows_per_file(run)
-    for kind, partition in sorted(rows_of, key=lambda key: (key[0] != PREDICTIONS, key[1])):
+    for kind, partition in sorted(rows_of, key=lambda key: (KINDS.index(key[0]), key[1])):
+        rows_per_file = _rows_per_file(run, arrow_bytes[kind] / arrow_bytes.total(), num_rows[kind])
         for number, chunk in enumerate(_fill(rows_of[kind, partition], rows_per_file)):
             name = "/".join(filter(None, [kind, f"run_id={run.run_id}", partition, f"part-{number:05d}.parquet"]))
             yield OutputFile(name, kind, partition, _ranges([u for u, _ in chunk]), sum(n for _, n in chunk))
@@ -131,10 +136,15 @@ def _fill(unit_rows: Sequence[tuple[int, int]], rows_per_file: int) -> Iterator[
     yield chunk
 
 
-def _rows_per_file(run: Run) -> int:
+def _rows_per_file(run: Run, share: float, num_rows: int) -> int:
+    """Rows of a kind that fill a file, where its ``num_rows`` make up ``share`` of all bytes."""
     stored = [*storage.list_files(run.paths.units, ".parquet"), *storage.list_files(run.paths.rows, ".parquet")]
-    bytes_per_row = max(1, sum(info.size for info in stored) // run.plan.layout.num_rows)
+    bytes_per_row = max(1, int(share * sum(info.size for info in stored)) // max(1, num_rows))
     return max(1, run.plan.config.output.target_file_mb * 10**6 // bytes_per_row)
+
+
+def _kinds(run: Run) -> tuple[str, ...]:
+    return KINDS if run.plan.config.output.embeddings else (PREDICTIONS, ERRORS)
 
 
 def _ranges(indices: list[int]) -> list[list[int]]:
@@ -169,11 +179,23 @@ def _read_unit(run: Run, index: int) -> pa.Table:
 def _split(run: Run, results: pa.Table, rows: pa.Table) -> dict[str, pa.Table]:
     """A unit's rows as output rows of each kind; a kind without rows is left out."""
     ok = pc.equal(results["status"], Status.OK.value)
+    masks = {PREDICTIONS: ok, ERRORS: pc.invert(ok), EMBEDDINGS: ok}
     tables = {
-        PREDICTIONS: _join(rows.filter(ok), results.filter(ok).select(PREDICTION_COLUMNS), run),
-        ERRORS: _join(rows.filter(pc.invert(ok)), results.filter(pc.invert(ok)).select(ERROR_COLUMNS), None),
+        kind: _output_rows(run, kind, rows.filter(masks[kind]), results.filter(masks[kind])) for kind in _kinds(run)
     }
     return {kind: table for kind, table in tables.items() if table.num_rows}
+
+
+def _output_rows(run: Run, kind: str, rows: pa.Table, results: pa.Table) -> pa.Table:
+    """Rows and their results with the columns of ``kind``."""
+    if kind == PREDICTIONS:
+        return _join(rows, results.select(PREDICTION_COLUMNS), run)
+    if kind == ERRORS:
+        return _join(rows, results.select(ERROR_COLUMNS), None)
+    table = rows.select([ROW_ID, IMAGE_ID])
+    for name in EMBEDDING_COLUMNS:
+        table = table.append_column(results.schema.field(name), results[name])
+    return table
 
 
 def _join(rows: pa.Table, outcome: pa.Table, run: Run | None) -> pa.Table:
@@ -195,8 +217,7 @@ def output_schema(run: Run, kind: str) -> pa.Schema:
     reader = RowsReader(run.paths)
     rows = reader.schema.empty_table()
     reader.close()
-    columns = PREDICTION_COLUMNS if kind == PREDICTIONS else ERROR_COLUMNS
-    table = _join(rows, UNIT_SCHEMA.empty_table().select(columns), run if kind == PREDICTIONS else None)
+    table = _output_rows(run, kind, rows, UNIT_SCHEMA.empty_table())
     if kind == PREDICTIONS:
         table = _drop_partition_columns(table, run)
     metadata = {
@@ -224,7 +245,7 @@ def _date(run: Run) -> str:
 
 
 def _write_files(run: Run, files: list[OutputFile]) -> list[dict[str, Any]]:
-    schemas = {kind: output_schema(run, kind) for kind in (PREDICTIONS, ERRORS)}
+    schemas = {kind: output_schema(run, kind) for kind in _kinds(run)}
     written: list[dict[str, Any]] = []
     for first in range(0, len(files), OPEN_FILES):
         group = files[first : first + OPEN_FILES]
@@ -249,7 +270,7 @@ def _write_files(run: Run, files: list[OutputFile]) -> list[dict[str, Any]]:
 
 
 def _by_partition(run: Run, kind: str, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    if kind == ERRORS or not run.partitions:
+    if kind != PREDICTIONS or not run.partitions:
         yield "", table
         return
     paths = partition_paths(table, run.partitions, _date(run))
@@ -330,14 +351,15 @@ def _file_digest(file: IO[bytes]) -> str:
 def _count_statuses(written: list[dict[str, Any]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for entry in written:
-        total.update(entry["counts"])
+        if entry["kind"] != EMBEDDINGS:
+            total.update(entry["counts"])
     return dict(sorted(total.items()))
 
 
 def _remove_strays(run: Run, files: list[OutputFile]) -> None:
     """Remove what an earlier, interrupted finalize left under the run's own directories."""
     keep = {storage.join(run.paths.out, file.path) for file in files}
-    for kind in (PREDICTIONS, ERRORS):
+    for kind in KINDS:
         for info in storage.list_files(run.paths.data(kind)):
             if info.uri not in keep:
                 storage.remove(info.uri)

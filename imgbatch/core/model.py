@@ -27,6 +27,7 @@ from imgbatch.core.weights import (
     expand_binary_head,
     fit_network,
     load_safetensors,
+    num_head_inputs,
     num_head_outputs,
     published_name,
     read_header,
@@ -146,6 +147,11 @@ def load_network(bundle: ModelBundle) -> nn.Module:
         name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_safetensors(uri).items()
     }
     return fit_network(bundle.arch, state_dict, crop_size=bundle.preprocess.crop_size, where=uri)
+
+
+def count_features(bundle: ModelBundle) -> int:
+    """Length of an embedding: how many features the head sees. From the header of the weights; no torch."""
+    return num_head_inputs(bundle.arch, read_header(storage.join(bundle.path, WEIGHTS_FILE)))
 
 
 def save_bundle(

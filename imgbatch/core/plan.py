@@ -20,7 +20,7 @@ from imgbatch.config import Config, parse_config
 from imgbatch.core import storage
 from imgbatch.core.database import spilling
 from imgbatch.core.manifest import Manifest, open_manifest
-from imgbatch.core.model import ModelBundle, load_bundle
+from imgbatch.core.model import ModelBundle, count_features, load_bundle
 from imgbatch.core.partitions import Partition, PartitionCheck, parse_partitions
 from imgbatch.core.rows import RowsReader, normalise_columns, select_rows, write_rows
 from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, utc_now
@@ -35,6 +35,7 @@ ProbabilityMode = Literal["all", "top_k", "none"]
 AUTO_ALL_MAX_CLASSES = 100
 _BASE_ROW_BYTES = 200
 _TOP_K_ENTRY_BYTES = 24
+_FEATURE_BYTES = 4
 _CHECK_MEMORY = "256MB"
 
 
@@ -278,6 +279,8 @@ def _new_plan(
     unit_rows = config.classify.unit_rows
     if unit_rows == "auto":
         row_bytes = _result_row_bytes(probabilities, num_classes, config.output.top_k)
+        if config.output.embeddings:
+            row_bytes += _FEATURE_BYTES * count_features(bundle)
         unit_rows = choose_unit_rows(spec.pixel_bytes, row_bytes, sum(segments))
     return RunPlan(
         run_id=run_id,
@@ -317,6 +320,7 @@ def _result_fields(
         "output.partition_by": list(config.output.partition_by),
         "output.probabilities": probabilities,
         "output.top_k": config.output.top_k,
+        "output.embeddings": config.output.embeddings,
         "output.target_file_mb": config.output.target_file_mb,
         "schema_version": SCHEMA_VERSION,
     }

@@ -1,6 +1,6 @@
 """Result rows: from probabilities to the columns of a unit file, and the commit of one unit.
 
-Shape suffixes: N images, K classes, T entries of ``top_k``.
+Shape suffixes: N images, K classes, D features, T entries of ``top_k``.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ class LabelRules:
     """``{"accept": {class: probability}}`` fills ``decision``; ``{"labels": {class: probability}}`` multi-label."""
 
 
-def prediction_columns(probs_NK: np.ndarray, rules: LabelRules) -> dict[str, pa.Array]:
-    """The columns that follow from the probabilities, for rows that have them.
+def prediction_columns(
+    probs_NK: np.ndarray, rules: LabelRules, features_ND: np.ndarray | None = None
+) -> dict[str, pa.Array]:
+    """The columns that follow from the model's output, for rows that have one.
 
     Args:
         probs_NK: float32, 0 to 1, class order of ``rules.class_names``.
+        features_ND: float32, the embeddings; none: not wanted.
     """
     num_rows, num_classes = probs_NK.shape
     listed = min(rules.top_k, num_classes)
@@ -61,6 +64,7 @@ def prediction_columns(probs_NK: np.ndarray, rules: LabelRules) -> dict[str, pa.
         "probabilities": pa.nulls(num_rows, pa.list_(pa.float32())),
         "labels": pa.nulls(num_rows, pa.list_(pa.string())),
         "decision": pa.nulls(num_rows, pa.string()),
+        "embedding": pa.nulls(num_rows, pa.list_(pa.float32())),
     }
     if rules.task != "multilabel":
         second_N = probs_NK[rows_N, top_NT[:, 1]] if num_classes > 1 else np.zeros_like(probability_N)
@@ -76,6 +80,8 @@ def prediction_columns(probs_NK: np.ndarray, rules: LabelRules) -> dict[str, pa.
         columns["top_k"] = _lists(entries, np.full(num_rows, listed))
     if rules.probabilities == "all":
         columns["probabilities"] = _lists(pa.array(probs_NK.ravel()), np.full(num_rows, num_classes))
+    if features_ND is not None:
+        columns["embedding"] = _lists(pa.array(features_ND.ravel()), np.full(num_rows, features_ND.shape[1]))
     accept = (rules.thresholds or {}).get("accept")
     if accept is not None:
         needed_N = np.array([accept.get(name, np.inf) for name in rules.class_names])[label_index_N]

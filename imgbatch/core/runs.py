@@ -84,7 +84,7 @@ class RunPaths:
         return self._of_run("heartbeat.json")
 
     def data(self, kind: str) -> str:
-        """The run's directory under ``predictions`` or ``errors``."""
+        """The run's directory under ``predictions``, ``errors`` or ``embeddings``."""
         return storage.join(self.out, kind, f"run_id={self.run_id}")
 
     def is_finished(self) -> bool:

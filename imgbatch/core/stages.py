@@ -101,7 +101,13 @@ class ClassifyStage:
             run.bundle.class_names, run.bundle.task, plan.probabilities, plan.config.output.top_k, run.bundle.thresholds
         )
         bundle = replace(run.bundle, preprocess=run.spec)
-        self._predictor = Predictor(bundle, device=plan.device, batch_size=batch_size, num_threads=num_threads)
+        self._predictor = Predictor(
+            bundle,
+            device=plan.device,
+            batch_size=batch_size,
+            features=plan.config.output.embeddings,
+            num_threads=num_threads,
+        )
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """The unit's result rows (:data:`UNIT_SCHEMA`) with the unit's index and seconds beside them."""
@@ -115,12 +121,15 @@ class ClassifyStage:
         for row, error in zip(np.flatnonzero(ok), predictions.errors, strict=True):
             errors[row] = error
         predicted = np.array([error is None for error in predictions.errors], dtype=bool)
+        features_ND = predictions.features_ND
+        if features_ND is not None:
+            features_ND = features_ND[predicted]
         table = unit_table(
             block[ROW_ID].combine_chunks(),
             errors,
             block["width"].to_numpy(),
             block["height"].to_numpy(),
-            prediction_columns(predictions.probs_NK[predicted], self._rules),
+            prediction_columns(predictions.probs_NK[predicted], self._rules, features_ND),
         )
         for name in DECODE_COLUMNS:
             table = table.append_column(name, block[name])

@@ -91,7 +91,7 @@ def _check_files(run: RunEntry) -> Iterator[Check]:
         if found != file["sha256"]:
             yield Check(run.run_id, "sha256", False, f"{file['path']}: content differs from files.json")
     names = {storage.join(run.paths.out, file["path"]) for file in listed}
-    for kind in ("predictions", "errors"):
+    for kind in ("predictions", "errors", "embeddings"):
         for info in storage.list_files(run.paths.data(kind)):
             if info.uri not in names:
                 yield Check(run.run_id, "listing", False, f"{info.uri}: not in files.json")
@@ -107,7 +107,9 @@ def _check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
 
         listed = storage.read_json(run.paths.files)["files"]
         connection.execute(f"create view planned as select row_id from {_parquet([_rows_glob(run)])}")
-        connection.execute(f"create view written as {_row_ids(run, listed)}")
+        of_kind = {kind: [file for file in listed if file["kind"] == kind] for kind in ("predictions", "embeddings")}
+        outcomes = [file for file in listed if file["kind"] != "embeddings"]
+        connection.execute(f"create view written as {_row_ids(run, outcomes)}")
         num_planned, num_written = number("select count(*) from planned"), number("select count(*) from written")
         num_distinct = number("select count(distinct row_id) from written")
         missing = number("select count(*) from planned anti join written using (row_id)")
@@ -116,6 +118,15 @@ def _check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
         yield Check(run.run_id, "distinct", num_distinct == num_written, f"{num_distinct:,} distinct row_ids")
         yield Check(run.run_id, "missing", missing == 0, f"{missing:,} planned rows without an outcome")
         yield Check(run.run_id, "unknown", unknown == 0, f"{unknown:,} rows that were not planned")
+        if of_kind["embeddings"]:
+            predicted, embedded = (f"({_row_ids(run, of_kind[kind])})" for kind in ("predictions", "embeddings"))
+            unpaired = number(
+                f"select count(*) from (({predicted} except all {embedded}) union all "
+                f"({embedded} except all {predicted}))"
+            )
+            yield Check(
+                run.run_id, "embeddings", unpaired == 0, f"{unpaired:,} predictions and embeddings without a pair"
+            )
         if parent is not None:
             failed = [file for file in storage.read_json(parent.paths.files)["files"] if file["kind"] == "errors"]
             connection.execute(f"create view failed as {_row_ids(parent, failed)}")

@@ -3,6 +3,7 @@
 predictions      one current row per image_id: the newest run that labelled it wins
 all_predictions  every prediction of every finished run
 errors           rows that failed and that no later run has labelled
+embeddings       of the current predictions: row_id, image_id, embedding; no rows where none were asked for
 runs             one row per finished run
 """
 
@@ -22,6 +23,11 @@ _NO_PREDICTIONS = (
     "null::float probability, null::varchar model_id, null::timestamptz predicted_at, null::varchar run_id where false"
 )
 """Where no run has a file of predictions: a partitioned output in which every row failed."""
+
+
+_NO_EMBEDDINGS = (
+    "select null::bigint row_id, null::varchar image_id, null::float[] embedding, null::varchar run_id where false"
+)
 
 
 def open_views(out: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
@@ -51,12 +57,15 @@ def view_statements(out: str, runs: Sequence[CurrentRun]) -> list[str]:
     labelled = [_read(base, run.predictions, run.partition_types) for run in runs if run.predictions]
     predictions = _union(labelled) if labelled else _NO_PREDICTIONS
     errors = _union([_read(base, run.errors, {}) for run in runs])
+    embedded = [_read(base, run.embeddings, {}) for run in runs if run.embeddings]
     return [
         f"create view runs as {_runs_table(runs)}",
         f"create view all_predictions as {predictions}",
         f"create view predictions as {_current_predictions(runs)}",
         f"create view all_errors as {errors}",
         f"create view errors as {_current_errors(runs)}",
+        f"create view all_embeddings as {_union(embedded) if embedded else _NO_EMBEDDINGS}",
+        f"create view embeddings as {_current_embeddings(runs)}",
     ]
 
 
@@ -107,6 +116,12 @@ def _current_errors(runs: Sequence[CurrentRun]) -> str:
         "where p.image_id = failed.image_id and p.predicted_at > failed.failed_at) "
         "qualify row_number() over (partition by image_id order by failed_at desc, run_id desc, row_id desc) = 1"
     )
+
+
+def _current_embeddings(runs: Sequence[CurrentRun]) -> str:
+    if len(runs) == 1 and runs[0].unique_ids:
+        return "select * from all_embeddings"
+    return "select * from all_embeddings semi join predictions using (run_id, row_id)"
 
 
 def _quote(text: str | None) -> str:

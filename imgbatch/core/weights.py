@@ -73,6 +73,11 @@ def num_head_outputs(arch: str, shapes: Mapping[str, tuple[int, ...]], *, where:
     return shapes[name][0]
 
 
+def num_head_inputs(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many features the head sees, from the shapes of weights that :func:`num_head_outputs` has accepted."""
+    return shapes[f"{head_module_name(arch)}.weight"][1]
+
+
 def load_safetensors(uri: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file: mapped from a local disk, read whole from elsewhere."""
     import safetensors.torch

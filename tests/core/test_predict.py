@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from imgbatch.core.architectures import build_network
-from imgbatch.core.model import ModelBundle, init_bundle, load_network
+from imgbatch.core.architectures import build_network, head_module_name
+from imgbatch.core.model import ModelBundle, count_features, init_bundle, load_network
 from imgbatch.core.predict import Predictor
 from imgbatch.errors import Stage, Status
 
@@ -169,3 +169,22 @@ def test_labels_of_a_real_network_are_plain_torchs(tmp_path: Path, test_data: Pa
     logits_NK = plain_logits(bundle, images_NHWC)
     assert (predictions.probs_NK.argmax(1) == logits_NK.argmax(1).numpy()).mean() >= 0.999
     np.testing.assert_allclose(predictions.probs_NK, logits_NK.softmax(1).numpy(), atol=1e-5)
+
+
+def test_features_come_from_the_same_pass(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    bundle = make_bundle()
+    network_passes = []
+    predictor = Predictor(bundle, batch_size=4, features=True)
+    predictor._network.register_forward_pre_hook(lambda *_: network_passes.append(1))
+    predictions = predictor.predict(images_NHWC)
+    assert len(network_passes) == 3
+    np.testing.assert_array_equal(predictions.probs_NK, Predictor(bundle, batch_size=4).predict(images_NHWC).probs_NK)
+    head = load_network(bundle).get_submodule(head_module_name(bundle.arch))
+    assert predictions.features_ND is not None
+    assert predictions.features_ND.dtype == np.float32
+    assert predictions.features_ND.shape == (11, count_features(bundle))
+    with torch.inference_mode():
+        logits_NK = head(torch.from_numpy(predictions.features_ND)).numpy()
+    np.testing.assert_allclose(logits_NK, plain_logits(bundle, images_NHWC).numpy(), atol=1e-5)
+    assert predictor.predict(images_NHWC[:0]).features_ND.shape == (0, 0)
+    assert Predictor(bundle).predict(images_NHWC).features_ND is None

@@ -116,3 +116,13 @@ def test_failures_that_may_pass_are_left_for_a_later_pass(tmp_path: Path) -> Non
     assert commit_unit(paths, 0, row_ids, table, defer_above=0.4).outcome == "deferred"
     assert paths.committed_units() == set()
     assert commit_unit(paths, 0, row_ids, table, defer_above=0.5).outcome == "committed"
+
+
+def test_embeddings_are_lists_of_the_predicted_rows() -> None:
+    features = np.arange(8, dtype=np.float32).reshape(2, 4)
+    error = row_error(Status.CORRUPT, Stage.DECODE, "bad")
+    size = np.ones(3, np.int32)
+    columns = prediction_columns(PROBS, rules(), features)
+    table = unit_table(pa.array([0, 1, 2]), [None, error, None], size, size, columns)
+    assert table["embedding"].to_pylist() == [[0, 1, 2, 3], None, [4, 5, 6, 7]]
+    assert prediction_columns(PROBS, rules())["embedding"].null_count == 2

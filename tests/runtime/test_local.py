@@ -153,7 +153,7 @@ def test_partitions(photo_config: Config, partition_by: tuple[str, ...]) -> None
 
 
 def test_small_files_are_cut_at_units(photo_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imgbatch.core.finalize._rows_per_file", lambda _: 40)
+    monkeypatch.setattr("imgbatch.core.finalize._rows_per_file", lambda *_: 40)
     result = classify(photo_config)
     files = sorted(Path(result.out, "predictions").rglob("*.parquet"))
     assert [path.name for path in files] == [f"part-{index:05d}.parquet" for index in range(4)]
@@ -174,6 +174,41 @@ def test_embedded_images(photo_config: Config, photos: list[Path], tmp_path: Pat
     plan = storage.read_json(RunPaths(embedded.out, embedded.run_id).plan)
     assert plan["segments"] == [50, 50, 20]
     assert verify(embedded.out).ok
+
+
+def test_embeddings_stand_beside_the_predictions(photo_config: Config) -> None:
+    config = changed(photo_config, output__embeddings=True, output__partition_by=("shop",))
+    result = classify(config)
+    assert verify(result.out).ok
+    assert "embeddings" in {check.name for check in verify(result.out).checks}
+    assert result.counts["OK"] == 114
+    (path,) = Path(result.out, "embeddings").rglob("*.parquet")
+    assert pq.read_schema(path).names == ["row_id", "image_id", "embedding"]
+    lengths = "select count(*), min(len(embedding)), max(len(embedding)) from embeddings semi join predictions"
+    (found,) = rows_of(config, f"{lengths} using (row_id, image_id)")
+    assert found[0] == 114
+    assert found[1] == found[2] > 3
+    select = "select row_id, label, probability from predictions order by row_id"
+    with_embeddings = rows_of(config, select)
+    without = classify(photo_config)
+    assert without.run_id != result.run_id
+    assert rows_of(photo_config, select) == with_embeddings
+    assert rows_of(photo_config, "select count(*) from embeddings") == [(0,)]
+    assert rows_of(photo_config, "select count(*) from all_embeddings") == [(114,)]
+
+
+def test_verify_finds_an_embedding_that_is_missing(photo_config: Config) -> None:
+    result = classify(changed(photo_config, output__embeddings=True))
+    (path,) = Path(result.out, "embeddings").rglob("*.parquet")
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(pa.concat_tables([table.slice(2), table.slice(2, 1)]), path)
+    paths = RunPaths(result.out, result.run_id)
+    record = storage.read_json(paths.files)
+    for file in record["files"]:
+        file["sha256"] = storage.sha256(str(Path(result.out, file["path"])))
+    storage.write_json(paths.files, record)
+    (failed,) = (check for check in verify(result.out).checks if not check.ok)
+    assert (failed.name, failed.detail) == ("embeddings", "3 predictions and embeddings without a pair")
 
 
 def test_limit_takes_the_first_rows(photo_config: Config) -> None:
