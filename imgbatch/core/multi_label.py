@@ -44,10 +44,10 @@ class Sums:
 def collect(scored: Scored, sample: RankSample) -> Sums:
     """One pass over all rows of ``scored``."""
     labeller = scored.labeller
-    zeros = [np.zeros(labeller.num_classes, np.int64) for _ in range(3)]
-    floats = [np.zeros(labeller.num_classes) for _ in range(2)]
+    num_classes = labeller.num_classes
+    zeros = [np.zeros(num_classes, np.int64) for _ in range(3)]
     per_label = [SelfConfidence.empty(2) for _ in labeller.class_names]
-    sums = Sums(confusion.ClassCounts(*zeros), per_label, sample, *floats)
+    sums = Sums(confusion.ClassCounts(*zeros), per_label, sample, np.zeros(num_classes), np.zeros(num_classes))
     columns = ["truth", "labels", "is_right"]
     if labeller.has_probabilities:
         columns += ["probabilities", f"hash(image_id, {sample.seed}) as lot"]
@@ -152,11 +152,11 @@ def iter_suspects(scored: Scored, self_confidence: list[SelfConfidence]) -> Iter
             found = suspects(_two_classes(probs_NK[:, k]), truth_NK[:, k].astype(np.int64), each.thresholds())
             wrong_NK[:, k] = found.class_N != truth_NK[:, k]
             margin_NK[:, k] = found.margin_N
-        row, k = np.nonzero(wrong_NK)
+        row, column = np.nonzero(wrong_NK)
         if row.size:
-            table = _cells(scored, rows, row, k, truth_NK)
-            table = table.append_column("probability", pa.array(probs_NK[row, k]))
-            yield table.append_column("margin", pa.array(margin_NK[row, k]))
+            table = _cells(scored, rows, row, column, truth_NK)
+            table = table.append_column("probability", pa.array(probs_NK[row, column]))
+            yield table.append_column("margin", pa.array(margin_NK[row, column]))
 
 
 def _iter_probabilities(scored: Scored) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:

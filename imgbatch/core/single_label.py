@@ -169,7 +169,7 @@ def _unavailable(metrics: dict[str, Any], sums: Sums, labeller: Labeller) -> dic
 
 
 def _replicates(confusion_KK: np.ndarray, seed: int) -> confusion.ClassCounts:
-    num_replicates = intervals.affordable_replicates(np.count_nonzero(confusion_KK))
+    num_replicates = intervals.affordable_replicates(int(np.count_nonzero(confusion_KK)))
     return intervals.bootstrap_confusion(confusion_KK, num_replicates, np.random.default_rng(seed))
 
 

@@ -135,9 +135,9 @@ def iter_files(uri: str, suffix: str = "") -> Iterator[FileInfo]:
                         stat = path.stat()
                         yield FileInfo(str(path), stat.st_size, str(stat.st_mtime_ns))
         return
-    fs, path = filesystem(uri)
+    fs, prefix = filesystem(uri)
     fs.invalidate_cache()
-    for _, _, files in fs.walk(path, detail=True):
+    for _, _, files in fs.walk(prefix, detail=True):
         for name in sorted(files):
             info = files[name]
             if name.endswith(suffix):
@@ -194,8 +194,8 @@ def replace(uri: str, data: bytes) -> None:
             temporary.replace(path)
             _sync_directory(path.parent)
         return
-    fs, path = filesystem(uri)
-    fs.pipe_file(path, data)
+    fs, remote = filesystem(uri)
+    fs.pipe_file(remote, data)
 
 
 def write_json(uri: str, value: Any) -> None:

@@ -104,7 +104,9 @@ class PreprocessSpec:
     def from_dict(cls, values: dict[str, Any]) -> PreprocessSpec:
         """The inverse of :meth:`to_dict`; unknown keys raise ``TypeError``."""
         values = dict(values)
-        decode = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("decode", {}).items()}
+        decode: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.pop("decode", {}).items()
+        }
         values["mean"], values["std"] = tuple(values["mean"]), tuple(values["std"])
         return cls(**values, decode=DecodePolicy(**decode))
 
