@@ -7,21 +7,20 @@ Running it again, or twice at once, changes nothing: partitions, names, row orde
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgbatch.core import current, storage, views
+from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS, OutputFile, OutputFileWriter
 from imgbatch.core.partitions import partition_paths
 from imgbatch.core.plan import Run
 from imgbatch.core.rows import RowsReader
@@ -39,29 +38,11 @@ from imgbatch.schema import (
     URI,
 )
 
-PREDICTIONS, ERRORS, EMBEDDINGS = KINDS = ("predictions", "errors", "embeddings")
 OPEN_FILES = 64
 """Output files written in one pass over the units."""
 BUFFERED_BYTES = 256 * 2**20
 """Arrow bytes held over all open files before they become row groups."""
 MAX_ROW_GROUP_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """One output file and the units whose rows it takes."""
-
-    path: str
-    """Relative to the output directory."""
-    kind: str
-    partition: str
-    """Directories below the run's, ``a=1/b=x``; empty without partitions."""
-    units: list[list[int]]
-    """Runs of unit indices, ``[first, last]``."""
-    rows: int
-
-    def unit_indices(self) -> list[int]:
-        return [index for first, last in self.units for index in range(first, last + 1)]
 
 
 def finalize(run: Run) -> dict[str, Any]:
@@ -117,8 +98,10 @@ def _lay_out(run: Run) -> Iterator[OutputFile]:
     for kind in _kinds(run):
         if not any(key[0] == kind for key in rows_of) and not (kind == PREDICTIONS and run.partitions):
             rows_of[kind, ""] = []  # an empty file, so that a reader finds the columns
+    stored_bytes = _stored_bytes(run)
     for kind, partition in sorted(rows_of, key=lambda key: (KINDS.index(key[0]), key[1])):
-        rows_per_file = _rows_per_file(run, arrow_bytes[kind] / arrow_bytes.total(), num_rows[kind])
+        kind_bytes = stored_bytes * arrow_bytes[kind] // arrow_bytes.total()
+        rows_per_file = _rows_per_file(run, kind_bytes, num_rows[kind])
         for number, chunk in enumerate(_fill(rows_of[kind, partition], rows_per_file)):
             name = "/".join(filter(None, [kind, f"run_id={run.run_id}", partition, f"part-{number:05d}.parquet"]))
             yield OutputFile(name, kind, partition, _ranges([u for u, _ in chunk]), sum(n for _, n in chunk))
@@ -136,10 +119,15 @@ def _fill(unit_rows: Sequence[tuple[int, int]], rows_per_file: int) -> Iterator[
     yield chunk
 
 
-def _rows_per_file(run: Run, share: float, num_rows: int) -> int:
-    """Rows of a kind that fill a file, where its ``num_rows`` make up ``share`` of all bytes."""
+def _stored_bytes(run: Run) -> int:
+    """Compressed bytes of all that becomes output."""
     stored = [*storage.list_files(run.paths.units, ".parquet"), *storage.list_files(run.paths.rows, ".parquet")]
-    bytes_per_row = max(1, int(share * sum(info.size for info in stored)) // max(1, num_rows))
+    return sum(info.size for info in stored)
+
+
+def _rows_per_file(run: Run, kind_bytes: int, num_rows: int) -> int:
+    """Rows that fill an output file, where ``num_rows`` take ``kind_bytes``."""
+    bytes_per_row = max(1, kind_bytes // max(1, num_rows))
     return max(1, run.plan.config.output.target_file_mb * 10**6 // bytes_per_row)
 
 
@@ -252,7 +240,8 @@ def _write_files(run: Run, files: list[OutputFile]) -> list[dict[str, Any]]:
         with ExitStack() as stack:
             limit = min(MAX_ROW_GROUP_BYTES, BUFFERED_BYTES // len(group))
             writers = {
-                file.path: stack.enter_context(_FileWriter(run, file, schemas[file.kind], limit)) for file in group
+                file.path: stack.enter_context(OutputFileWriter(run.paths.out, file, schemas[file.kind], limit))
+                for file in group
             }
             by_unit: dict[int, list[OutputFile]] = defaultdict(list)
             for file in group:
@@ -277,75 +266,6 @@ def _by_partition(run: Run, kind: str, table: pa.Table) -> Iterator[tuple[str, p
     columns = _drop_partition_columns(table, run)
     for index, path in enumerate(paths.dictionary.to_pylist()):
         yield path, columns.filter(pc.equal(paths.indices, index))
-
-
-class _FileWriter:
-    """Buffers one output file's rows into row groups; the file takes its name when everything is in it."""
-
-    def __init__(self, run: Run, file: OutputFile, schema: pa.Schema, row_group_bytes: int) -> None:
-        self._file = file
-        self._schema = schema
-        self._row_group_bytes = row_group_bytes
-        self._uri = storage.join(run.paths.out, file.path)
-        self._held: list[pa.Table] = []
-        self._held_bytes = 0
-        self._counts: Counter[str] = Counter()
-        self._sha256 = ""
-        self._size = 0
-
-    def __enter__(self) -> _FileWriter:
-        self._stack = ExitStack()
-        self._staged = self._stack.enter_context(storage.staged_file(self._uri))
-        self._writer = pq.ParquetWriter(self._staged, self._schema, compression="zstd")
-        return self
-
-    def add(self, table: pa.Table) -> None:
-        statuses = table["status"] if self._file.kind == ERRORS else pa.array([Status.OK.value] * table.num_rows)
-        self._counts.update({entry["values"]: entry["counts"] for entry in pc.value_counts(statuses).to_pylist()})
-        self._held.append(table)
-        self._held_bytes += table.nbytes
-        if self._held_bytes >= self._row_group_bytes:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._held:
-            self._writer.write_table(pa.concat_tables(self._held).cast(self._schema))
-            self._held, self._held_bytes = [], 0
-
-    def __exit__(self, *exception: Any) -> None:
-        if exception[0] is None:
-            self._flush()
-        self._writer.close()
-        if exception[0] is None:
-            self._check_rows()
-            self._sha256, self._size = _digest(self._staged), self._staged.stat().st_size
-        self._stack.__exit__(*exception)
-
-    def _check_rows(self) -> None:
-        rows = sum(self._counts.values())
-        if rows != self._file.rows:
-            raise ImgbatchError(f"{self._file.path}: {rows} rows where finalize.json has {self._file.rows}")
-
-    def entry(self) -> dict[str, Any]:
-        """What files.json says of the file."""
-        return {
-            "path": self._file.path,
-            "kind": self._file.kind,
-            "partition": self._file.partition,
-            "rows": self._file.rows,
-            "bytes": self._size,
-            "sha256": self._sha256,
-            "counts": dict(sorted(self._counts.items())),
-        }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return _file_digest(file)
-
-
-def _file_digest(file: IO[bytes]) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _count_statuses(written: list[dict[str, Any]]) -> dict[str, int]:

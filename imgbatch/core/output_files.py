@@ -1,0 +1,94 @@
+"""One output file: which units it is made of, and the writing of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imgbatch.core import storage
+from imgbatch.errors import ImgbatchError, Status
+
+PREDICTIONS, ERRORS, EMBEDDINGS = KINDS = ("predictions", "errors", "embeddings")
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One output file and the units whose rows it takes."""
+
+    path: str
+    """Relative to the output directory."""
+    kind: str
+    partition: str
+    """Directories below the run's, ``a=1/b=x``; empty without partitions."""
+    units: list[list[int]]
+    """Runs of unit indices, ``[first, last]``."""
+    rows: int
+
+    def unit_indices(self) -> list[int]:
+        return [index for first, last in self.units for index in range(first, last + 1)]
+
+
+class OutputFileWriter:
+    """Buffers one output file's rows into row groups; the file takes its name when everything is in it."""
+
+    def __init__(self, out: str, file: OutputFile, schema: pa.Schema, row_group_bytes: int) -> None:
+        self._file = file
+        self._schema = schema
+        self._row_group_bytes = row_group_bytes
+        self._uri = storage.join(out, file.path)
+        self._held: list[pa.Table] = []
+        self._held_bytes = 0
+        self._counts: Counter[str] = Counter()
+        self._sha256 = ""
+        self._size = 0
+
+    def __enter__(self) -> OutputFileWriter:
+        self._stack = ExitStack()
+        self._staged = self._stack.enter_context(storage.staged_file(self._uri))
+        self._writer = pq.ParquetWriter(self._staged, self._schema, compression="zstd")
+        return self
+
+    def add(self, table: pa.Table) -> None:
+        statuses = table["status"] if self._file.kind == ERRORS else pa.array([Status.OK.value] * table.num_rows)
+        self._counts.update({entry["values"]: entry["counts"] for entry in pc.value_counts(statuses).to_pylist()})
+        self._held.append(table)
+        self._held_bytes += table.nbytes
+        if self._held_bytes >= self._row_group_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            self._writer.write_table(pa.concat_tables(self._held).cast(self._schema))
+            self._held, self._held_bytes = [], 0
+
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is None:
+            self._flush()
+        self._writer.close()
+        if exception[0] is None:
+            self._check_rows()
+            self._sha256, self._size = storage.sha256(str(self._staged)), self._staged.stat().st_size
+        self._stack.__exit__(*exception)
+
+    def _check_rows(self) -> None:
+        rows = sum(self._counts.values())
+        if rows != self._file.rows:
+            raise ImgbatchError(f"{self._file.path}: {rows} rows where finalize.json has {self._file.rows}")
+
+    def entry(self) -> dict[str, Any]:
+        """What files.json says of the file."""
+        return {
+            "path": self._file.path,
+            "kind": self._file.kind,
+            "partition": self._file.partition,
+            "rows": self._file.rows,
+            "bytes": self._size,
+            "sha256": self._sha256,
+            "counts": dict(sorted(self._counts.items())),
+        }
