@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from imgbatch.core import current, storage
+from imgbatch.core.output_files import KINDS
 from imgbatch.core.runs import find_run, list_runs
 from imgbatch.errors import UsageError
 
@@ -19,6 +20,6 @@ def remove_run(out: str, run_id: str) -> None:
         raise UsageError(f"--run {run_id}: {', '.join(retries)} retries it; remove that first")
     storage.remove(run.paths.success)
     current.update(out)
-    for kind in ("predictions", "errors", "embeddings"):
+    for kind in KINDS:
         storage.remove(run.paths.data(kind))
     storage.remove(run.paths.root)

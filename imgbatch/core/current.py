@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from imgbatch.core import storage
+from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS
 from imgbatch.core.runs import RunEntry, list_runs
 
 
@@ -49,18 +50,17 @@ def load(out: str) -> list[CurrentRun]:
 
 def _entry(run: RunEntry) -> CurrentRun:
     written = storage.read_json(run.paths.files)
-    kinds = ("predictions", "errors", "embeddings")
-    files = {kind: [f for f in written["files"] if f["kind"] == kind] for kind in kinds}
+    files = {kind: [f for f in written["files"] if f["kind"] == kind] for kind in KINDS}
     return CurrentRun(
         run_id=run.run_id,
         parent=run.parent,
         predicted_at=run.plan["predicted_at"],
         model_id=run.plan["fields"]["model"],
         unique_ids=run.plan["fields"]["input.duplicates"] == "error",
-        num_predictions=sum(file["rows"] for file in files["predictions"]),
-        num_errors=sum(file["rows"] for file in files["errors"]),
+        num_predictions=sum(file["rows"] for file in files[PREDICTIONS]),
+        num_errors=sum(file["rows"] for file in files[ERRORS]),
         partition_types=written["partition_types"],
-        predictions=[file["path"] for file in files["predictions"]],
-        errors=[file["path"] for file in files["errors"]],
-        embeddings=[file["path"] for file in files["embeddings"]],
+        predictions=[file["path"] for file in files[PREDICTIONS]],
+        errors=[file["path"] for file in files[ERRORS]],
+        embeddings=[file["path"] for file in files[EMBEDDINGS]],
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from imgbatch.core import storage
 from imgbatch.core.database import spilling
+from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS
 from imgbatch.core.runs import RunEntry, find_run, list_runs
 from imgbatch.errors import UsageError
 
@@ -91,7 +92,7 @@ def _check_files(run: RunEntry) -> Iterator[Check]:
         if found != file["sha256"]:
             yield Check(run.run_id, "sha256", False, f"{file['path']}: content differs from files.json")
     names = {storage.join(run.paths.out, file["path"]) for file in listed}
-    for kind in ("predictions", "errors", "embeddings"):
+    for kind in KINDS:
         for info in storage.list_files(run.paths.data(kind)):
             if info.uri not in names:
                 yield Check(run.run_id, "listing", False, f"{info.uri}: not in files.json")
@@ -107,8 +108,8 @@ def _check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
 
         listed = storage.read_json(run.paths.files)["files"]
         connection.execute(f"create view planned as select row_id from {_parquet([_rows_glob(run)])}")
-        of_kind = {kind: [file for file in listed if file["kind"] == kind] for kind in ("predictions", "embeddings")}
-        outcomes = [file for file in listed if file["kind"] != "embeddings"]
+        of_kind = {kind: [file for file in listed if file["kind"] == kind] for kind in (PREDICTIONS, EMBEDDINGS)}
+        outcomes = [file for file in listed if file["kind"] != EMBEDDINGS]
         connection.execute(f"create view written as {_row_ids(run, outcomes)}")
         num_planned, num_written = number("select count(*) from planned"), number("select count(*) from written")
         num_distinct = number("select count(distinct row_id) from written")
@@ -118,8 +119,8 @@ def _check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
         yield Check(run.run_id, "distinct", num_distinct == num_written, f"{num_distinct:,} distinct row_ids")
         yield Check(run.run_id, "missing", missing == 0, f"{missing:,} planned rows without an outcome")
         yield Check(run.run_id, "unknown", unknown == 0, f"{unknown:,} rows that were not planned")
-        if of_kind["embeddings"]:
-            predicted, embedded = (f"({_row_ids(run, of_kind[kind])})" for kind in ("predictions", "embeddings"))
+        if of_kind[EMBEDDINGS]:
+            predicted, embedded = (f"({_row_ids(run, of_kind[kind])})" for kind in (PREDICTIONS, EMBEDDINGS))
             unpaired = number(
                 f"select count(*) from (({predicted} except all {embedded}) union all "
                 f"({embedded} except all {predicted}))"
@@ -128,7 +129,7 @@ def _check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
                 run.run_id, "embeddings", unpaired == 0, f"{unpaired:,} predictions and embeddings without a pair"
             )
         if parent is not None:
-            failed = [file for file in storage.read_json(parent.paths.files)["files"] if file["kind"] == "errors"]
+            failed = [file for file in storage.read_json(parent.paths.files)["files"] if file["kind"] == ERRORS]
             connection.execute(f"create view failed as {_row_ids(parent, failed)}")
             strays = number("select count(*) from planned anti join failed using (row_id)")
             yield Check(run.run_id, "retry", strays == 0, f"{strays:,} rows that had not failed in {parent.run_id}")
