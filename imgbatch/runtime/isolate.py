@@ -22,6 +22,8 @@ from imgbatch.schema import ROW_ID, UNIT_SCHEMA
 
 FORWARD_TIMEOUT_S = 120.0
 _START_TIMEOUT_S = 300.0
+_START_TRIES = 2
+"""A process that is killed while it loads the model says nothing about the model, once."""
 
 _classify: ClassifyStage | None = None
 
@@ -70,16 +72,20 @@ def _classify_rows(run: Run, block: pa.Table) -> Iterator[pa.Table]:
 
 
 def _start(run: Run) -> ProcessPoolExecutor:
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_load, initargs=(run,))
-    try:
-        pool.submit(_is_loaded).result(timeout=_START_TIMEOUT_S)
-    except (BrokenProcessPool, TimeoutError) as error:
-        _kill(pool)
-        raise ImgbatchError(
-            f"model {run.bundle.path}: does not load in a fresh process ({error or 'timed out'}); check it with "
-            f"`imgbatch model inspect`"
-        ) from error
-    return pool
+    error: Exception | None = None
+    for _ in range(_START_TRIES):
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_load, initargs=(run,))
+        try:
+            pool.submit(_is_loaded).result(timeout=_START_TIMEOUT_S)
+        except (BrokenProcessPool, TimeoutError) as failure:
+            _kill(pool)
+            error = failure
+        else:
+            return pool
+    raise ImgbatchError(
+        f"model {run.bundle.path}: does not load in a fresh process ({error or 'timed out'}); check it with "
+        f"`imgbatch model inspect`"
+    ) from error
 
 
 def _kill(pool: ProcessPoolExecutor) -> None:

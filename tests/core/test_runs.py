@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from imgbatch.core import storage
+from imgbatch.core.runs import RunPaths, choose_run_id, differing_fields, find_run, heartbeat, list_runs
+from imgbatch.errors import UsageError
+
+FIRST, SECOND = "a" * 64, "b" * 64
+
+
+def plan(out: Path, run_id: str, fingerprint: str, *, finished: bool, parent: str | None = None) -> RunPaths:
+    paths = RunPaths(str(out), run_id)
+    predicted_at = f"2026-01-01T00:00:{len(list_runs(str(out))):02d}"
+    record = {"fingerprint": fingerprint, "fields": {"model": fingerprint}, "predicted_at": predicted_at}
+    storage.write_json(paths.plan, {**record, "parent": parent})
+    if finished:
+        storage.create_if_absent(paths.success, b"")
+    return paths
+
+
+def choose(out: Path, fingerprint: str, *, new_run: bool = False, abandon: bool = False) -> str:
+    return choose_run_id(str(out), fingerprint, {"model": fingerprint}, new_run=new_run, abandon=abandon)
+
+
+def test_an_empty_output_gets_the_fingerprints_run(tmp_path: Path) -> None:
+    assert choose(tmp_path, FIRST) == "r" + "a" * 12
+
+
+def test_the_same_fingerprint_is_the_same_run_finished_or_not(tmp_path: Path) -> None:
+    run_id = choose(tmp_path, FIRST)
+    paths = plan(tmp_path, run_id, FIRST, finished=False)
+    assert choose(tmp_path, FIRST) == run_id
+    assert choose(tmp_path, FIRST, new_run=True) == run_id  # an unfinished one is continued all the same
+    storage.create_if_absent(paths.success, b"")
+    assert choose(tmp_path, FIRST) == run_id
+    assert choose(tmp_path, FIRST, new_run=True) == run_id + "-2"
+
+
+def test_an_unfinished_second_run_is_continued_without_being_named(tmp_path: Path) -> None:
+    run_id = choose(tmp_path, FIRST)
+    plan(tmp_path, run_id, FIRST, finished=True)
+    plan(tmp_path, run_id + "-2", FIRST, finished=False)
+    assert choose(tmp_path, FIRST) == run_id + "-2"
+
+
+def test_another_unfinished_run_is_in_the_way_until_it_is_given_up(tmp_path: Path) -> None:
+    paths = plan(tmp_path, choose(tmp_path, FIRST), FIRST, finished=False)
+    with pytest.raises(UsageError, match=r"run ra+ is unfinished .* \(model: a+… -> b+…\)"):
+        choose(tmp_path, SECOND)
+    assert choose(tmp_path, SECOND, abandon=True) == "r" + "b" * 12
+    assert find_run(str(tmp_path), paths.run_id).abandoned
+    assert choose(tmp_path, SECOND) == "r" + "b" * 12
+    # Given up means given up: its settings again are another run.
+    assert choose(tmp_path, FIRST) == paths.run_id + "-2"
+
+
+def test_retries_do_not_stand_in_the_way_of_their_parents(tmp_path: Path) -> None:
+    run_id = choose(tmp_path, FIRST)
+    plan(tmp_path, run_id, FIRST, finished=True)
+    plan(tmp_path, "rchild", SECOND, finished=False, parent=run_id)
+    assert choose(tmp_path, FIRST) == run_id
+
+
+def test_find_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run there"):
+        find_run(str(tmp_path))
+    plan(tmp_path, "r1", FIRST, finished=True)
+    plan(tmp_path, "r2", SECOND, finished=True)
+    assert find_run(str(tmp_path)).run_id == "r2"
+    with pytest.raises(UsageError, match=r"--run r3: no such run .* r1, r2"):
+        find_run(str(tmp_path), "r3")
+
+
+def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
+    paths = plan(tmp_path, "r1", FIRST, finished=False)
+    Path(paths.plan).write_text("{")
+    with pytest.raises(UsageError, match=r"plan\.json: not a readable plan"):
+        list_runs(str(tmp_path))
+
+
+def test_differing_fields_name_both_sides() -> None:
+    assert differing_fields({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "d": 5}) == [
+        "b: 2 -> 4",
+        "c: 3 -> None",
+        "d: None -> 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("host", "pid", "age_s", "refused"),
+    [
+        ("elsewhere", 1, 5.0, True),
+        ("elsewhere", 1, 120.0, False),
+        (socket.gethostname(), os.getppid(), 5.0, True),
+        (socket.gethostname(), 2**22 + 1, 5.0, False),  # larger than any process id: nobody lives there
+    ],
+)
+def test_a_sign_of_life_is_respected(tmp_path: Path, host: str, pid: int, age_s: float, refused: bool) -> None:
+    paths = RunPaths(str(tmp_path), "r1")
+    storage.write_json(paths.heartbeat, {"host": host, "pid": pid, "time": time.time() - age_s})
+    if refused:
+        with pytest.raises(UsageError, match="another driver works on it"), heartbeat(paths):
+            pass
+        return
+    with heartbeat(paths):
+        pass
+    assert not Path(paths.heartbeat).exists()

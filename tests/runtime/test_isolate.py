@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import psutil
+import pyarrow.parquet as pq
+
+from imgbatch.config import Config
+from imgbatch.core.plan import plan_run
+from imgbatch.runtime.isolate import classify_isolated
+
+
+def kill_first_child(stop: threading.Event, killed: list[int]) -> None:
+    """SIGKILL the first process that classifies for this one, once it has loaded the model and begun."""
+    while not stop.is_set():
+        for process in psutil.Process().children():
+            try:
+                if "spawn_main" in " ".join(process.cmdline()) and process.memory_info().rss > 250 * 2**20:
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            except psutil.Error:
+                continue
+        time.sleep(0.01)
+
+
+def test_every_row_of_an_isolated_unit_has_an_outcome(photo_config: Config) -> None:
+    run = plan_run(photo_config, "cpu")
+    receipt = classify_isolated(run, 0)
+    assert receipt.isolated
+    assert receipt.outcome == "committed"
+    table = pq.read_table(run.paths.unit_file(0))
+    assert table["row_id"].to_pylist() == list(range(16))
+    assert receipt.counts == {"OK": 15, "TRUNCATED": 1}
+
+
+def test_a_process_that_dies_in_isolation_costs_a_row_at_most(photo_config: Config) -> None:
+    run = plan_run(photo_config, "cpu")
+    stop, killed = threading.Event(), list[int]()
+    thread = threading.Thread(target=kill_first_child, args=(stop, killed))
+    thread.start()
+    try:
+        receipt = classify_isolated(run, 1)
+    finally:
+        stop.set()
+        thread.join()
+    assert killed
+    assert receipt.num_rows == 16
+    assert receipt.counts.get("CLASSIFY_FAILED", 0) <= 1

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from imgbatch.config import ResourcesConfig
+from imgbatch.runtime.pools import Machine, choose_batch_size, choose_device, choose_pools, this_machine
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 6, 8, 12, 16, 32, 48, 64, 96, 192])
+def test_on_cpus_all_actors_fit_at_once_and_threads_add_up_to_the_cores(cores: int) -> None:
+    pools = choose_pools(ResourcesConfig(), "cpu", Machine(cores, 0))
+    asked = pools.decode_actors * pools.decode_cpus + pools.classify_actors * pools.classify_cpus
+    assert asked <= cores
+    assert cores - pools.classify_threads < pools.classify_actors * pools.classify_threads <= cores
+    for share in (pools.decode_cpus, pools.classify_cpus):
+        assert share > 0
+        assert share < 1 or share == int(share)  # what Ray accepts
+
+
+@pytest.mark.parametrize(("cores", "gpus"), [(1, 1), (2, 1), (4, 1), (16, 1), (32, 4), (192, 8)])
+def test_on_gpus_there_is_one_classify_actor_each_and_the_cpus_decode(cores: int, gpus: int) -> None:
+    pools = choose_pools(ResourcesConfig(), "cuda", Machine(cores, gpus))
+    assert (pools.classify_actors, pools.classify_gpus) == (gpus, 1.0)
+    asked = pools.decode_actors * pools.decode_cpus + pools.classify_actors * pools.classify_cpus
+    assert asked <= cores
+    assert pools.decode_actors >= 1
+
+
+def test_what_is_given_is_taken() -> None:
+    config = ResourcesConfig(decode_actors=3, classify_actors=2, classify_threads=5)
+    pools = choose_pools(config, "cpu", Machine(16, 0))
+    assert (pools.decode_actors, pools.classify_actors, pools.classify_threads) == (3, 2, 5)
+
+
+def test_device_and_batch_size() -> None:
+    assert choose_device(ResourcesConfig(), Machine(4, 0)) == "cpu"
+    assert choose_device(ResourcesConfig(), Machine(4, 1)) == "cuda"
+    assert choose_device(ResourcesConfig(device="cpu"), Machine(4, 1)) == "cpu"
+    assert choose_batch_size(7, "cpu") == 7
+    assert choose_batch_size("auto", "cpu") < choose_batch_size("auto", "cuda")
+
+
+@pytest.mark.parametrize(("visible", "num_gpus"), [("", 0), ("-1", 0), ("0", 1), ("0,2", 2)])
+def test_hidden_gpus_are_not_counted(visible: str, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert this_machine().num_gpus == num_gpus
+    assert this_machine().num_cpus >= 1
