@@ -60,6 +60,8 @@ _NAMESPACES = re.compile(r' xmlns(?::\w+)?="[^"]*"')
 _STYLE_SHEET = re.compile(r"<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL)
 _HALF, _THIRD = (4.2, 3.0), (3.5, 3.1)
 """Sizes in inches, of figures that take half or a third of the page's width; each fits a phone."""
+_LARGE_MATRIX = 40
+"""Beyond so many classes the confusion matrix takes the whole page's width."""
 _COUNTED_CLASSES = 16
 """Up to so many classes the cells of the confusion matrix show their counts."""
 _MAX_NAME_CHARS = 24
@@ -148,7 +150,8 @@ def precision_recall(per_class: Sequence[dict[str, Any]]) -> str:
         axes = figure.subplots()
         for entry in curves:
             if entry not in worst:
-                axes.plot(entry["pr_curve"]["recall"], entry["pr_curve"]["precision"], color=_MUTED, linewidth=0.8)
+                curve = entry["pr_curve"]
+                axes.plot(curve["recall"], curve["precision"], color=_MUTED, linewidth=0.8, alpha=0.5)
         for entry, dash in zip(worst, dashes, strict=False):
             label = f"{shorten(entry['class_name'], 18)} {entry['average_precision']:.2f}"
             curve = entry["pr_curve"]
@@ -170,15 +173,16 @@ def confusion_matrix(class_names: Sequence[str], confusion_KK: np.ndarray) -> st
         confusion_KK: counts, targets in rows.
     """
     num_classes = len(class_names)
-    names = [shorten(name) for name in class_names]
+    is_large = num_classes > _LARGE_MATRIX
+    names = [shorten(name, 20 if is_large else _MAX_NAME_CHARS) for name in class_names]
     share_KK = confusion_KK / np.maximum(confusion_KK.sum(axis=1, keepdims=True), 1)
     rgba_KK4 = np.zeros((num_classes, num_classes, 4))
     rgba_KK4[..., :3] = _BAD_RGB
     rgba_KK4[np.arange(num_classes), np.arange(num_classes), :3] = _ACCENT_RGB
     # The square root lifts the small shares that confusions usually are.
     rgba_KK4[..., 3] = np.where(confusion_KK > 0, 0.12 + 0.68 * np.sqrt(share_KK), 0)
-    font_size = 8.5 if num_classes <= 40 else 7
-    cell = 0.4 if num_classes <= _COUNTED_CLASSES else font_size / 60
+    font_size = 6.5 if is_large else 8.5
+    cell = 0.4 if num_classes <= _COUNTED_CLASSES else font_size / 65
     side = max(2.4, num_classes * cell) + 0.45 + max(map(len, names)) * font_size * 0.0085
 
     def draw(figure: Any) -> None:
@@ -188,7 +192,7 @@ def confusion_matrix(class_names: Sequence[str], confusion_KK: np.ndarray) -> st
         axes.set_xticks(ticks, names, rotation=90, fontsize=font_size)
         axes.set_yticks(ticks, names, fontsize=font_size)
         axes.grid(visible=False)
-        for at in range(0, num_classes + 1, 1 if num_classes <= 40 else 5):
+        for at in range(0, num_classes + 1, 5 if is_large else 1):
             axes.axhline(at - 0.5, color=_LINE, linewidth=0.5)
             axes.axvline(at - 0.5, color=_LINE, linewidth=0.5)
         axes.set(xlabel="label given by the model", ylabel="target")
