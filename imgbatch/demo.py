@@ -30,7 +30,7 @@ from imgbatch.runtime.train import train
 
 LABELS_QUERY = (
     "select label, count(*) images, avg(probability) probability, avg((label = target)::int) accuracy "
-    "from predictions where split = 'test' group by label order by accuracy desc"
+    "from predictions where split = 'test' group by label order by accuracy desc, label"
 )
 """The query that the demo shows."""
 
