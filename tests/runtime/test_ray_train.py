@@ -1,0 +1,81 @@
+"""Training on Ray held to the plain loop, also when a worker is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from imgbatch.config import Config
+from imgbatch.core.model import load_bundle, load_network
+from imgbatch.core.training.checkpoint import read_epochs
+from imgbatch.core.training.plan import plan_training
+from imgbatch.errors import ImgbatchError
+from imgbatch.runtime.train import train
+from tests.conftest import changed
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+
+
+@pytest.fixture
+def config(colour_config: Config) -> Config:
+    """Frozen batch norms, because statistics of half a batch are others than those of a whole one."""
+    return changed(colour_config, train__batch_norm="frozen", augment__mixup=0.2, train__ema_decay=0.9)
+
+
+def on_ray(config: Config, tmp_path: Path, **flags: object) -> Config:
+    paths = {"output__path": str(tmp_path / "on_ray"), "train__storage": str(tmp_path / "ray_work")}
+    return changed(config, classify__engine="ray", train__num_workers=2, **paths, **flags)
+
+
+def assert_same_model(config: Config, oracle: Config) -> None:
+    """Weights within what the order of additions changes."""
+    ours, theirs = (load_network(load_bundle(str(c.output.path))).state_dict() for c in (config, oracle))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_two_workers_give_what_one_gives(config, tmp_path):
+    expected = train(config)
+    result = train(on_ray(config, tmp_path))
+    assert_same_model(on_ray(config, tmp_path), config)
+    assert result.metrics["steps"] == expected.metrics["steps"]
+    assert result.metrics["test"]["loss"] == pytest.approx(expected.metrics["test"]["loss"], rel=1e-3)
+    assert result.bundle.provenance["hardware"]["workers"] == 2
+
+
+def test_a_killed_worker_changes_nothing(config, tmp_path):
+    config = changed(config, train__epochs=40)
+    disturbed = on_ray(config, tmp_path)
+    paths = plan_training(disturbed).paths
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        while len(read_epochs(paths)) < 3:
+            time.sleep(0.02)
+        while not killed:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if not killed and "RayTrainWorker" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
+    killer.start()
+    result = train(disturbed)
+    killer.join()
+    assert killed
+    assert result.metrics["steps"] == 40 * 3
+    expected = train(config)
+    assert result.metrics["validation"]["loss"] == pytest.approx(expected.metrics["validation"]["loss"], abs=0.02)
+
+
+def test_a_training_that_cannot_work_is_one_line_and_not_tried_again(config, tmp_path):
+    hopeless = changed(config, train__learning_rate=1e30, train__clip_norm=0.0, train__optimizer="sgd")
+    with pytest.raises(ImgbatchError, match=r"the loss of epoch \d is not finite") as caught:
+        train(on_ray(hopeless, tmp_path))
+    assert "\n" not in str(caught.value)
