@@ -19,8 +19,11 @@ def connect(out: str | None = None, *, memory_limit: str | None = None) -> duckd
         memory_limit: as DuckDB's setting, ``2GB``; none: DuckDB's default.
     """
     connection = duckdb.connect()
-    # Its progress bar would be printed into whatever the command prints.
-    connection.execute("set enable_progress_bar = false; set timezone = 'UTC'")
+    connection.execute("set timezone = 'UTC'")
+    # Its progress bar would be printed into whatever the command prints. Where it is off, as in a notebook without
+    # ipywidgets, DuckDB refuses to set it at all.
+    if connection.execute("select current_setting('enable_progress_bar')").fetchall() == [(True,)]:
+        connection.execute("set enable_progress_bar = false")
     if memory_limit is not None:
         connection.execute(f"set memory_limit='{memory_limit}'")
     if out is not None and not storage.is_local(out):
