@@ -177,17 +177,23 @@ def store_run(tmp_path: Path) -> Callable[..., Path]:
         predicted_at: str = "2026-01-02T03:04:05.000000+00:00",
         image_ids: Sequence[str] | None = None,
     ) -> Path:
-        """One prediction per row of ``probs_NK`` with the manifest's ``columns``; ``failed`` are the error rows'."""
+        """One prediction per row of ``probs_NK``, with the manifest's ``columns``; ``failed`` are the error rows'."""
         folder = tmp_path / out
         paths = RunPaths(str(folder), run_id)
         ids = list(image_ids) if image_ids is not None else [f"image-{i}" for i in range(len(probs_NK))]
         predictions = _predictions(class_names, probs_NK, task, keep, top_k, ids, model_id, predicted_at)
         for name, values in (columns or {}).items():
+            if name in predictions.column_names:
+                predictions = predictions.drop_columns(name)
             predictions = predictions.append_column(name, pa.array(values))
         manifest_columns = predictions.select(["image_id", *(columns or {})])
         errors = manifest_columns.slice(0, 0).append_column("status", pa.array([], pa.string()))
         if failed is not None:
             errors = pa.table(failed)
+        for name in ("uri", "error_stage", "error_message"):
+            if name in errors.column_names:
+                continue
+            errors = errors.append_column(name, pa.nulls(errors.num_rows, pa.string()))
         errors = errors.append_column("row_id", pa.array(range(errors.num_rows), pa.int64()))
         files = []
         for kind, table in (("predictions", predictions), ("errors", errors)):
@@ -229,6 +235,8 @@ def _predictions(
         "label": [class_names[k] for k in best_N],
         "label_index": best_N,
         "probability": probs_NK.max(axis=1),
+        "margin": [None] * size if task == "multilabel" else -np.diff(-np.sort(-probs_NK, axis=1)[:, :2])[:, 0],
+        "decision": [None] * size,
         "top_k": listed if keep != "none" else [None] * size,
         "probabilities": probs_NK.tolist() if keep == "all" else [None] * size,
         "labels": said if task == "multilabel" else [None] * size,

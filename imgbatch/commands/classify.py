@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgbatch.commands.common import Assignments, ConfigFile, console, messages
+from imgbatch.commands.report import report_after_run
 from imgbatch.config import load_config
 from imgbatch.errors import Status
 
@@ -82,6 +83,7 @@ def _report(result: RunResult) -> None:
         if status != Status.OK:
             console.print(f"  {count:>9,} {status}", markup=False)
     console.print(f"labels:  {where}/predictions/run_id={result.run_id}/", markup=False)
+    report_after_run(result.out, result.run_id, keep=result.already_finished)
     console.print(
         f'next:    imgbatch query {where} "select label, count(*) n from predictions group by 1"', markup=False
     )

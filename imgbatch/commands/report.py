@@ -8,7 +8,7 @@ import typer
 
 from imgbatch.commands.common import Assignments, ConfigFile, console, messages
 from imgbatch.config import load_config
-from imgbatch.errors import UsageError, normalise_message
+from imgbatch.errors import normalise_message
 
 
 def report(
@@ -49,17 +49,20 @@ def report(
     console.print(written, markup=False)
 
 
-def report_after_run(out: str) -> None:
-    """Write the page on a run that has just finished; whatever goes wrong is one line and nothing more."""
-    from imgbatch.report.page import check_installed, write_report
+def report_after_run(out: str, run_id: str, *, keep: bool) -> None:
+    """Write the page on a run that has finished; whatever goes wrong is one line and never the run's fault.
+
+    Args:
+        keep: leave a page alone that is there already.
+    """
+    from imgbatch.core import storage
+    from imgbatch.core.runs import RunPaths
+    from imgbatch.report.page import write_report
 
     try:
-        check_installed()
-    except UsageError:
-        return
-    try:
-        console.print(f"report:  {write_report(out)}", markup=False)
+        page = RunPaths(out, run_id).report
+        if not (keep and storage.exists(page)):
+            write_report(out, file=page)
+        console.print(f"report:  {page}", markup=False)
     except Exception as error:
-        messages.print(
-            f"no report: {normalise_message(error)}; `imgbatch report {out}` tries again", markup=False
-        )
+        messages.print(f"no report: {normalise_message(error)}", markup=False)

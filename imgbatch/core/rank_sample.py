@@ -94,7 +94,10 @@ def rank_metrics(
 
 
 def _curve(counts: ranking.ThresholdCounts) -> dict[str, list[float]]:
-    at = ranking.thin_out(len(counts.thresholds), _CURVE_POINTS)
+    # Evenly over the thresholds, and over the recall: a rare class goes through all of it in the first few thresholds.
+    over_recall = np.searchsorted(counts.recall, np.linspace(0, 1, _CURVE_POINTS // 2))
+    at = np.union1d(ranking.thin_out(len(counts.thresholds), _CURVE_POINTS // 2), over_recall)
+    at = at[at < len(counts.thresholds)]
     names = ("thresholds", "precision", "recall")
     return {name: getattr(counts, name)[at].astype(float).tolist() for name in names}
 

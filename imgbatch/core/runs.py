@@ -72,6 +72,10 @@ class RunPaths:
         return self._of_run("query.sql")
 
     @property
+    def report(self) -> str:
+        return self._of_run("report.html")
+
+    @property
     def success(self) -> str:
         return self._of_run("_SUCCESS")
 

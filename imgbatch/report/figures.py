@@ -26,7 +26,7 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line", _ACCENT: "--acc
 _ACCENT_RGB, _BAD_RGB = (0.29, 0.53, 0.78), (0.86, 0.36, 0.25)
 """Of pixels, which cannot follow the style sheet: legible on light and on dark through their transparency."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "imgbatch",
     "text.parse_math": False,
@@ -73,7 +73,7 @@ def check_installed() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UsageError("report: matplotlib is not installed; pip install 'imgbatch[report]' brings it") from error
+        raise UsageError("the report needs matplotlib, which pip install 'imgbatch[report]' brings") from error
 
 
 def confidence_histogram(counts: Sequence[int]) -> str:

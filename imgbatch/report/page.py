@@ -8,7 +8,7 @@ model or an error is escaped. jinja2 and matplotlib come with the ``report`` ext
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -55,7 +55,7 @@ def check_installed() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as error:
-        raise UsageError("report: jinja2 is not installed; pip install 'imgbatch[report]' brings it") from error
+        raise UsageError("the report needs jinja2, which pip install 'imgbatch[report]' brings") from error
     figures.check_installed()
 
 
@@ -109,7 +109,7 @@ def write_report(
         thumbnails=make_thumbnails(out, galleries.all_picks),
         histogram=figures.confidence_histogram(summary.confidence_bins) if summary.num_predictions else None,
     )
-    file = file or storage.join(run.root, "report.html")
+    file = file or run.report
     storage.replace(file, html.encode())
     return file
 
@@ -175,6 +175,7 @@ def _describe_run(paths: RunPaths) -> dict[str, Any]:
 
 def _render(**values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         autoescape=True,
@@ -183,14 +184,16 @@ def _render(**values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "count": lambda value: f"{value:,}",
         "percent": percent,
         "number": number,
         "when": when,
         "short": figures.shorten,
         "duration": duration,
+        "breakable": lambda text: Markup("_<wbr>").join(text.split("_")),
     }
+    environment.filters |= filters
     return environment.get_template("report.html.j2").render(values)
 
 

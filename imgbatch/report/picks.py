@@ -122,7 +122,9 @@ def _pick(row: dict[str, Any], title: str, probability: float | None, note: str)
     return Pick(row["image_id"], row["uri"], row["run_id"], row["row_id"], title, probability, note)
 
 
-def _read(connection: duckdb.DuckDBPyConnection, directory: str, name: str, order: str, limit: int) -> list[dict[str, Any]]:
+def _read(
+    connection: duckdb.DuckDBPyConnection, directory: str, name: str, order: str, limit: int
+) -> list[dict[str, Any]]:
     file = storage.join(directory, f"{name}.parquet")
     sql = f"select * from read_parquet($file) order by {order}, image_id limit {int(limit)}"
     return _fetch(connection, sql, {"file": file})

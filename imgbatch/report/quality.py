@@ -47,6 +47,8 @@ class Quality:
     matrix: Figure | None
     classes: tuple[dict[str, Any], ...]
     """Those that occur, worst F1 first."""
+    missing: tuple[tuple[str, str], ...]
+    """Names of metrics that could not be had, and why; those of one reason together."""
     includes_training: bool
     """Whether rows of a split called train are among those measured."""
 
@@ -99,8 +101,18 @@ def _describe(connection: duckdb.DuckDBPyConnection, evaluation: Evaluation, spl
         figures=tuple(_draw_figures(metrics)),
         matrix=_draw_matrix(connection, evaluation) if name == "top1" else None,
         classes=tuple(sorted(measured, key=lambda entry: (entry["f1"] or 0, -entry["support"]))),
+        missing=_missing(metrics["unavailable"]),
         includes_training=split is None and "train" in splits and len(splits) > 1,
     )
+
+
+def _missing(unavailable: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    names: dict[str, list[str]] = {}
+    for name, reason in unavailable.items():
+        # The page shows a part of the matrix where metrics.json holds none.
+        if name != "confusion":
+            names.setdefault(reason, []).append(name.replace("_", " "))
+    return tuple((", ".join(group), reason) for reason, group in names.items())
 
 
 def _choose_slices(connection: duckdb.DuckDBPyConnection) -> list[str]:
@@ -131,7 +143,8 @@ def _draw_figures(metrics: dict[str, Any]) -> list[Figure]:
         text = f"On the dashed line, confidence means what it says. Expected calibration error {error:.3f}."
         drawn.append(Figure("Reliability", text, figures.reliability_diagram(metrics["reliability"])))
     if metrics["risk_coverage"] and metrics["risk_coverage"]["coverage"]:
-        text = "How many mistakes remain if only the most confident labels are accepted."
+        text = "How many mistakes remain if only the most confident labels are accepted. "
+        text += _advice(metrics["risk_coverage"])
         drawn.append(Figure("Risk and coverage", text, figures.risk_coverage(metrics["risk_coverage"])))
     curves = [entry for entry in metrics["per_class"] if entry.get("pr_curve")]
     if any(entry["average_precision"] is not None for entry in curves):
@@ -139,6 +152,16 @@ def _draw_figures(metrics: dict[str, Any]) -> list[Figure]:
         text = f"Each class against the rest. Mean average precision {mean:.3f}."
         drawn.append(Figure("Precision and recall", text, figures.precision_recall(curves)))
     return drawn
+
+
+def _advice(curve: dict[str, Any]) -> str:
+    """What to accept for at most 1% of mistakes, or for at most 5% where that is out of reach."""
+    for risk in (0.01, 0.05):
+        within = [index for index, each in enumerate(curve["risk"]) if each <= risk]
+        if within:
+            threshold, coverage = curve["threshold"][within[-1]], curve["coverage"][within[-1]]
+            return f"From {threshold:.2f} up, {coverage:.0%} are accepted and at most {risk:.0%} of them wrong."
+    return "At no threshold are 95% of them right."
 
 
 def _draw_matrix(connection: duckdb.DuckDBPyConnection, evaluation: Evaluation) -> Figure:
