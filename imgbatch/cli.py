@@ -9,9 +9,13 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from imgbatch.commands import classify, demo, evaluate, manifest, model, output, report, review, train
+from imgbatch.commands import classify, demo, evaluate, explain, manifest, model, output, report, review, train
 from imgbatch.commands.common import messages
 from imgbatch.errors import ExitCode, ImgbatchError
+
+TYPER_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
+_INTERRUPTED = "interrupted; the same command continues"
 
 app = typer.Typer(
     name="imgbatch",
@@ -35,6 +39,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("calibrate")(evaluate.calibrate)
 app.command("compare")(evaluate.compare)
+app.command("explain")(explain.explain)
 app.command("report")(report.report)
 
 
@@ -56,7 +61,10 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in own
     arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
     try:
-        return app(arguments, standalone_mode=False) or ExitCode.DONE
+        code = app(arguments, standalone_mode=False) or ExitCode.DONE
+        if code != TYPER_INTERRUPTED:
+            return code
+        return _fail(_INTERRUPTED, ExitCode.INTERRUPTED, debug)
     except TyperException as error:
         message = error.format_message()
         if "\n" in message:  # a group without a command: the message is its help
@@ -66,7 +74,7 @@ def run(arguments: list[str]) -> int:
     except ImgbatchError as error:
         return _fail(str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; the same command continues", ExitCode.INTERRUPTED, debug)
+        return _fail(_INTERRUPTED, ExitCode.INTERRUPTED, debug)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.FAILED, debug)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,7 @@ def ray_session(config: Config, pools: Pools | None = None) -> Iterator[None]:
         yield
         return
     address = cluster_address(config)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with _quiet_start():
             if address is not None:
@@ -51,6 +54,9 @@ def ray_session(config: Config, pools: Pools | None = None) -> Iterator[None]:
                 )
     except ConnectionError as error:
         raise UsageError(f"ray.address: no cluster answers at {address} ({error})") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts its own in place, which ends the process with the signal's number as its exit code.
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
