@@ -1,0 +1,122 @@
+"""Some images of a manifest, decoded as a model sees them: for looking at and for trying things on.
+
+Legend of the shape suffixes: ``N`` images, ``H`` height, ``W`` width, ``C`` channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imgbatch.config import DecodeConfig, FetchConfig
+from imgbatch.core.decoder import Decoder
+from imgbatch.core.fetch import Fetcher
+from imgbatch.core.manifest import Manifest
+from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import RowError, Stage, Status, UsageError, row_error
+from imgbatch.schema import IMAGE_ID, ROW_ID, TARGET, TARGETS, URI
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The images that could be decoded, in the order asked for."""
+
+    image_ids: list[str]
+    targets: list[list[str] | None]
+    """The classes that are true of each, none where nobody said."""
+    images_NHWC: np.ndarray
+    """uint8."""
+    failed: dict[str, RowError]
+    """By image_id, why the others could not."""
+
+
+def load_pictures(
+    manifest: Manifest,
+    spec: PreprocessSpec,
+    *,
+    limit: int | None = None,
+    image_ids: Sequence[str] | None = None,
+    known_targets: Collection[str] | None = None,
+) -> Pictures:
+    """Fetch and decode some rows of a manifest.
+
+    Args:
+        limit: at most so many, spread evenly over the rows, because manifests are often sorted by class.
+        image_ids: these and no others, in this order.
+        known_targets: only rows that have a target, all of these classes.
+
+    Raises:
+        UsageError: an image_id that the manifest does not have, or no row with a known target.
+    """
+    rows = _choose(manifest, limit, image_ids, known_targets)
+    with Decoder(spec, DecodeConfig()) as decoder, Fetcher(FetchConfig()) as fetcher:
+        decoded = decoder.decode(_payloads(manifest, rows, fetcher), rows.num_rows)
+    ids, targets = rows[IMAGE_ID].to_pylist(), rows[TARGETS].to_pylist()
+    ok = [index for index, error in enumerate(decoded.errors) if error is None]
+    failed = {ids[index]: error for index, error in enumerate(decoded.errors) if error is not None}
+    return Pictures([ids[index] for index in ok], [targets[index] for index in ok], decoded.pixels_NHWC[ok], failed)
+
+
+def _choose(
+    manifest: Manifest, limit: int | None, image_ids: Sequence[str] | None, known_targets: Collection[str] | None
+) -> pa.Table:
+    """row_id, image_id, uri and targets (a list of names, or null) of the rows wanted."""
+    wanted = None if image_ids is None else pa.array(image_ids, pa.string())
+    first_row = 0
+    candidates = []
+    for batch in manifest.iter_batches([name for name in _COLUMNS if name in manifest.schema.names]):
+        table = _slim(manifest.with_image_id(batch, first_row), first_row)
+        first_row += batch.num_rows
+        if wanted is not None:
+            table = table.filter(pc.is_in(table[IMAGE_ID], value_set=wanted))
+        if known_targets is not None:
+            known = [names is not None and set(names) <= set(known_targets) for names in table[TARGETS].to_pylist()]
+            table = table.filter(pa.array(known, pa.bool_()))
+        candidates.append(table)
+    rows = pa.concat_tables(candidates)
+    if wanted is not None:
+        found = pc.index_in(wanted, value_set=rows[IMAGE_ID].combine_chunks())
+        if found.null_count and known_targets is None:
+            missing = wanted[pc.index(found.is_null(), True).as_py()]
+            raise UsageError(f"manifest {manifest.path}: no image_id {missing.as_py()!r} there")
+        return rows.take(found.drop_null()).slice(0, limit)
+    if rows.num_rows == 0:
+        raise UsageError(f"manifest {manifest.path}: no row has a target that the model knows ({TARGET} or {TARGETS})")
+    count = min(limit or rows.num_rows, rows.num_rows)
+    return rows.take(np.linspace(0, rows.num_rows - 1, count).round().astype(np.int64))
+
+
+_COLUMNS = (URI, IMAGE_ID, TARGET, TARGETS)
+
+
+def _slim(table: pa.Table, first_row: int) -> pa.Table:
+    num_rows = table.num_rows
+    if TARGETS in table.column_names:
+        targets = table[TARGETS]
+    elif TARGET in table.column_names:
+        targets = pa.array([None if name is None else [name] for name in table[TARGET].to_pylist()], _TARGETS_TYPE)
+    else:
+        targets = pa.nulls(num_rows, _TARGETS_TYPE)
+    return pa.table(
+        {
+            ROW_ID: np.arange(first_row, first_row + num_rows, dtype=np.int64),
+            IMAGE_ID: table[IMAGE_ID],
+            URI: table[URI] if URI in table.column_names else pa.nulls(num_rows, pa.string()),
+            TARGETS: targets,
+        }
+    )
+
+
+_TARGETS_TYPE = pa.list_(pa.string())
+
+
+def _payloads(manifest: Manifest, rows: pa.Table, fetcher: Fetcher) -> Iterable[bytes | RowError]:
+    if not manifest.has_bytes:
+        return fetcher.fetch(rows[URI].to_pylist())
+    missing = row_error(Status.EMPTY, Stage.FETCH, "the bytes column is null")
+    return (data or missing for data in EmbeddedImages(manifest).read(rows[ROW_ID].to_pylist()))
