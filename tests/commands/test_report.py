@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from imgbatch.cli import run
+from imgbatch.commands.report import report_after_run
+
+pytest.importorskip("jinja2", reason="the report extra is not installed")
+pytest.importorskip("matplotlib", reason="the report extra is not installed")
+
+
+@pytest.fixture
+def classify_command(photo_config) -> list[str]:
+    config = photo_config
+    flags = ["-m", config.model.path, "--manifest", config.input.manifest, "-o", config.output.path]
+    settings = ("errors.max_rate=1.0", "resources.device=cpu", "report.price_per_hour=7")
+    return ["classify", "--engine", "local", *flags, *(part for key in settings for part in ("--set", key))]
+
+
+def test_classify_leaves_a_page_and_report_writes_it_anew(classify_command, photo_config, tmp_path, capsys):
+    out = photo_config.output.path
+    assert run(classify_command) == 0
+    [page] = Path(out, "runs").glob("*/report.html")
+    assert f"report:  {page}" in capsys.readouterr().out
+    assert "Speed and cost" in page.read_text()
+
+    written = page.stat().st_mtime_ns
+    assert run(classify_command) == 0
+    assert page.stat().st_mtime_ns == written
+
+    elsewhere = tmp_path / "page.html"
+    command = ["report", out, "-o", str(elsewhere), "--slice-by", "shop", "--thumbnails", "0"]
+    assert run([*command, "--set", "report.price_per_hour=0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(elsewhere)
+    assert "By shop, worst first" in elsewhere.read_text()
+
+
+def test_a_run_does_not_fail_with_its_page(classify_command, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(classify_command) == 0
+    messages = [line for line in capsys.readouterr().err.splitlines() if "report" in line]
+    assert messages == ["no report: the report needs matplotlib, which pip install 'imgbatch[report]' brings"]
+
+
+def test_whatever_goes_wrong_with_the_page_is_one_line(tmp_path, capsys):
+    report_after_run(str(tmp_path), "r1", keep=False)
+    assert capsys.readouterr().err.splitlines() == [f"no report: {tmp_path}: no finished run there"]
+
+
+def test_report_of_nothing_is_wrong_usage(tmp_path, capsys):
+    assert run(["report", str(tmp_path)]) == 2
+    assert "no finished run there" in capsys.readouterr().err
