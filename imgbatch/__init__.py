@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from imgbatch.config import Config, load_config
+    from imgbatch.core.evaluate import Evaluation, evaluate
     from imgbatch.core.model import ModelBundle
     from imgbatch.core.model import load_bundle as load_model
     from imgbatch.core.verify import VerifyResult, verify
     from imgbatch.runtime.job import RunResult, classify
+    from imgbatch.runtime.train import TrainResult, train
     from imgbatch.runtime.train import TrainResult, train
 
 _HOME = {
