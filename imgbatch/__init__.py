@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from imgbatch.core.verify import VerifyResult, verify
     from imgbatch.runtime.job import RunResult, classify
     from imgbatch.runtime.train import TrainResult, train
-    from imgbatch.runtime.train import TrainResult, train
 
 _HOME = {
     "Config": ("imgbatch.config", "Config"),
@@ -33,16 +32,20 @@ _HOME = {
     "classify": ("imgbatch.runtime.job", "classify"),
     "TrainResult": ("imgbatch.runtime.train", "TrainResult"),
     "train": ("imgbatch.runtime.train", "train"),
+    "Evaluation": ("imgbatch.core.evaluate", "Evaluation"),
+    "evaluate": ("imgbatch.core.evaluate", "evaluate"),
 }
 
 __all__ = [
     "Config",
+    "Evaluation",
     "ModelBundle",
     "RunResult",
     "TrainResult",
     "VerifyResult",
     "__version__",
     "classify",
+    "evaluate",
     "load_config",
     "load_model",
     "train",
