@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.cli import run
+from imgbatch.config import load_config
+from imgbatch.core.model import ModelBundle
+from imgbatch.runtime.job import classify
+
+LABELS_SQL = "select image_id, label, probability from predictions order by image_id"
+
+
+@pytest.fixture
+def out(store_run: Callable[..., Path]) -> str:
+    probs_NK = np.array([[0.75, 0.25], [0.125, 0.875]], np.float32)
+    return str(store_run(("cat", 'a "big" dog, really'), probs_NK, image_ids=["one", "zwei ü"]))
+
+
+@pytest.fixture(scope="module")
+def finished(photo_manifest: Path, tiny_model: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the local engine over 120 photos, 6 of which are cut short; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    flags = {
+        "input.manifest": str(photo_manifest),
+        "model.path": tiny_model.path,
+        "output.path": str(folder),
+        "classify.engine": "local",
+        "errors.max_rate": 1.0,
+        "resources.device": "cpu",
+    }
+    classify(load_config(flags=flags))
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def run_id_of(out: Path) -> str:
+    (folder,) = (out / "runs").iterdir()
+    return folder.name
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """What a command line printed; it must end with ``code`` and say nothing else unless it failed."""
+    assert run([str(argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    assert bool(captured.err) == bool(code), captured.err
+    return captured.out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """The one line that a refused command line prints."""
+    assert run([str(argument) for argument in arguments]) == code
+    message = capsys.readouterr().err
+    assert message.startswith("imgbatch: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def test_a_query_prints_a_table_with_every_value_whole(out, capsys):
+    header, *rows = printed(capsys, "query", out, LABELS_SQL).splitlines()
+    assert header.split() == ["image_id", "label", "probability"]
+    assert [" ".join(row.split()) for row in rows] == ["one cat 0.7500", 'zwei ü a "big" dog, really 0.8750']
+    long_value = "x" * 400
+    assert long_value in printed(capsys, "query", out, f"select '{long_value}' long")
+
+
+def test_csv_comes_back_as_it_was(out, capsys):
+    rows = list(csv.reader(printed(capsys, "query", out, LABELS_SQL, "--format", "csv").splitlines()))
+    assert rows == [
+        ["image_id", "label", "probability"],
+        ["one", "cat", "0.75"],
+        ["zwei ü", 'a "big" dog, really', "0.875"],
+    ]
+
+
+def test_json_keeps_nulls_lists_and_structs(out, capsys):
+    sql = "select image_id, labels, probabilities, top_k[1] best, predicted_at from predictions order by 1 limit 1"
+    assert json.loads(printed(capsys, "query", out, sql, "--format", "json")) == [
+        {
+            "image_id": "one",
+            "labels": None,
+            "probabilities": [0.75, 0.25],
+            "best": {"label": "cat", "probability": 0.75},
+            "predicted_at": "2026-01-02 03:04:05+00:00",
+        }
+    ]
+    assert json.loads(printed(capsys, "query", out, "from predictions where false", "--format", "json")) == []
+
+
+@pytest.mark.parametrize("output_format", ["csv", "json", "table"])
+def test_a_file_holds_what_would_have_been_printed(out, output_format, tmp_path, capsys):
+    file = tmp_path / "result"
+    on_screen = printed(capsys, "query", out, LABELS_SQL, "--format", output_format)
+    assert printed(capsys, "query", out, LABELS_SQL, "--format", output_format, "-o", file) == ""
+    assert file.read_text().splitlines() == on_screen.splitlines()
+
+
+def test_parquet_goes_into_a_file_with_its_types(out, tmp_path, capsys):
+    file = tmp_path / "result.parquet"
+    printed(capsys, "query", out, LABELS_SQL, "--format", "parquet", "-o", file)
+    table = pq.read_table(file)
+    assert [str(field.type) for field in table.schema] == ["string", "string", "float"]
+    assert table["image_id"].to_pylist() == ["one", "zwei ü"]
+    assert "parquet: name a file with -o" in refused(capsys, "query", out, LABELS_SQL, "--format", "parquet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["selec label from predictions"], "syntax error"),
+        (["select lable from predictions"], "lable"),
+        (["from nothing"], "nothing"),
+        (["select 1", "--format", "xml"], "one of table, csv, json, parquet"),
+        (["select 1", "--formt", "csv"], "--formt"),
+        ([], "sql"),
+    ],
+)
+def test_a_wrong_query_is_one_line(out, arguments, words, capsys):
+    assert words in refused(capsys, "query", out, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("status",), ("verify",), ("query", "select 1"), ("clean", "--run", "r0", "--yes")]
+)
+def test_a_directory_without_runs_is_one_line(arguments, tmp_path, capsys):
+    command, *rest = arguments
+    assert str(tmp_path) in refused(capsys, command, tmp_path, *rest)
+
+
+def test_status_counts_rows_units_and_outcomes(finished, capsys):
+    header, row = printed(capsys, "status", finished).splitlines()
+    assert header.split() == ["run", "state", "rows", "units", "predictions", "errors", "images/s", "started"]
+    shown = dict(zip(header.split(), row.split(), strict=True))
+    assert (shown["state"], shown["rows"], shown["predictions"], shown["errors"]) == ("finished", "120", "114", "6")
+    (state,) = json.loads(printed(capsys, "status", finished, "--json"))
+    assert state["run_id"] == shown["run"] == run_id_of(finished)
+    assert state["units_done"] == state["num_units"]
+    assert state["counts"]["OK"] == 114
+    assert sum(state["counts"].values()) == state["num_rows"] == 120
+
+
+def test_verify_says_what_it_checked(finished, capsys):
+    run_id = run_id_of(finished)
+    *checks, histogram = printed(capsys, "verify", finished).splitlines()
+    assert [check.split()[:2] for check in checks] == [["ok", run_id]] * len(checks)
+    assert f"ok   {run_id} rows: 120 of 120 rows" in checks
+    assert histogram.startswith(f"{run_id}: ")
+    assert "114 OK" in histogram
+    result = json.loads(printed(capsys, "verify", finished, "--run", run_id, "--json"))
+    assert result["ok"] is True
+    assert sum(result["counts"][run_id].values()) == 120
+    assert "r000000000000" in refused(capsys, "verify", finished, "--run", "r000000000000")
+
+
+def test_verify_names_the_file_that_was_damaged(copied, capsys):
+    (part,) = (copied / "predictions").rglob("*.parquet")
+    part.write_bytes(part.read_bytes()[:-1])
+    message = refused(capsys, "verify", copied, code=5)
+    assert f"{part.relative_to(copied)}: content differs" in message
+    assert run(["verify", str(copied), "--json"]) == 5
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+    part.unlink()
+    assert "missing" in refused(capsys, "verify", copied, code=5)
+
+
+def test_verify_finds_a_stray_file(copied, capsys):
+    (part,) = (copied / "predictions").rglob("*.parquet")
+    shutil.copy(part, part.with_name("part-00001.parquet"))
+    assert "part-00001.parquet: not in files.json" in refused(capsys, "verify", copied, code=5)
+
+
+def test_clean_removes_a_run_and_nothing_else(copied, capsys):
+    run_id = run_id_of(copied)
+    beside = copied / "notes.txt"
+    beside.write_text("of a person")
+    assert "r000000000000" in refused(capsys, "clean", copied, "--run", "r000000000000", "--yes")
+    assert "--run" in refused(capsys, "clean", copied, "--yes")
+    assert printed(capsys, "clean", copied, "--run", run_id, "--yes") == f"removed {run_id}\n"
+    assert sorted(path.name for path in copied.rglob("*") if path.is_file()) == ["current.json", "notes.txt"]
+    assert str(copied) in refused(capsys, "query", copied, "select 1")
+
+
+def test_clean_asks_and_takes_no_for_an_answer(copied, monkeypatch, tmp_path, capsys):
+    answer = tmp_path / "answer"
+    answer.write_text("n\n")
+    before = sorted(copied.rglob("*"))
+    with answer.open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert run(["clean", str(copied), "--run", run_id_of(copied)]) == 4
+    assert "its labels included?" in capsys.readouterr().out
+    assert sorted(copied.rglob("*")) == before
