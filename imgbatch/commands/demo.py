@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from imgbatch.commands.common import Assignments, ConfigFile, console, messages
+from imgbatch.commands.report import report_after_run
 from imgbatch.config import load_config
 
 
@@ -44,4 +45,5 @@ def demo(
         ("errors", paths.labels / "errors"),
     ]:
         console.print(f"  {what:<9} {path}", markup=False)
+    report_after_run(str(paths.labels), result.run.run_id, keep=True)
     console.print(f"\ncheck it again: imgbatch verify {paths.labels}", markup=False)
