@@ -35,6 +35,8 @@ from imgbatch.runtime.train import OnEpoch
 
 PART = "part"
 _POLL_S = 0.5
+_START_TIMEOUT_S = 600
+"""Seconds that workers may take to start: Ray's own minute is too short for a busy machine or one that is cold."""
 _MAX_LOADER_PROCESSES = 8
 
 
@@ -152,6 +154,7 @@ def _share(use_gpu: bool) -> dict[str, float]:
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, outcome: list[BaseException]) -> None:
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     try:
         trainer.fit()
     except BaseException as error:
