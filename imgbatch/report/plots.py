@@ -1,4 +1,4 @@
-"""Pictures of a training. matplotlib and tensorboard come with the ``report`` extra.
+"""Pictures of a training and of a model's robustness. matplotlib and tensorboard come with the ``report`` extra.
 
 Legend of shape suffixes: N image, H height, W width, C channel.
 """
@@ -6,12 +6,17 @@ Legend of shape suffixes: N image, H height, W width, C channel.
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from imgbatch.errors import UsageError
+
+if TYPE_CHECKING:
+    from imgbatch.core.robustness import RobustnessRow
 
 _INSTALL = "is not installed; pip install 'imgbatch[report]' brings it"
 _DPI = 110
@@ -65,6 +70,32 @@ def contact_sheet(images_NHWC: np.ndarray, captions: list[str], *, columns: int 
             axes.imshow(images_NHWC[index])
             if index == 0 or captions[index] != captions[index - 1] or index % columns == 0:
                 axes.set_title(captions[index], fontsize=7, loc="left")
+    return _png(figure)
+
+
+def robustness_curves(rows: Sequence[RobustnessRow]) -> bytes:
+    """Accuracy over severity with its 95% interval, a line for each perturbation, as PNG.
+
+    Args:
+        rows: as ``core.robustness`` measures them, with one of severity 0.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    figure = _figure(width=8.0, height=4.2)
+    axes = figure.subplots()
+    clean = next(row for row in rows if row.severity == 0)
+    markers = itertools.cycle("osD^vPX")
+    for name in dict.fromkeys(row.perturbation for row in rows if row.severity):
+        line = [clean, *(row for row in rows if row.perturbation == name)]
+        severities = [row.severity for row in line]
+        (drawn,) = axes.plot(severities, [row.accuracy for row in line], marker=next(markers), label=name)
+        low, high = [row.low for row in line], [row.high for row in line]
+        axes.fill_between(severities, low, high, color=drawn.get_color(), alpha=0.12, linewidth=0)
+    axes.set(xlabel="severity", ylabel="accuracy", ylim=(0, 1.02), xticks=sorted({row.severity for row in rows}))
+    axes.set_title(f"{clean.images:,} images")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center")
     return _png(figure)
 
 
