@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from imgbatch.commands import classify, demo, evaluate, explain, manifest, model, output, report, review, train
+from imgbatch.commands import attack, classify, demo, evaluate, explain, manifest, model, output, report, review, train
 from imgbatch.commands.common import messages
 from imgbatch.errors import ExitCode, ImgbatchError
 
@@ -40,6 +40,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("calibrate")(evaluate.calibrate)
 app.command("compare")(evaluate.compare)
 app.command("explain")(explain.explain)
+app.command("attack")(attack.attack)
 app.command("report")(report.report)
 
 
