@@ -82,16 +82,17 @@ def actor_pids(name: str) -> list[int]:
     return found
 
 
-def kill_once(name: str, units: Path, killed: list[int]) -> None:
-    """SIGKILL an actor as soon as the first unit is committed."""
+def kill_once(name: str, killed: list[int]) -> None:
+    """SIGKILL the first actor of this class as soon as there is one."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(units.glob("unit-*")):
+    while time.monotonic() < deadline and not killed:
+        for pid in actor_pids(name)[:1]:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
         time.sleep(0.02)
-    for pid in actor_pids(name)[:1]:
-        os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["DecodeActor", "ClassifyActor"])
 def test_an_actor_that_is_killed_costs_no_row(
     name: str, photo_config: Config, photos: list[Path], tmp_path: Path
@@ -111,16 +112,8 @@ def test_an_actor_that_is_killed_costs_no_row(
     )
     oracle = changed(photo_config, input__manifest=str(manifest))
     config = on_ray(oracle, tmp_path)
-    units = Path(str(config.output.path), "runs")
     killed: list[int] = []
-
-    def watch() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not list(units.glob("r*")):
-            time.sleep(0.05)
-        kill_once(name, next(iter(units.glob("r*"))) / "units", killed)
-
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=kill_once, args=(name, killed))
     thread.start()
     result = classify(config)
     thread.join()
