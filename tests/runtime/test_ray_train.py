@@ -48,6 +48,7 @@ def test_two_workers_give_what_one_gives(config, tmp_path):
     assert result.bundle.provenance["hardware"]["workers"] == 2
 
 
+@pytest.mark.soak
 def test_a_killed_worker_changes_nothing(config, tmp_path):
     config = changed(config, train__epochs=40)
     disturbed = on_ray(config, tmp_path)
@@ -74,6 +75,7 @@ def test_a_killed_worker_changes_nothing(config, tmp_path):
     assert result.metrics["validation"]["loss"] == pytest.approx(expected.metrics["validation"]["loss"], abs=0.02)
 
 
+@pytest.mark.soak
 def test_a_training_that_cannot_work_is_one_line_and_not_tried_again(config, tmp_path):
     hopeless = changed(config, train__learning_rate=1e30, train__clip_norm=0.0, train__optimizer="sgd")
     with pytest.raises(ImgbatchError, match=r"the loss of epoch \d is not finite") as caught:
