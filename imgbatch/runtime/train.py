@@ -156,7 +156,7 @@ class _Records:
     def _line(self, record: dict[str, Any]) -> str:
         validation = record["validation"]
         name = next(n for n in ("mean_average_precision", "top1") if n in validation)
-        parts = [f"epoch {record['epoch']} of {self._job.train.epochs}"]
+        parts = [self._job.baseline or f"epoch {record['epoch']} of {self._job.train.epochs}"]
         if record["train_loss"] is not None:
             parts.append(f"loss {record['train_loss']:.4f}")
         parts.append(f"validation {name} {validation[name]:.4f}{' (best)' if record['is_best'] else ''}")
