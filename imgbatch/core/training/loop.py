@@ -51,6 +51,19 @@ _NOISE = 2
 """Keeps the seed of dropout apart from those of other uses."""
 
 
+class _Clocks:
+    """Time on the clock and of this process's CPUs since it was made."""
+
+    def __init__(self) -> None:
+        self.wall_s, self.cpu_s = time.perf_counter(), time.process_time()
+
+    def elapsed(self) -> _Clocks:
+        passed = _Clocks()
+        passed.wall_s -= self.wall_s
+        passed.cpu_s -= self.cpu_s
+        return passed
+
+
 def run_training(job: TrainingJob, worker: Worker, report: Report) -> None:
     """Train, from the last checkpoint if there is one, and write outcome.json; every worker calls it.
 
@@ -99,7 +112,7 @@ class Trainer:
 
     def start(self, report: Report) -> None:
         """Fit the head to frozen features where it is new, and measure what training starts from as epoch 0."""
-        started = time.perf_counter()
+        started = _Clocks()
         if self.job.method != "from_scratch" and not self.job.keeps_head:
             self._fit_head()
         self._finish_epoch({"stage": "head", "steps": 0, "train_loss": None, "learning_rate": 0.0}, started, report)
@@ -133,7 +146,7 @@ class Trainer:
 
         batches = iter_training_batches(AugmentedImages(job), passes(), self.worker)
         while self.epoch < train.epochs and not self._is_exhausted():
-            started = time.perf_counter()
+            started = _Clocks()
             self._set_training_mode()
             mean_loss = self._run_steps(shared, batches, loss_of)
             stage = "head" if job.method == "linear_probe" else "all"
@@ -201,10 +214,10 @@ class Trainer:
             raise ImgbatchError(f"training: the loss of epoch {epoch} is not finite; lower train.learning_rate")
         return mean_loss
 
-    def _finish_epoch(self, record: dict[str, Any], started: float, report: Report) -> None:
+    def _finish_epoch(self, record: dict[str, Any], started: _Clocks, report: Report) -> None:
         """Measure, keep the weights if they are the best, save a checkpoint and tell."""
         job = self.job
-        trained_s = time.perf_counter() - started
+        trained = started.elapsed()
         num_seen = self.batches.steps_per_epoch * self.batches.step_images if self.epoch else 0
         averaged = self.average is not None and self.epoch > 0
         own = {name: tensor.clone() for name, tensor in self.network.state_dict().items()} if averaged else {}
@@ -218,8 +231,9 @@ class Trainer:
             **record,
             "validation": validation,
             "is_best": is_best,
-            "seconds": round(time.perf_counter() - started, 3),
-            "images_per_s": round(num_seen / trained_s, 1) if num_seen else None,
+            "seconds": round(started.elapsed().wall_s, 3),
+            "images_per_s": round(num_seen / trained.wall_s, 1) if num_seen else None,
+            "cpu_s": round(trained.cpu_s, 3),
         }
         self.history.append(record)
         if is_best and self.worker.is_first:
