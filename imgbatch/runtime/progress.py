@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from types import TracebackType
 
 from rich.console import Console
@@ -13,6 +13,8 @@ from imgbatch.core.results import Receipt
 from imgbatch.errors import Status
 
 PLAIN_EVERY_S = 30.0
+RATE_OVER_S = 120.0
+"""The rate shown, and the time left, are those of the last two minutes: starting up is no forecast."""
 
 
 class RunProgress:
@@ -22,14 +24,13 @@ class RunProgress:
         """``num_actors``: how many processes share each stage's busy seconds."""
         self._console = console
         self._total = total_rows
-        self._done_before = done_rows
         self._num_actors = num_actors
         self._done = done_rows
         self._errors = 0
         self._busy: Counter[str] = Counter()
-        self._started = time.monotonic()
-        self._first_receipt: float | None = None
-        self._last_line = self._started
+        self._recent: deque[tuple[float, int]] = deque()
+        """When receipts came, and the rows that were done then."""
+        self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
     def __enter__(self) -> RunProgress:
@@ -45,11 +46,13 @@ class RunProgress:
 
     def add(self, receipt: Receipt) -> None:
         now = time.monotonic()
-        self._first_receipt = self._first_receipt or now
         self._busy.update(receipt.seconds)
         if receipt.outcome != "deferred":
             self._done += receipt.num_rows
             self._errors += receipt.num_rows - receipt.counts.get(Status.OK.value, 0)
+        self._recent.append((now, self._done))
+        while len(self._recent) > 2 and now - self._recent[0][0] > RATE_OVER_S:
+            self._recent.popleft()
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=self.line())
         elif now - self._last_line >= PLAIN_EVERY_S:
@@ -58,15 +61,24 @@ class RunProgress:
 
     def line(self) -> str:
         """``1,024 of 3,000 images, 61 images/s, 3 errors, 0:32 left, limit: classify``."""
-        elapsed = time.monotonic() - self._started
-        rate = (self._done - self._done_before) / elapsed if elapsed > 0 else 0.0
-        parts = [f"{self._done:,} of {self._total:,} images", f"{rate:,.0f} images/s", f"{self._errors:,} errors"]
-        if rate > 0:
+        parts = [f"{self._done:,} of {self._total:,} images"]
+        rate = self.images_per_s()
+        if rate:
+            parts.append(f"{rate:,.0f} images/s")
+        parts.append(f"{self._errors:,} errors")
+        if rate:
             left = int((self._total - self._done) / rate)
             parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         if self._busy:
             parts.append(f"limit: {self.limit()}")
         return ", ".join(parts)
+
+    def images_per_s(self) -> float | None:
+        """Over the last two minutes; none before the second receipt."""
+        if len(self._recent) < 2 or self._recent[-1][0] == self._recent[0][0]:
+            return None
+        (first_time, first_done), (last_time, last_done) = self._recent[0], self._recent[-1]
+        return (last_done - first_done) / (last_time - first_time)
 
     def limit(self) -> str:
         """The stage whose processes were busiest."""
