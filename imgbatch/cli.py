@@ -83,5 +83,6 @@ def run(arguments: list[str]) -> int:
 def _fail(message: str, code: ExitCode, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    messages.print("imgbatch: " + " ".join(message.split()), markup=False, style="red")
+    style = "red" if code else None
+    messages.print("imgbatch: " + " ".join(message.split()), markup=False, style=style)
     return code

@@ -34,6 +34,10 @@ class InputConfig(Section):
     """Only the first so many rows."""
     duplicates: Literal["error", "keep"] = "error"
     """What to do when an ``image_id`` stands there more than once."""
+    skip_existing: bool = False
+    """Leave out the rows that the same model has labelled in this output."""
+    since_run: str | None = None
+    """As ``skip_existing``, but only labels of this run and of later ones count."""
 
 
 class ModelConfig(Section):

@@ -28,6 +28,12 @@ class ImgbatchError(Exception):
     exit_code = ExitCode.FAILED
 
 
+class NothingToDo(ImgbatchError):
+    """What the command would do has been done (exit 0)."""
+
+    exit_code = ExitCode.DONE
+
+
 class UsageError(ImgbatchError):
     """Wrong usage, configuration or input (exit 2)."""
 

@@ -10,6 +10,8 @@ OPTIONS = [
     "input.manifest",
     "input.limit",
     "input.duplicates",
+    "input.skip_existing",
+    "input.since_run",
     "model.path",
     "preprocess.resize_size",
     "preprocess.crop_size",

@@ -31,6 +31,12 @@ def classify(
         bool, typer.Option("--embeddings", help="Also write what the last layer sees of each image.")
     ] = False,
     new_run: Annotated[bool, typer.Option("--new-run", help="A second run although this one has finished.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Only rows that this model has not labelled in OUT.")
+    ] = False,
+    since_run: Annotated[
+        str | None, typer.Option("--since-run", help="As --skip-existing, of labels of this run and later ones.")
+    ] = None,
     assignments: Assignments = None,
 ) -> None:
     """Label every row of a manifest exactly once; the same command again continues where it stopped."""
@@ -44,6 +50,8 @@ def classify(
         "classify.engine": engine,
         "output.embeddings": True if embeddings else None,
         "run.new_run": True if new_run else None,
+        "input.skip_existing": True if skip_existing else None,
+        "input.since_run": since_run,
     }
     config = load_config(config_file, assignments or (), flags)
     _stop_on_sigterm()

@@ -19,6 +19,7 @@ import pyarrow as pa
 from imgbatch.config import Config, parse_config
 from imgbatch.core import storage
 from imgbatch.core.database import spilling
+from imgbatch.core.incremental import unlabelled_rows
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import ModelBundle, count_features, load_bundle
 from imgbatch.core.partitions import Partition, PartitionCheck, parse_partitions
@@ -26,7 +27,7 @@ from imgbatch.core.rows import RowsReader, normalise_columns, select_rows, write
 from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, utc_now
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.units import UnitLayout, choose_unit_rows
-from imgbatch.errors import UsageError
+from imgbatch.errors import NothingToDo, UsageError
 from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, SCHEMA_VERSION, WINDOW
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -139,6 +140,7 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
     """The run that ``config`` means, planned now or earlier.
 
     Raises:
+        NothingToDo: only unlabelled rows are wanted, and there are none.
         UsageError: bad input, or an unfinished run with other settings stands in the way.
     """
     manifest, bundle, spec = open_inputs(config)
@@ -154,8 +156,9 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
         num_rows = min(manifest.num_rows, config.input.limit or manifest.num_rows)
         if num_rows == 0:
             raise UsageError(f"manifest {manifest.path}: no rows")
-        segments = _embedded_segments(manifest, num_rows) if manifest.has_bytes else (num_rows,)
-        tables = (normalise_columns(table) for table in _manifest_rows(manifest, num_rows))
+        wanted = _wanted_rows(config, manifest, bundle, out, num_rows)
+        segments = _embedded_segments(manifest, wanted) if manifest.has_bytes else (int(wanted.sum()),)
+        tables = (normalise_columns(table) for table in _manifest_rows(manifest, wanted))
         plan = _new_plan(
             config, fields, run_id, segments, bundle, spec, has_bytes=manifest.has_bytes, parent=None, device=device
         )
@@ -244,22 +247,37 @@ def refuse_duplicates(paths: RunPaths) -> None:
         )
 
 
-def _manifest_rows(manifest: Manifest, num_rows: int) -> Iterator[pa.Table]:
+def _wanted_rows(config: Config, manifest: Manifest, bundle: ModelBundle, out: str, num_rows: int) -> np.ndarray:
+    """Which of the manifest's first ``num_rows`` rows are to be labelled: bool, one per row."""
+    since_run = config.input.since_run
+    if not config.input.skip_existing and since_run is None:
+        return np.ones(num_rows, dtype=bool)
+    wanted = unlabelled_rows(manifest, out, num_rows=num_rows, model_id=bundle.model_id, since_run=since_run)
+    if not wanted.any():
+        raise NothingToDo(f"nothing to do: this model has labelled all {num_rows:,} rows in {out} already")
+    return wanted
+
+
+def _manifest_rows(manifest: Manifest, wanted: np.ndarray) -> Iterator[pa.Table]:
+    """The wanted rows with row_id and image_id; batches without one are left out."""
     first_row = 0
-    for table in manifest.iter_batches(limit=num_rows):
-        row_ids = pa.array(np.arange(first_row, first_row + table.num_rows, dtype=np.int64))
-        yield manifest.with_image_id(table, first_row).add_column(0, ROW_ID, row_ids)
-        first_row += table.num_rows
+    for table in manifest.iter_batches(limit=len(wanted)):
+        end = first_row + table.num_rows
+        row_ids = pa.array(np.arange(first_row, end, dtype=np.int64))
+        rows = manifest.with_image_id(table, first_row).add_column(0, ROW_ID, row_ids)
+        chosen = wanted[first_row:end]
+        if chosen.all():
+            yield rows
+        elif chosen.any():
+            yield rows.filter(pa.array(chosen))
+        first_row = end
 
 
-def _embedded_segments(manifest: Manifest, num_rows: int) -> tuple[int, ...]:
-    segments, left = [], num_rows
-    for group in manifest.row_groups:
-        if left == 0:
-            break
-        segments.append(min(group.num_rows, left))
-        left -= segments[-1]
-    return tuple(segments)
+def _embedded_segments(manifest: Manifest, wanted: np.ndarray) -> tuple[int, ...]:
+    """Wanted rows of each row group that has any."""
+    ends = np.cumsum([group.num_rows for group in manifest.row_groups])
+    counts = [int(part.sum()) for part in np.split(wanted, ends[:-1])]
+    return tuple(count for count in counts if count)
 
 
 def _new_plan(
@@ -312,6 +330,8 @@ def _result_fields(
     return {
         "input.limit": config.input.limit,
         "input.duplicates": config.input.duplicates,
+        "input.skip_existing": config.input.skip_existing,
+        "input.since_run": config.input.since_run,
         "model": bundle.model_id,
         "preprocess": json.loads(json.dumps(spec.to_dict())),
         "backend": backend,

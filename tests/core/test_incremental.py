@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.config import Config
+from imgbatch.core.model import ModelBundle
+from imgbatch.core.plan import plan_run
+from imgbatch.core.rows import RowsReader
+from imgbatch.core.verify import verify
+from imgbatch.core.views import open_views
+from imgbatch.errors import NothingToDo, UsageError
+from imgbatch.runtime.job import classify
+from tests.conftest import changed
+
+
+def write_manifest(path: Path, photos: list[Path], **columns: list[str | None]) -> str:
+    pq.write_table(pa.table({"uri": [str(photo) for photo in photos], **columns}), path)
+    return str(path)
+
+
+def planned_row_ids(config: Config) -> list[int]:
+    run = plan_run(config, "cpu")
+    reader = RowsReader(run.paths)
+    row_ids = [row_id for unit in run.plan.layout for row_id in reader.read(unit)["row_id"].to_pylist()]
+    reader.close()
+    return row_ids
+
+
+def test_only_what_the_model_has_not_labelled_is_classified(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    """Photo 5 and 25 of the first night were cut short: the second night tries them again, and takes the new ones."""
+    first = changed(photo_config, input__manifest=write_manifest(tmp_path / "1.parquet", photos[:40]))
+    classify(first)
+    # The new night's listing has the new photos in front, so that positions mean something else.
+    grown = write_manifest(tmp_path / "2.parquet", [*photos[40:50], *photos[:40]])
+    second = changed(photo_config, input__manifest=grown, input__skip_existing=True)
+    assert planned_row_ids(second) == [*range(10), 15, 35]
+    result = classify(second)
+    assert result.num_rows == 12
+    assert verify(result.out).ok
+    assert classify(second).already_finished
+    with open_views(result.out) as connection:
+        labelled = connection.sql("select count(*), count(distinct image_id) from predictions").fetchall()
+    assert labelled == [(47, 47)], "one current row per image: 50 photos, three of them cut short"
+
+
+def test_nothing_is_left_to_label(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    whole = [photo for index, photo in enumerate(photos[:30]) if index % 20 != 5]
+    classify(changed(photo_config, input__manifest=write_manifest(tmp_path / "1.parquet", whole)))
+    fewer = write_manifest(tmp_path / "2.parquet", whole[:20])
+    with pytest.raises(NothingToDo, match=r"all 20 rows"):
+        classify(changed(photo_config, input__manifest=fewer, input__skip_existing=True))
+
+
+def test_another_model_or_another_content_is_labelled_anew(
+    photo_config: Config, photos: list[Path], tmp_path: Path, make_bundle: Callable[..., ModelBundle]
+) -> None:
+    kept = photos[:4]
+    first = write_manifest(tmp_path / "1.parquet", kept, etag=["a", "b", None, "d"])
+    classify(changed(photo_config, input__manifest=first))
+    later = write_manifest(tmp_path / "2.parquet", kept, etag=["a", "B", "c", None])
+    incremental = changed(photo_config, input__manifest=later, input__skip_existing=True)
+    other_model = changed(incremental, model__path=make_bundle(seed=1).path, output__path=photo_config.output.path)
+    assert planned_row_ids(changed(other_model, run__on_unfinished="abandon")) == [0, 1, 2, 3]
+    assert planned_row_ids(changed(incremental, run__on_unfinished="abandon")) == [1], "only where both etags differ"
+
+
+def test_labels_before_the_named_run_do_not_count(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    classify(changed(photo_config, input__manifest=write_manifest(tmp_path / "1.parquet", photos[:4])))
+    second = classify(changed(photo_config, input__manifest=write_manifest(tmp_path / "2.parquet", photos[2:5])))
+    everything = write_manifest(tmp_path / "3.parquet", photos[:5])
+    with pytest.raises(UsageError, match="no such run"):
+        plan_run(changed(photo_config, input__manifest=everything, input__since_run="r000000000000"), "cpu")
+    since = changed(photo_config, input__manifest=everything, input__since_run=second.run_id)
+    assert planned_row_ids(since) == [0, 1]
+
+
+def test_embedded_images_keep_their_row_groups(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    whole = [photo for index, photo in enumerate(photos[:30]) if index % 20 != 5]
+
+    def embedded(name: str, chosen: list[Path]) -> str:
+        table = pa.table({"bytes": [p.read_bytes() for p in chosen], "image_id": [p.name for p in chosen]})
+        pq.write_table(table, tmp_path / name, row_group_size=7)
+        return str(tmp_path / name)
+
+    classify(changed(photo_config, input__manifest=embedded("1.parquet", [*whole[:2], *whole[7:14]])))
+    second = changed(photo_config, input__manifest=embedded("2.parquet", whole[:20]), input__skip_existing=True)
+    assert plan_run(second, "cpu").plan.layout.segments == (5, 6), "the second row group has nothing left"
+    result = classify(second)
+    assert result.counts == {"OK": 11}
+    assert verify(result.out).ok
