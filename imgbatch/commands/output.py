@@ -13,8 +13,8 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from imgbatch.commands.common import AsJson, console, print_json, print_table
-from imgbatch.errors import CheckFailed, UsageError
+from imgbatch.commands.common import AsJson, console, messages, print_json, print_table
+from imgbatch.errors import CheckFailed, ExitCode, UsageError
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Output directory.")]
 FORMATS = ("table", "csv", "json", "parquet")
@@ -115,10 +115,20 @@ def clean(
     """Remove a run and everything it wrote."""
     from imgbatch.core.clean import remove_run
 
-    if not yes:
-        typer.confirm(f"Remove run {run} of {out}, its labels included?", abort=True)
+    if not yes and not _confirmed(f"Remove run {run} of {out}, its labels included?"):
+        messages.print("nothing was removed; --yes removes without asking")
+        raise typer.Exit(ExitCode.FAILED)
     remove_run(out, run)
     console.print(f"removed {run}", markup=False)
+
+
+def _confirmed(question: str) -> bool:
+    """Whether a person says yes; an interruption, or an input that has ended, says no."""
+    try:
+        return typer.confirm(question)
+    except typer.Abort:
+        typer.echo()
+        return False
 
 
 def _write_table(columns: list[str], rows: Iterator[tuple[Any, ...]], file: IO[str]) -> None:

@@ -192,12 +192,15 @@ def test_clean_removes_a_run_and_nothing_else(copied, capsys):
     assert str(copied) in refused(capsys, "query", copied, "select 1")
 
 
-def test_clean_asks_and_takes_no_for_an_answer(copied, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("said", ["n\n", "\n", ""], ids=["no", "nothing", "the end"])
+def test_clean_asks_and_takes_no_for_an_answer(copied, monkeypatch, tmp_path, capsys, said):
     answer = tmp_path / "answer"
-    answer.write_text("n\n")
+    answer.write_text(said)
     before = sorted(copied.rglob("*"))
     with answer.open() as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
-        assert run(["clean", str(copied), "--run", run_id_of(copied)]) == 4
-    assert "its labels included?" in capsys.readouterr().out
+        assert run(["clean", str(copied), "--run", run_id_of(copied)]) == 1
+    captured = capsys.readouterr()
+    assert "its labels included?" in captured.out
+    assert captured.err == "nothing was removed; --yes removes without asking\n"
     assert sorted(copied.rglob("*")) == before
