@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from imgbatch.errors import UsageError
+from imgbatch.errors import UsageError, normalise_message
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
@@ -54,6 +55,11 @@ class PreprocessConfig(Section):
     """Length of the shorter side after resizing, px."""
     crop_size: PositiveInt | None = None
     """Side of the centre crop that the model sees, px."""
+    resize_mode: Literal["shorter_side", "stretch"] | None = None
+    """``stretch`` resizes both sides to ``resize_size``, so that nothing need be cut away; ``shorter_side`` keeps the
+    image's proportions."""
+    median_size: Literal[0, 3, 5, 7] | None = None
+    """Side of a median filter that takes noise out of the decoded image, px; 0: none."""
 
 
 class FetchConfig(Section):
@@ -224,6 +230,35 @@ class RunConfig(Section):
     """Seconds without a committed unit after which the run ends with exit code 4."""
 
 
+class StorageConfig(Section):
+    """Object stores, for every ``s3://`` path. Credentials come from the usual chain (environment, profile, role)."""
+
+    endpoint_url: str | None = None
+    """Of a server that speaks S3, ``http://HOST:PORT``; none: ``AWS_ENDPOINT_URL``, else AWS."""
+    region: str | None = None
+    """none: as the environment or the profile says."""
+    profile: str | None = None
+    """Of the AWS configuration files of each machine."""
+    anonymous: bool = False
+    """Requests without credentials, for public buckets."""
+    requester_pays: bool = False
+    """Whoever reads a bucket of that kind agrees to pay for it."""
+    connect_timeout_s: float = Field(5.0, gt=0)
+    """Seconds until a connection must stand."""
+    read_timeout_s: float = Field(60.0, gt=0)
+    """Seconds without a byte after which a request is tried again."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _is_plain_url(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "http://none")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected http://HOST:PORT or https://HOST")
+        if "@" in parts.netloc or parts.query:
+            raise ValueError("holds credentials, which do not belong into a configuration; take them out")
+        return url
+
+
 class RayConfig(Section):
     """Where the cluster is."""
 
@@ -255,6 +290,7 @@ class Config(Section):
     output: OutputConfig = OutputConfig()
     errors: ErrorsConfig = ErrorsConfig()
     run: RunConfig = RunConfig()
+    storage: StorageConfig = StorageConfig()
     ray: RayConfig = RayConfig()
     report: ReportConfig = ReportConfig()
 
@@ -298,13 +334,17 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         first = error.errors()[0]
         # pydantic appends the branch of a union to the location; a person knows only section.key.
         key = ".".join(str(part) for part in first["loc"][:2])
-        given = "" if first["type"] == "extra_forbidden" else f" (given: {first['input']!r})"
+        given = "" if first["type"] == "extra_forbidden" else f" (given: {normalise_message(repr(first['input']))})"
         reason = (
             f"unknown key; one of {', '.join(_known_keys(first['loc']))}"
             if first["type"] == "extra_forbidden"
-            else first["msg"][0].lower() + first["msg"][1:]
+            else _lowered(first["msg"].removeprefix("Value error, "))
         )
         raise UsageError(f"configuration: {key}: {reason}{given}") from error
+
+
+def _lowered(text: str) -> str:
+    return text[0].lower() + text[1:]
 
 
 def option_names() -> list[str]:

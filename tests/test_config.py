@@ -15,6 +15,8 @@ OPTIONS = [
     "model.path",
     "preprocess.resize_size",
     "preprocess.crop_size",
+    "preprocess.resize_mode",
+    "preprocess.median_size",
     "fetch.timeout_s",
     "fetch.retries",
     "fetch.in_flight",
@@ -76,6 +78,13 @@ OPTIONS = [
     "run.on_unfinished",
     "run.new_run",
     "run.no_progress_s",
+    "storage.endpoint_url",
+    "storage.region",
+    "storage.profile",
+    "storage.anonymous",
+    "storage.requester_pays",
+    "storage.connect_timeout_s",
+    "storage.read_timeout_s",
     "ray.address",
     "ray.object_store_mb",
     "report.price_per_hour",
@@ -140,6 +149,10 @@ def test_a_value_may_hold_an_equals_sign():
         ("output.top_k=0", "configuration: output.top_k: input should be greater than or equal to 1 (given: 0)"),
         ("errors.max_rate=2", "configuration: errors.max_rate: input should be less than or equal to 1 (given: 2)"),
         ("fetch.timeout_s=0", "configuration: fetch.timeout_s: input should be greater than 0 (given: 0)"),
+        (
+            "storage.endpoint_url=host:1",
+            "configuration: storage.endpoint_url: expected http://HOST:PORT or https://HOST",
+        ),
         ("classify.engine=spark", "configuration: classify.engine: input should be 'ray' or 'local' (given: 'spark')"),
         ("decode.memory_mb=much", "configuration: decode.memory_mb: input should be a valid integer"),
         ("resources.decode_actors=many", "configuration: resources.decode_actors: "),
@@ -150,6 +163,12 @@ def test_a_wrong_assignment_is_one_line_that_names_it(assignment, message):
         load_config(None, [assignment])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_credentials_in_an_endpoint_are_refused_and_not_repeated():
+    with pytest.raises(UsageError, match="holds credentials") as caught:
+        load_config(None, ["storage.endpoint_url=http://someone:hidden@host:1"])
+    assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
