@@ -35,6 +35,7 @@ ProbabilityMode = Literal["all", "top_k", "none"]
 
 AUTO_ALL_MAX_CLASSES = 100
 _BASE_ROW_BYTES = 200
+_PROBABILITY_BYTES = 4
 _TOP_K_ENTRY_BYTES = 24
 _FEATURE_BYTES = 4
 _CHECK_MEMORY = "256MB"
@@ -111,7 +112,7 @@ class Run:
 
     def pending_units(self) -> list[int]:
         """Indices of the units without a unit file, in order."""
-        committed = self.paths.committed_units()
+        committed = self.paths.committed_units(self.plan.layout.num_units)
         return [index for index in range(self.plan.layout.num_units) if index not in committed]
 
 
@@ -130,7 +131,7 @@ def open_inputs(config: Config) -> tuple[Manifest, ModelBundle, PreprocessSpec]:
     bundle = load_bundle(config.model.path)
     overrides = config.preprocess
     try:
-        spec = bundle.preprocess.with_sizes(overrides.resize_size, overrides.crop_size)
+        spec = bundle.preprocess.overridden(**overrides.model_dump())
     except ValueError as error:
         raise UsageError(f"preprocess: {error}") from error
     return manifest, bundle, spec
@@ -144,20 +145,16 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
         UsageError: bad input, or an unfinished run with other settings stands in the way.
     """
     manifest, bundle, spec = open_inputs(config)
-    backend = "torch"
-    fields = {"manifest": manifest.content_identity(), **_result_fields(config, bundle, spec, device, backend)}
-    fingerprint = _fingerprint(fields)
+    fields = result_fields(config, manifest, bundle, spec, device)
+    fingerprint = fingerprint_of(fields)
     out = storage.absolute(str(config.output.path))
     storage.check_writable(out)
     abandon = config.run.on_unfinished == "abandon"
     run_id = choose_run_id(out, fingerprint, fields, new_run=config.run.new_run, abandon=abandon)
     paths = RunPaths(out, run_id)
     if not storage.exists(paths.plan):
-        num_rows = min(manifest.num_rows, config.input.limit or manifest.num_rows)
-        if num_rows == 0:
-            raise UsageError(f"manifest {manifest.path}: no rows")
-        wanted = _wanted_rows(config, manifest, bundle, out, num_rows)
-        segments = _embedded_segments(manifest, wanted) if manifest.has_bytes else (int(wanted.sum()),)
+        wanted = wanted_rows(config, manifest, bundle, out)
+        segments = segments_of(manifest, wanted)
         tables = (normalise_columns(table) for table in _manifest_rows(manifest, wanted))
         plan = _new_plan(
             config, fields, run_id, segments, bundle, spec, has_bytes=manifest.has_bytes, parent=None, device=device
@@ -187,7 +184,7 @@ def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: 
     }
     out = parent.paths.out
     run_id = choose_run_id(
-        out, _fingerprint(fields), fields, new_run=config.run.new_run, abandon=True, parent=parent.run_id
+        out, fingerprint_of(fields), fields, new_run=config.run.new_run, abandon=True, parent=parent.run_id
     )
     paths = RunPaths(out, run_id)
     if not storage.exists(paths.plan):
@@ -247,8 +244,13 @@ def refuse_duplicates(paths: RunPaths) -> None:
         )
 
 
-def _wanted_rows(config: Config, manifest: Manifest, bundle: ModelBundle, out: str, num_rows: int) -> np.ndarray:
-    """Which of the manifest's first ``num_rows`` rows are to be labelled: bool, one per row."""
+def wanted_rows(config: Config, manifest: Manifest, bundle: ModelBundle, out: str) -> np.ndarray:
+    """Which of the manifest's rows, up to ``input.limit``, are to be labelled: bool, one per row.
+
+    Raises:
+        NothingToDo: only unlabelled rows are wanted, and there are none.
+    """
+    num_rows = min(manifest.num_rows, config.input.limit or manifest.num_rows)
     since_run = config.input.since_run
     if not config.input.skip_existing and since_run is None:
         return np.ones(num_rows, dtype=bool)
@@ -273,8 +275,10 @@ def _manifest_rows(manifest: Manifest, wanted: np.ndarray) -> Iterator[pa.Table]
         first_row = end
 
 
-def _embedded_segments(manifest: Manifest, wanted: np.ndarray) -> tuple[int, ...]:
-    """Wanted rows of each row group that has any."""
+def segments_of(manifest: Manifest, wanted: np.ndarray) -> tuple[int, ...]:
+    """Numbers of wanted rows that no unit may straddle: all, or of each row group where images are embedded."""
+    if not manifest.has_bytes:
+        return (int(wanted.sum()),)
     ends = np.cumsum([group.num_rows for group in manifest.row_groups])
     counts = [int(part.sum()) for part in np.split(wanted, ends[:-1])]
     return tuple(count for count in counts if count)
@@ -292,21 +296,13 @@ def _new_plan(
     parent: str | None,
     device: DeviceKind,
 ) -> RunPlan:
-    probabilities = fields["output.probabilities"]
-    num_classes = len(bundle.class_names)
-    unit_rows = config.classify.unit_rows
-    if unit_rows == "auto":
-        row_bytes = _result_row_bytes(probabilities, num_classes, config.output.top_k)
-        if config.output.embeddings:
-            row_bytes += _FEATURE_BYTES * count_features(bundle)
-        unit_rows = choose_unit_rows(spec.pixel_bytes, row_bytes, sum(segments))
     return RunPlan(
         run_id=run_id,
-        fingerprint=_fingerprint(fields),
+        fingerprint=fingerprint_of(fields),
         fields=fields,
-        layout=UnitLayout(unit_rows, segments),
+        layout=choose_layout(config, segments, bundle, spec),
         predicted_at=utc_now(),
-        probabilities=probabilities,
+        probabilities=fields["output.probabilities"],
         device=device,
         backend=fields["backend"],
         has_bytes=has_bytes,
@@ -315,18 +311,41 @@ def _new_plan(
     )
 
 
-def _result_row_bytes(probabilities: str, num_classes: int, top_k: int) -> int:
-    kept = 4 * num_classes if probabilities == "all" else 0
-    listed = 0 if probabilities == "none" else _TOP_K_ENTRY_BYTES * min(top_k, num_classes)
-    return _BASE_ROW_BYTES + kept + listed
+def choose_layout(config: Config, segments: tuple[int, ...], bundle: ModelBundle, spec: PreprocessSpec) -> UnitLayout:
+    """``segments`` (rows that no unit straddles) cut into units of ``classify.unit_rows``."""
+    unit_rows = config.classify.unit_rows
+    if unit_rows == "auto":
+        unit_rows = choose_unit_rows(spec.pixel_bytes, estimate_row_bytes(config, bundle), sum(segments))
+    return UnitLayout(unit_rows, segments)
+
+
+def estimate_row_bytes(config: Config, bundle: ModelBundle) -> int:
+    """Bytes of one result row before compression, about."""
+    probabilities, num_classes = _probability_mode(config, bundle), len(bundle.class_names)
+    row_bytes = _BASE_ROW_BYTES + (_PROBABILITY_BYTES * num_classes if probabilities == "all" else 0)
+    if probabilities != "none":
+        row_bytes += _TOP_K_ENTRY_BYTES * min(config.output.top_k, num_classes)
+    if config.output.embeddings:
+        row_bytes += _FEATURE_BYTES * count_features(bundle)
+    return row_bytes
+
+
+def _probability_mode(config: Config, bundle: ModelBundle) -> ProbabilityMode:
+    if config.output.probabilities != "auto":
+        return config.output.probabilities
+    return "all" if len(bundle.class_names) <= AUTO_ALL_MAX_CLASSES else "top_k"
+
+
+def result_fields(
+    config: Config, manifest: Manifest, bundle: ModelBundle, spec: PreprocessSpec, device: str
+) -> dict[str, Any]:
+    """Everything that changes a result of a run: what its fingerprint is taken of."""
+    return {"manifest": manifest.content_identity(), **_result_fields(config, bundle, spec, device, "torch")}
 
 
 def _result_fields(
     config: Config, bundle: ModelBundle, spec: PreprocessSpec, device: str, backend: str
 ) -> dict[str, Any]:
-    probabilities = config.output.probabilities
-    if probabilities == "auto":
-        probabilities = "all" if len(bundle.class_names) <= AUTO_ALL_MAX_CLASSES else "top_k"
     return {
         "input.limit": config.input.limit,
         "input.duplicates": config.input.duplicates,
@@ -338,7 +357,7 @@ def _result_fields(
         "device": device,
         **{f"decode.{key}": value for key, value in config.decode.model_dump().items()},
         "output.partition_by": list(config.output.partition_by),
-        "output.probabilities": probabilities,
+        "output.probabilities": _probability_mode(config, bundle),
         "output.top_k": config.output.top_k,
         "output.embeddings": config.output.embeddings,
         "output.target_file_mb": config.output.target_file_mb,
@@ -346,7 +365,8 @@ def _result_fields(
     }
 
 
-def _fingerprint(fields: dict[str, Any]) -> str:
+def fingerprint_of(fields: dict[str, Any]) -> str:
+    """sha256, hex."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
