@@ -11,25 +11,45 @@ from imgbatch.errors import UsageError
 
 
 def explain(
-    model: Annotated[str, typer.Option("-m", "--model", help="Model bundle.")],
-    manifest: Annotated[str, typer.Option("--manifest", help="Manifest that holds the images.")],
-    directory: Annotated[str, typer.Option("-o", "--output", help="Directory for the pictures and index.html.")],
+    out: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[OUT]",
+            help="Output directory of classify: its worst mistakes, for its report.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="Model bundle; default: the one that OUT was labelled with.")
+    ] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option("--manifest", help="Manifest with the images; default: the one that was classified into OUT."),
+    ] = None,
+    directory: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="Directory for the pictures and index.html; default: OUT's newest run."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many images.")] = 12,
     image_id: Annotated[
-        list[str] | None, typer.Option("--image-id", help="This image; may be repeated. Default: spread over all.")
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", metavar="OUT", help="The most confident mistakes of this output instead.")
+        list[str] | None, typer.Option("--image-id", help="This image; may be repeated. Without OUT: or a sample.")
     ] = None,
 ) -> None:
-    """Draw Grad-CAM heat maps over images: for chosen ones, for the worst mistakes, or for a sample."""
-    if image_id and out is not None:
-        raise UsageError("--image-id, --out: give one of them")
-    from imgbatch.report.explanations import write_explanations
+    """Draw Grad-CAM heat maps over the worst mistakes of an output, or over images of a manifest."""
+    from imgbatch.report.explain import explain_images, explain_output
 
-    found = write_explanations(
-        directory, model=model, manifest=manifest, limit=limit, image_ids=image_id or None, out=out
-    )
-    for name, error in found.failed.items():
+    image_ids = image_id or ()
+    if out is not None:
+        found, failed = explain_output(
+            out, model=model, manifest=manifest, directory=directory, limit=limit, image_ids=image_ids
+        )
+    elif model is None or manifest is None or directory is None:
+        raise UsageError("explain: name an output directory, or --model, --manifest and --output")
+    else:
+        found, failed = explain_images(directory, model=model, manifest=manifest, limit=limit, image_ids=image_ids)
+    for name, error in failed.items():
         console.print(f"not shown: {name}: {error.status} ({error.message})", markup=False)
-    console.print(f"{found.num_images} images in {found.index}", markup=False)
+    count = len(found.images)
+    console.print(f"{count} image{'s' if count != 1 else ''} in {found.index}", markup=False)
+    if out is not None and directory is None:
+        console.print(f"next: imgbatch report {out} shows them", markup=False)

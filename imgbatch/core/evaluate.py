@@ -22,7 +22,9 @@ from imgbatch.core.plain import to_plain
 from imgbatch.core.rank_sample import RankSample
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.scored import IDENTITY, Scored, open_scored
+from imgbatch.core.single_label import NOT_STORED
 from imgbatch.core.slices import describe_slices
+from imgbatch.errors import UsageError
 
 FORMAT_VERSION = 1
 MAX_LISTED = 1000
@@ -90,6 +92,28 @@ def evaluate(
     return Evaluation(directory, plain)
 
 
+def find_mistakes(scored: Scored, limit: int) -> list[str]:
+    """The image_ids of the most confident mistakes, the worst first; multi-label: of single labels, said or not.
+
+    Raises:
+        UsageError: multi-label, and not every class's probability was stored.
+    """
+    if not scored.labeller.is_multilabel:
+        return scored.connection.sql(_mistakes_sql("image_id", limit)).to_arrow_table()["image_id"].to_pylist()
+    if not scored.labeller.has_probabilities:
+        raise UsageError(f"mistakes: {NOT_STORED}")
+    # One image may have several labels wrong.
+    first, _ = _take_first(multi_label.iter_mistakes(scored), "probability", "descending")
+    return [] if first is None else list(dict.fromkeys(first["image_id"].to_pylist()))[:limit]
+
+
+def _mistakes_sql(columns: str, limit: int) -> str:
+    return (
+        f"select {columns} from scored where is_known and not is_right "
+        f"order by probability desc, image_id limit {int(limit)}"
+    )
+
+
 def _count_rows(scored: Scored) -> dict[str, Any]:
     unknown_name = "null" if scored.labeller.is_multilabel else "case when not is_known then truth end"
     groups = scored.connection.execute(
@@ -135,11 +159,8 @@ def _measure_single_label(scored: Scored, sample: RankSample, directory: str) ->
     sums = single_label.collect(scored, sample)
     metrics = single_label.summarise(scored, sums)
     _write_confusion(scored, sums.confusion_KK, directory)
-    mistakes = scored.connection.sql(
-        f"select {', '.join(IDENTITY)}, truth as target, label, probability from scored "
-        "where is_known and not is_right "
-        f"order by probability desc, image_id limit {MAX_LISTED}"
-    ).to_arrow_table()
+    columns = f"{', '.join(IDENTITY)}, truth as target, label, probability"
+    mistakes = scored.connection.sql(_mistakes_sql(columns, MAX_LISTED)).to_arrow_table()
     metrics["mistakes"] = _write(directory, "mistakes", mistakes)
     if scored.labeller.has_probabilities:
         suspects = single_label.iter_suspects(scored, sums.self_confidence.thresholds())
@@ -169,7 +190,14 @@ def _write_confusion(scored: Scored, confusion_KK: np.ndarray, directory: str) -
 def _write_first(
     directory: str, name: str, tables: Iterable[pa.Table], column: str, order: str
 ) -> dict[str, Any] | None:
-    """Write the first rows by ``column`` (then image_id) of many tables, holding few of them at once."""
+    first, count = _take_first(tables, column, order)
+    if first is None:
+        return {"file": None, "listed": 0, "found": 0}
+    return _write(directory, name, first) | {"found": count}
+
+
+def _take_first(tables: Iterable[pa.Table], column: str, order: str) -> tuple[pa.Table | None, int]:
+    """The first rows by ``column`` (then image_id) of many tables, held a few at a time; and how many there are."""
     keys = [(column, order), ("image_id", "ascending")]
     first: pa.Table | None = None
     count = 0
@@ -177,9 +205,7 @@ def _write_first(
         count += table.num_rows
         joined = table if first is None else pa.concat_tables([first, table])
         first = joined.sort_by(keys).slice(0, MAX_LISTED)
-    if first is None:
-        return {"file": None, "listed": 0, "found": 0}
-    return _write(directory, name, first) | {"found": count}
+    return first, count
 
 
 def _write(directory: str, name: str, table: pa.Table) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from imgbatch.errors import UsageError
 
 HEARTBEAT_EVERY_S = 10.0
 HEARTBEAT_STALE_S = 60.0
+_STEM_DIGITS = 4
+"""Unit files whose numbers differ in the last so many digits only are listed together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,11 @@ class RunPaths:
         return self._of_run("report.html")
 
     @property
+    def explanations(self) -> str:
+        """The directory of heat maps that ``explain`` drew for the report."""
+        return self._of_run("explanations")
+
+    @property
     def success(self) -> str:
         return self._of_run("_SUCCESS")
 
@@ -94,12 +101,13 @@ class RunPaths:
     def is_finished(self) -> bool:
         return storage.exists(self.success)
 
-    def committed_units(self) -> set[int]:
-        """Indices of the units whose file is there."""
+    def committed_units(self, num_units: int) -> set[int]:
+        """Indices of the units whose file is there, of the ``num_units`` that the run has."""
+        stems = [f"unit-{first:08d}"[:-_STEM_DIGITS] for first in range(0, num_units, 10**_STEM_DIGITS)]
         return {
-            int(info.uri.rsplit("unit-", 1)[1].removesuffix(".parquet"))
-            for info in storage.list_files(self.units, ".parquet")
-            if "/unit-" in info.uri
+            int(name.removeprefix("unit-").removesuffix(".parquet"))
+            for name in storage.list_stems(self.units, stems)
+            if name.endswith(".parquet")
         }
 
 

@@ -1,6 +1,6 @@
 """One self-contained HTML page on an output: what was labelled, how fast, what failed and why, how good.
 
-count (summary) -> measure (quality) -> pick images -> thumbnails -> render
+count (summary) -> measure (quality) -> pick images -> thumbnails -> heat maps that explain left -> render
 
 The page loads nothing and runs nothing: its content security policy says so, and whatever comes from a manifest, a
 model or an error is escaped. jinja2 and matplotlib come with the ``report`` extra.
@@ -20,11 +20,12 @@ from imgbatch.core.runs import RunPaths
 from imgbatch.core.scored import Labeller, bounded_memory, read_labeller
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
-from imgbatch.report import figures, picks
+from imgbatch.report import explanations, figures, picks
+from imgbatch.report.explanations import Explanation
 from imgbatch.report.picks import Gallery, Pick
 from imgbatch.report.quality import Quality, measure
 from imgbatch.report.summary import Summary, summarise
-from imgbatch.report.thumbnails import make_thumbnails
+from imgbatch.report.thumbnails import make_thumbnails, shrink_picture
 
 MAX_THUMBNAILS = 150
 """About 7 kB each on the page."""
@@ -32,6 +33,8 @@ _LABELS_PICTURED = 12
 _LEAST_PER_LABEL, _MOST_PER_LABEL = 3, 12
 _FAILED_PER_STATUS = 6
 _SESSIONS_SHOWN = 20
+_HEAT_MAP_PX = 224
+"""Height of a heat map's picture; about 25 kB each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,9 @@ def write_report(
         not_measured=quality if isinstance(quality, str) else None,
         galleries=galleries,
         thumbnails=make_thumbnails(out, galleries.all_picks),
+        heat_maps=_show_heat_maps(out, labeller) if isinstance(labeller, Labeller) and max_thumbnails else (),
+        heat_maps_title=explanations.TITLE,
+        heat_maps_legend=explanations.LEGEND,
         histogram=figures.confidence_histogram(summary.confidence_bins) if summary.num_predictions else None,
     )
     file = file or run.report
@@ -149,6 +155,19 @@ def _pick(
         mistakes,
         label_errors,
     )
+
+
+def _show_heat_maps(out: str, labeller: Labeller) -> list[tuple[Explanation, str]]:
+    """What ``explain`` drew of the labels, and each picture as a ``data:`` URI."""
+    found = explanations.load_explanations(out, labeller.run_ids, labeller.model_ids)
+    if found is None:
+        return []
+    files = [storage.join(found.directory, image.file) for image in found.images]
+    return [
+        (image, shrink_picture(storage.read_bytes(file), _HEAT_MAP_PX))
+        for image, file in zip(found.images, files, strict=True)
+        if storage.exists(file)
+    ]
 
 
 def _listed(metrics: dict[str, Any], name: str) -> int:

@@ -74,7 +74,7 @@ def _of_run(paths: RunPaths, picks: Sequence[Pick]) -> Iterator[Thumbnail]:
             with Fetcher(_impatient(config.fetch)) as fetcher:
                 unit = decoder.decode(fetcher.fetch([pick.uri for pick in picks]), len(picks))
     for error, pixels_HWC in zip(unit.errors, unit.pixels_NHWC, strict=True):
-        yield error or _data_uri(pixels_HWC)
+        yield error or data_uri(pixels_HWC)
 
 
 def _spec(stored: dict[str, object] | None) -> PreprocessSpec:
@@ -101,7 +101,19 @@ def _embedded(config: Config, picks: Sequence[Pick]) -> Iterator[bytes | RowErro
         yield data or row_error(Status.EMPTY, Stage.FETCH, "no bytes in the manifest")
 
 
-def _data_uri(pixels_HWC: np.ndarray) -> str:
+def data_uri(pixels_HWC: np.ndarray) -> str:
+    """A uint8 image as a JPEG that can stand in a page."""
     encoded = io.BytesIO()
     Image.fromarray(pixels_HWC).save(encoded, "JPEG", quality=_QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
+
+
+def shrink_picture(png: bytes, max_height: int) -> str:
+    """A PNG file as a smaller JPEG that can stand in a page.
+
+    Args:
+        max_height: px; a picture that is no taller keeps its size.
+    """
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
+        picture.thumbnail((picture.width, max_height))
+        return data_uri(np.asarray(picture.convert("RGB")))
