@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from imgbatch.core import storage
 from imgbatch.core.architectures import check_architecture
 from imgbatch.core.classes import check_class_names
-from imgbatch.core.transforms import DecodePolicy, Interpolation, PreprocessSpec
+from imgbatch.core.transforms import DecodePolicy, Interpolation, PreprocessSpec, ResizeMode
 from imgbatch.errors import UsageError
 
 FORMAT_VERSION = 1
@@ -95,6 +95,8 @@ def _check_preprocess(values: Any, where: str) -> PreprocessSpec:
         raise UsageError(f"{where}: preprocess: resize_size and crop_size must be whole numbers up to {_MAX_CROP_PX}")
     if spec.interpolation not in get_args(Interpolation):
         raise UsageError(f"{where}: preprocess: interpolation must be one of {', '.join(get_args(Interpolation))}")
+    if spec.resize_mode not in get_args(ResizeMode):
+        raise UsageError(f"{where}: preprocess: resize_mode must be one of {', '.join(get_args(ResizeMode))}")
     if not all(_is_number(value) for value in spec.mean) or not all(_is_number(v) and v > 0 for v in spec.std):
         raise UsageError(f"{where}: preprocess: mean and std must be numbers, std above 0")
     if spec.num_channels != 3:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFilter, UnidentifiedImageError
 
 from imgbatch.core.colour import has_deep_rgb, to_rgb
 from imgbatch.core.signatures import end_is_missing, sniff_format
@@ -119,6 +119,8 @@ def _decode(data: bytes, spec: PreprocessSpec, max_pixels: int) -> Decoded:
         deep = has_deep_rgb(image)
         image.load()
         pixels = to_rgb(image, spec.decode.background, deep=deep)
+    if spec.median_size:
+        pixels = pixels.filter(ImageFilter.MedianFilter(spec.median_size))
     # After loading: the EXIF of a PNG may follow its pixels, and Pillow turns a TIFF upright while loading.
     orientation = _orientation(image) if spec.decode.apply_orientation else 1
     return _resize_and_crop(pixels, orientation, spec)

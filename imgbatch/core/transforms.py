@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Interpolation = Literal["bilinear", "bicubic"]
+ResizeMode = Literal["shorter_side", "stretch"]
+
+MEDIAN_SIZES = (0, 3, 5, 7)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,7 +41,7 @@ class CropGeometry:
 
 @dataclass(frozen=True, slots=True)
 class PreprocessSpec:
-    """``decode | resize(resize_size) | center_crop(crop_size) | normalise(mean, std)``."""
+    """``decode | median(median_size) | resize(resize_size) | center_crop(crop_size) | normalise(mean, std)``."""
 
     resize_size: int = 256
     """Length of the shorter side after resizing, px; not less than ``crop_size``."""
@@ -50,6 +53,11 @@ class PreprocessSpec:
     std: tuple[float, ...] = IMAGENET_STD
     """Per channel, of values scaled to 0 to 1."""
     decode: DecodePolicy = field(default_factory=DecodePolicy)
+    resize_mode: ResizeMode = "shorter_side"
+    """``stretch``: both sides become ``resize_size``, so that a crop of that size cuts nothing away; else proportions
+    are kept."""
+    median_size: int = 0
+    """Side of the median filter that takes noise out of the decoded image, px, one of ``MEDIAN_SIZES``; 0: none."""
 
     def __post_init__(self) -> None:
         if self.crop_size < 1 or self.resize_size < self.crop_size:
@@ -58,6 +66,8 @@ class PreprocessSpec:
             )
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError("mean and std need one value per channel each")
+        if self.median_size not in MEDIAN_SIZES:
+            raise ValueError(f"median_size must be one of {', '.join(map(str, MEDIAN_SIZES))}, not {self.median_size}")
 
     @property
     def num_channels(self) -> int:
@@ -77,6 +87,8 @@ class PreprocessSpec:
         short, long = min(width, height), max(width, height)
         resized_long = int(self.resize_size * long / short)
         resized = (self.resize_size, resized_long) if width <= height else (resized_long, self.resize_size)
+        if self.resize_mode == "stretch":
+            resized = (self.resize_size, self.resize_size)
         left = round((resized[0] - self.crop_size) / 2.0)
         top = round((resized[1] - self.crop_size) / 2.0)
         return CropGeometry(resized[0], resized[1], left, top)
@@ -89,16 +101,36 @@ class PreprocessSpec:
         new_resize = resize_size or max(new_crop, round(new_crop * self.resize_size / self.crop_size))
         return replace(self, resize_size=new_resize, crop_size=new_crop)
 
+    def overridden(
+        self,
+        *,
+        resize_size: int | None = None,
+        crop_size: int | None = None,
+        resize_mode: ResizeMode | None = None,
+        median_size: int | None = None,
+    ) -> PreprocessSpec:
+        """A copy with what the configuration's section ``preprocess`` gives; see :meth:`with_sizes`."""
+        given = {"resize_mode": resize_mode, "median_size": median_size}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        return replace(self.with_sizes(resize_size, crop_size), **changes)
+
     def describe(self) -> str:
         """One line, as ``model inspect`` prints it."""
+        median = f"median({self.median_size}) | " if self.median_size else ""
+        resize = "resize" if self.resize_mode == "shorter_side" else self.resize_mode
         return (
-            f"decode | resize({self.resize_size}, {self.interpolation}) | center_crop({self.crop_size}) "
+            f"decode | {median}{resize}({self.resize_size}, {self.interpolation}) | center_crop({self.crop_size}) "
             f"| normalise({_numbers(self.mean)}; {_numbers(self.std)})"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as model.json holds them."""
-        return asdict(self)
+        values = asdict(self)
+        # Left out where they do nothing, so that models from before these keys keep their model_id.
+        for key in ("resize_mode", "median_size"):
+            if values[key] == PreprocessSpec.__dataclass_fields__[key].default:
+                del values[key]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreprocessSpec:

@@ -353,3 +353,22 @@ def test_labels_of_a_resnet_agree_with_the_reference_pixels(test_data: Path) -> 
     agreement = (labels(ours) == labels(theirs)).float().mean().item()
     assert len(files) > 200
     assert agreement >= 0.995
+
+
+def test_stretching_shows_the_whole_image() -> None:
+    halves = Image.new("RGB", (80, 40), GREY)
+    halves.paste((0, 0, 0), (0, 0, 20, 40))
+    columns = decoded(encode(halves, "PNG"), PreprocessSpec(8, 8, resize_mode="stretch")).pixels_HWC[4, :, 0]
+    assert columns[0] == 0
+    assert columns[7] == GREY[0]
+    assert decoded(encode(halves, "PNG"), PreprocessSpec(8, 8)).pixels_HWC[4, 0, 0] > 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_median_filter_takes_single_pixels_out(kind: str) -> None:
+    speckled = Image.new("RGB", (16, 16), GREY)
+    speckled.putpixel((6, 9), (255, 255, 255))
+    data = encode(speckled, kind, **({"quality": 100} if kind == "JPEG" else {}))
+    clean, plain = (decoded(data, PreprocessSpec(16, 16, median_size=size)).pixels_HWC for size in (3, 0))
+    assert np.abs(clean.astype(int) - GREY).max() <= 6
+    assert plain.max() > 200

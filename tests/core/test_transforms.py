@@ -39,9 +39,22 @@ def test_the_geometry_is_torchvisions(width, height, resize_size, crop_size):
     assert first == geometry.top * resized.width + geometry.left
 
 
-def test_a_spec_survives_json():
-    spec = PreprocessSpec(73, 64, "bicubic", decode=DecodePolicy(background=(0, 0, 0), formats=("PNG",)))
+def test_stretching_brings_both_sides_to_the_size():
+    geometry = PreprocessSpec(64, 60, resize_mode="stretch").geometry(640, 480)
+    assert (geometry.resized_width, geometry.resized_height) == (64, 64)
+    assert (geometry.left, geometry.top) == (2, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"resize_mode": "stretch", "median_size": 3}])
+def test_a_spec_survives_json(options):
+    policy = DecodePolicy(background=(0, 0, 0), formats=("PNG",))
+    spec = PreprocessSpec(73, 64, "bicubic", decode=policy, **options)
     assert PreprocessSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_what_a_spec_does_not_do_is_not_in_its_description():
+    """Models from before these keys keep their model_id."""
+    assert not {"resize_mode", "median_size"} & PreprocessSpec().to_dict().keys()
 
 
 def test_an_unknown_key_is_refused():
@@ -51,10 +64,16 @@ def test_an_unknown_key_is_refused():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"resize_size": 100, "crop_size": 224}, {"crop_size": 0}, {"mean": (0.5,)}, {"mean": (), "std": ()}],
+    [
+        {"resize_size": 100, "crop_size": 224},
+        {"crop_size": 0},
+        {"mean": (0.5,)},
+        {"mean": (), "std": ()},
+        {"median_size": 4},
+    ],
 )
 def test_a_spec_that_cannot_work_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"resize_size|mean and std"):
+    with pytest.raises(ValueError, match=r"resize_size|mean and std|median_size must be one of 0, 3, 5, 7, not 4"):
         PreprocessSpec(**arguments)
 
 
@@ -78,7 +97,19 @@ def test_other_sizes_keep_what_was_not_given(resize_size, crop_size, expected):
     assert (spec.resize_size, spec.crop_size) == expected
 
 
+def test_a_configuration_overrides_what_it_gives():
+    spec = PreprocessSpec(median_size=3)
+    assert spec.overridden(crop_size=None, median_size=None) == spec
+    changed = spec.overridden(resize_size=64, crop_size=64, resize_mode="stretch", median_size=0)
+    assert changed == PreprocessSpec(64, 64, resize_mode="stretch")
+
+
 def test_a_spec_prints_as_one_line():
+    assert (
+        PreprocessSpec(64, 64, resize_mode="stretch", median_size=5)
+        .describe()
+        .startswith("decode | median(5) | stretch(64, bilinear) | center_crop(64) | ")
+    )
     assert PreprocessSpec().describe() == (
         "decode | resize(256, bilinear) | center_crop(224) | normalise(0.485, 0.456, 0.406; 0.229, 0.224, 0.225)"
     )

@@ -113,7 +113,7 @@ def plan_training(config: Config) -> TrainingPlan:
         raise UsageError(f"train.metric: {labelled.task} has no {train.metric}; auto fits every task")
     spec = start.preprocess if start else default_preprocess(arch, published_name(train.weights or "") or "DEFAULT")
     try:
-        spec = spec.with_sizes(config.preprocess.resize_size, config.preprocess.crop_size)
+        spec = spec.overridden(**config.preprocess.model_dump())
     except ValueError as error:
         raise UsageError(f"preprocess: {error}") from error
     identity = manifest.content_identity()
