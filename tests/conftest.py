@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from imgbatch.config import Config, load_config
+from imgbatch.config import Config, StorageConfig, load_config
 from imgbatch.core import current, storage
 from imgbatch.core.model import ModelBundle, save_bundle
 from imgbatch.core.runs import RunPaths
@@ -23,6 +25,14 @@ from imgbatch.schema import PREDICTED_AT_TYPE, TOP_K_TYPE, UNIT_SCHEMA
 
 TINY_CLASSES = ("red", "green", "blue")
 RAY_CPUS = 4
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "id",
+    "AWS_SECRET_ACCESS_KEY": "key",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+}
+"""What clients of the test server need beside its address."""
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +129,7 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for the whole test run, with more logical CPUs than cores, and nothing written into the home."""
     import ray
 
+    os.environ.update(S3_ENVIRONMENT)  # Ray's workers have the environment that it was started in
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(tmp_path_factory.mktemp("ray") / "token")
     ray.init(
@@ -131,6 +142,32 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """URL of an S3 server in this process, for the whole test run."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """``s3://`` and the name of a new bucket; this process, and those it starts, find the server by environment."""
+    for name, value in {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": s3_server}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "_filesystems", {})
+    bucket = f"s3://bucket-{uuid.uuid4().hex[:12]}"
+    fs, path = storage.filesystem(bucket)
+    fs.mkdir(path)
+    yield bucket
+    storage.configure(StorageConfig())
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import random
 import stat
 import threading
 import time
@@ -19,13 +18,11 @@ import fsspec.asyn
 
 from imgbatch.config import FetchConfig
 from imgbatch.core import storage
+from imgbatch.core.retry import TRANSIENT_HTTP, backoff_s, http_status
 from imgbatch.errors import RowError, Stage, Status, row_error
 
 ALLOWED_SCHEMES = ("file", "s3")
 
-_BACKOFF_S = 0.2
-_MAX_BACKOFF_S = 10.0
-_TRANSIENT_HTTP = frozenset({429, 500, 502, 503, 504})
 _TRANSIENT_ERRNO = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EHOSTUNREACH, errno.EIO, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
 )
@@ -109,7 +106,7 @@ class Fetcher:
             except Exception as error:
                 status, may_pass = _judge(error)
                 out_of_tries = not may_pass or attempt > self._config.retries
-                if out_of_tries or self._closing.wait(_backoff_s(attempt)):
+                if out_of_tries or self._closing.wait(backoff_s(attempt)):
                     return row_error(status, Stage.FETCH, f"{type(error).__name__}: {error}", attempt)
 
     def _read_local(self, uri: str) -> bytes:
@@ -136,7 +133,7 @@ class Fetcher:
             data = fsspec.asyn.sync(fs.loop, self._cat, fs, path)
         except OSError as error:
             # Of an empty object there is no range to give.
-            if _http_status(error) != _RANGE_NOT_SATISFIABLE:
+            if http_status(error) != _RANGE_NOT_SATISFIABLE:
                 raise
             return b""
         if len(data) > self._config.max_bytes:
@@ -156,33 +153,18 @@ def _is_remote(uri: str | None) -> TypeGuard[str]:
     return uri is not None and not storage.is_local(uri)
 
 
-def _backoff_s(attempt: int) -> float:
-    """Doubling, with jitter, so that a thousand actors do not come back at once."""
-    return min(_BACKOFF_S * 2 ** (attempt - 1), _MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
-
-
 def _judge(error: Exception) -> tuple[Status, bool]:
     """The status of a failed attempt, and whether another attempt may succeed."""
-    http_status = _http_status(error)
-    if http_status in _TRANSIENT_HTTP:
+    status = http_status(error)
+    if status in TRANSIENT_HTTP:
         return Status.FETCH_FAILED, True
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or http_status == 404:
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or status == 404:
         return Status.NOT_FOUND, False
-    if isinstance(error, PermissionError) or http_status in (401, 403) or type(error).__name__ in _CREDENTIAL_ERRORS:
+    if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _CREDENTIAL_ERRORS:
         return Status.FORBIDDEN, False
     transient = (
         isinstance(error, TimeoutError | ConnectionError)
         or (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO)
-        or (http_status is None and type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES)
+        or (status is None and type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES)
     )
     return Status.FETCH_FAILED, transient
-
-
-def _http_status(error: BaseException | None) -> int | None:
-    """The HTTP status behind ``error``: botocore keeps the response, s3fs translates and keeps the cause."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        error = error.__cause__
-    return None

@@ -155,8 +155,7 @@ def _iter_units(run: Run, indices: Sequence[int] | None = None) -> Iterator[tupl
 def _read_unit(run: Run, index: int) -> pa.Table:
     uri = run.paths.unit_file(index)
     try:
-        with storage.open_input(uri) as file:
-            table = pq.read_table(file, use_threads=False)
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), use_threads=False)
     except (OSError, pa.ArrowInvalid) as error:
         raise ImgbatchError(
             f"unit file {uri}: missing or damaged ({error}); remove it and run the same command again"

@@ -234,6 +234,6 @@ def _too_large_row_groups(data: ParquetDataset) -> list[str]:
 
 
 def _footer_identity(info: storage.FileInfo) -> str:
-    with storage.open_input(info.uri) as file:
+    with storage.open_ranges(info.uri) as file:
         footer = read_footer(file)
     return f"{info.size} {info.version} {hashlib.sha256(footer).hexdigest()}"

@@ -109,7 +109,7 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(storage.open_input(uri))
+            file = stack.enter_context(storage.open_ranges(uri))
             _refuse_unsafe_extensions(uri, read_footer(file))
             # Reading ahead spares requests on an object store and only costs memory on a disk.
             reader = pq.ParquetFile(file, pre_buffer=not storage.is_local(uri), buffer_size=_BUFFER_BYTES)

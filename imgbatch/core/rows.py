@@ -79,7 +79,8 @@ class RowsReader:
     def _open(self, file_index: int) -> pq.ParquetFile:
         if self._file is None or file_index != self._file_index:
             self.close()
-            self._file = pq.ParquetFile(storage.open_input(self._paths.rows_file(file_index)))
+            uri = self._paths.rows_file(file_index)
+            self._file = pq.ParquetFile(storage.open_ranges(uri), pre_buffer=not storage.is_local(uri))
             self._file_index = file_index
         return self._file
 

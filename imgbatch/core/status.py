@@ -25,7 +25,7 @@ def _state(run: RunEntry) -> dict[str, Any]:
     else:
         running = storage.exists(run.paths.heartbeat)
         state = "abandoned" if run.abandoned else "running" if running else log.get("state", "unfinished")
-        units_done, counts = len(run.paths.committed_units()), None
+        units_done, counts = len(run.paths.committed_units(num_units)), None
     return {
         "run_id": run.run_id,
         "parent": run.parent,

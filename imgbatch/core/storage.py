@@ -2,18 +2,22 @@
 
 ``create_if_absent`` lets exactly one of many writers win and never shows a half-written file;
 ``replace`` shows the old file or the new one, never a mixture.
+
+Where an object store is and how to reach it (:class:`StorageConfig`) is a setting of the process: every process
+that reads or writes calls :func:`configure` first. Nothing here sees credentials.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
+import logging
 import os
 import tempfile
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,9 +25,33 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from imgbatch.errors import UsageError
+from imgbatch.config import StorageConfig
+from imgbatch.core import local_disk
+from imgbatch.errors import UsageError, normalise_message
 
 _CHUNK_BYTES = 1 << 20
+_STALE_UPLOAD_S = 86_400.0
+
+_log = logging.getLogger("imgbatch")
+_settings = StorageConfig()
+_filesystems: dict[tuple[str, StorageConfig, int], Any] = {}
+_filesystems_lock = threading.Lock()
+
+
+def configure(settings: StorageConfig) -> None:
+    """From here on, this process reaches object stores in this way."""
+    global _settings
+    _settings = settings
+
+
+def settings() -> StorageConfig:
+    """What :func:`configure` was given last."""
+    return _settings
+
+
+def is_s3(uri: str) -> bool:
+    """Whether ``uri`` names an object of S3, or of a server that speaks it."""
+    return uri.startswith(("s3://", "s3a://"))
 
 
 def is_local(uri: str) -> bool:
@@ -47,29 +75,50 @@ def absolute(uri: str) -> str:
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
-    """The fsspec filesystem of ``uri`` and the path within it."""
+    """The fsspec filesystem of ``uri`` and the path within it; one of each kind in a process, for any thread."""
     scheme = urlsplit(uri).scheme if "://" in uri else "file"
-    try:
-        fs = fsspec.filesystem(scheme)
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"{uri}: no support for {scheme}:// ({error})") from error
+    key = (scheme, _settings, os.getpid())
+    with _filesystems_lock:
+        fs = _filesystems.get(key)
+        if fs is None:
+            fs = _filesystems[key] = _open_filesystem(scheme, uri)
     return fs, fs._strip_protocol(uri)
 
 
+def _open_filesystem(scheme: str, uri: str) -> Any:
+    try:
+        if is_s3(uri):
+            from imgbatch.core import s3
+
+            return s3.open_filesystem(_settings)
+        return fsspec.filesystem(scheme)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{uri}: no support for {scheme}:// ({error})") from error
+
+
 def open_input(uri: str) -> IO[bytes]:
-    """``uri`` opened for reading; pyarrow takes it as it is."""
+    """``uri`` opened for reading from beginning to end, with some megabytes read ahead."""
     if is_local(uri):
         return local_path(uri).open("rb")
     fs, path = filesystem(uri)
     return fs.open(path, "rb")
 
 
+def open_ranges(uri: str) -> IO[bytes]:
+    """``uri`` opened for whoever knows which ranges to read, like pyarrow: each read is one request, no more."""
+    if is_local(uri):
+        return local_path(uri).open("rb")
+    fs, path = filesystem(uri)
+    return fs.open(path, "rb", cache_type="none")
+
+
 def read_bytes(uri: str) -> bytes:
-    """The whole file."""
+    """The whole file, which should be small: one request."""
     if is_local(uri):
         return local_path(uri).read_bytes()
     fs, path = filesystem(uri)
-    return fs.cat_file(path)
+    # s3fs asks for the size first unless it may not split the request.
+    return fs.cat_file(path, max_concurrency=1) if is_s3(uri) else fs.cat_file(path)
 
 
 def read_json(uri: str) -> Any:
@@ -136,12 +185,38 @@ def iter_files(uri: str, suffix: str = "") -> Iterator[FileInfo]:
                         yield FileInfo(str(path), stat.st_size, str(stat.st_mtime_ns))
         return
     fs, prefix = filesystem(uri)
+    if is_s3(uri):
+        from imgbatch.core import s3
+
+        for found in s3.iter_objects(fs, prefix):
+            if found.name.endswith(suffix):
+                yield FileInfo(fs.unstrip_protocol(found.name), found.size, found.etag)
+        return
     fs.invalidate_cache()
     for _, _, files in fs.walk(prefix, detail=True):
         for name in sorted(files):
             info = files[name]
             if name.endswith(suffix):
                 yield FileInfo(fs.unstrip_protocol(info["name"]), int(info["size"]), _version(info))
+
+
+def list_stems(directory: str, stems: Iterable[str]) -> list[str]:
+    """Names of the files directly in a directory that begin with one of ``stems``, in no order; empty where none is.
+
+    On an object store each stem is a listing of its own, many of them at once: 200,000 names take seconds.
+    """
+    stems = tuple(stems)
+    if is_s3(directory):
+        from imgbatch.core import s3
+
+        fs, path = filesystem(directory)
+        return [found.name.rsplit("/", 1)[1] for found in s3.iter_stems(fs, path, stems)]
+    if is_local(directory):
+        with contextlib.suppress(FileNotFoundError), os.scandir(local_path(directory)) as entries:
+            return [entry.name for entry in entries if entry.name.startswith(stems)]
+        return []
+    names = (info.uri.rsplit("/", 1)[1] for info in iter_files(directory))
+    return [name for name in names if name.startswith(stems)]
 
 
 def listing_prefix(uri: str) -> str:
@@ -160,7 +235,7 @@ def _raise_unless_gone(error: OSError) -> None:
 def _version(info: dict[str, Any]) -> str:
     for key in ("ETag", "etag", "mtime", "LastModified", "created"):
         if info.get(key):
-            return str(info[key])
+            return str(info[key]).strip('"')
     return ""
 
 
@@ -168,21 +243,20 @@ def create_if_absent(uri: str, data: bytes) -> bool:
     """Write ``data`` durably unless ``uri`` exists. True: this call created it; False: it was there.
 
     Local disk: temporary file, fsync, ``link`` (which fails if the name exists), fsync of the directory.
-    Elsewhere: fsspec's exclusive create, which on S3 is one PUT with ``If-None-Match: *``; servers answer a lost
-    race in different disguises (``FileExistsError``, ``EINVAL``), so an error counts as "was there" if it is there.
+    Object store: one PUT with ``If-None-Match: *``, never a multipart upload, for which some servers ignore the
+    condition. Where the server ignores it altogether (:func:`check_writable`), the last writer wins.
     """
     if is_local(uri):
-        return _create_local(local_path(uri), data)
+        return local_disk.create_if_absent(local_path(uri), data)
     fs, path = filesystem(uri)
+    if is_s3(uri):
+        from imgbatch.core import s3
+
+        return s3.put_if_absent(fs, path, data)
     try:
         fs.pipe_file(path, data, mode="create")
     except FileExistsError:
         return False
-    except OSError:
-        fs.invalidate_cache()
-        if fs.exists(path):
-            return False
-        raise
     return True
 
 
@@ -190,11 +264,16 @@ def replace(uri: str, data: bytes) -> None:
     """Write ``data`` so that readers see the old content or the new, and it survives a crash."""
     if is_local(uri):
         path = local_path(uri)
-        with _temporary_beside(path, data) as temporary:
+        with local_disk.temporary_beside(path, data) as temporary:
             temporary.replace(path)
-            _sync_directory(path.parent)
+            local_disk.sync_directory(path.parent)
         return
     fs, remote = filesystem(uri)
+    if is_s3(uri):
+        from imgbatch.core import s3
+
+        s3.put(fs, remote, data)
+        return
     fs.pipe_file(remote, data)
 
 
@@ -210,7 +289,10 @@ def json_bytes(value: Any) -> bytes:
 
 @contextlib.contextmanager
 def staged_file(uri: str) -> Iterator[Path]:
-    """A local file to write, which takes the place of ``uri`` when the block ends well (rename, or one PUT)."""
+    """A local file to write, which takes the place of ``uri`` when the block ends well.
+
+    By a rename, or an upload: in parts where it is large, which appear as a whole or are given up.
+    """
     if is_local(uri):
         path = local_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +305,7 @@ def staged_file(uri: str) -> Iterator[Path]:
             with staged.open("rb") as file:
                 os.fsync(file.fileno())
             staged.replace(path)
-            _sync_directory(path.parent)
+            local_disk.sync_directory(path.parent)
         else:
             fs, remote = filesystem(uri)
             fs.put_file(str(staged), remote)
@@ -247,69 +329,38 @@ def sha256(uri: str) -> str:
     return digest.hexdigest()
 
 
+def remove_left_uploads(uri: str, *, older_than_s: float = _STALE_UPLOAD_S) -> None:
+    """End uploads below an object store's directory whose writer died; what they hold is paid for otherwise."""
+    if is_s3(uri):
+        from imgbatch.core import s3
+
+        fs, path = filesystem(uri)
+        # Rights to list uploads are rarely granted, and nothing but storage is lost without them.
+        with contextlib.suppress(PermissionError, NotImplementedError):
+            s3.abort_uploads(fs, path, older_than_s=older_than_s)
+
+
 def check_writable(directory: str) -> None:
-    """Raise :class:`UsageError` unless a file can be created under ``directory``, and only once."""
+    """Raise :class:`UsageError` unless a file can be created under ``directory``, and only once.
+
+    An object store that ignores the condition is told about in one line and used all the same: whoever writes a
+    unit's file writes the same rows.
+    """
     probe = join(directory, f".probe-{uuid.uuid4().hex}")
     try:
         first, second = create_if_absent(probe, b"probe"), create_if_absent(probe, b"again")
-    except OSError as error:
-        raise UsageError(f"output {directory}: cannot write there ({error.strerror or error})") from error
+    except UsageError:
+        raise
+    except Exception as error:  # every object store's client has exceptions of its own
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"output {directory}: cannot write there ({normalise_message(reason)})") from error
     remove(probe)
-    if not first or second:
+    if first and not second:
+        return
+    if not is_s3(directory):
         raise UsageError(
             f"output {directory}: this storage does not honour create-if-absent, on which exactly-once rests"
         )
-
-
-def _create_local(path: Path, data: bytes) -> bool:
-    if path.exists():
-        return False
-    with _temporary_beside(path, data) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-                raise
-            return _create_without_links(path, data)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_directory(path.parent)
-    return True
-
-
-def _create_without_links(path: Path, data: bytes) -> bool:
-    # Disks without hard links (some FUSE and SMB mounts): exclusive open; a crash half-way leaves a short file,
-    # which readers of unit files detect because a short Parquet file has no footer.
-    try:
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError:
-        return False
-    _sync_directory(path.parent)
-    return True
-
-
-@contextlib.contextmanager
-def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _log.warning(
+        "output %s: this server ignores If-None-Match; of two drivers at once, the last to write a file wins", directory
+    )

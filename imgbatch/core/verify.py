@@ -53,7 +53,7 @@ def verify(out: str, run_id: str | None = None) -> VerifyResult:
     counts: dict[str, dict[str, int]] = {}
     for run in chain:
         if not run.finished:
-            done = len(run.paths.committed_units())
+            done = len(run.paths.committed_units(run.plan["num_units"]))
             detail = f"unfinished: {done} of {run.plan['num_units']} units; run the same command again to continue"
             checks.append(Check(run.run_id, "finished", False, detail))
             continue

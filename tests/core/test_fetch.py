@@ -10,10 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import s3fs
 
-from imgbatch.config import FetchConfig
-from imgbatch.core import fetch
+from imgbatch.config import FetchConfig, StorageConfig
+from imgbatch.core import retry, storage
 from imgbatch.core.fetch import Fetcher
 from imgbatch.errors import RowError, Stage, Status
 
@@ -129,16 +128,15 @@ class ObjectHandler(BaseHTTPRequestHandler):
 def objects(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
     with ObjectServer() as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        storage.configure(StorageConfig(endpoint_url=f"http://127.0.0.1:{server.server_port}"))
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        monkeypatch.setattr(fetch, "_BACKOFF_S", 0.01)
-        s3fs.S3FileSystem.clear_instance_cache()
+        monkeypatch.setattr(retry, "FIRST_BACKOFF_S", 0.01)
         yield server
         server.shutdown()
-        s3fs.S3FileSystem.clear_instance_cache()
+        storage.configure(StorageConfig())
 
 
 def test_objects_come_in_order_with_many_requests_in_flight(objects: ObjectServer) -> None:
@@ -174,8 +172,8 @@ def test_a_request_that_takes_too_long_may_pass() -> None:
     assert (error.status, error.attempts) == (Status.FETCH_FAILED, 2)
 
 
-def test_a_server_that_is_not_there_may_come_back(objects: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+def test_a_server_that_is_not_there_may_come_back(objects: ObjectServer) -> None:
+    storage.configure(StorageConfig(endpoint_url="http://127.0.0.1:9"))
     error = fetch_error("s3://bucket/key", retries=1)
     assert (error.status, error.attempts) == (Status.FETCH_FAILED, 2)
     assert objects.requests.total() == 0

@@ -96,7 +96,7 @@ def test_the_first_writer_of_a_unit_wins(tmp_path: Path) -> None:
     assert first.examples == {"TRUNCATED": "cut short"}
     assert Path(paths.unit_file(3)).read_bytes() == content
     assert pq.read_table(paths.unit_file(3)).schema.equals(UNIT_SCHEMA)
-    assert paths.committed_units() == {3}
+    assert paths.committed_units(10) == {3}
 
 
 @pytest.mark.parametrize("planned", [[7, 8], [7, 8, 10], [8, 7, 9]])
@@ -104,7 +104,7 @@ def test_rows_that_were_not_planned_are_not_committed(tmp_path: Path, planned: l
     paths = RunPaths(str(tmp_path), "r1")
     with pytest.raises(ValueError, match="not the rows that were planned"):
         commit_unit(paths, 0, pa.array(planned), mixed_unit(), defer_above=None)
-    assert paths.committed_units() == set()
+    assert paths.committed_units(10) == set()
 
 
 def test_failures_that_may_pass_are_left_for_a_later_pass(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_failures_that_may_pass_are_left_for_a_later_pass(tmp_path: Path) -> Non
     table = unit_table(pa.array([0, 1]), [error, None], size, size, prediction_columns(PROBS[:1], rules()))
     row_ids = pa.array([0, 1])
     assert commit_unit(paths, 0, row_ids, table, defer_above=0.4).outcome == "deferred"
-    assert paths.committed_units() == set()
+    assert paths.committed_units(10) == set()
     assert commit_unit(paths, 0, row_ids, table, defer_above=0.5).outcome == "committed"
 
 

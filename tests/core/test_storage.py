@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imgbatch.core import storage
+from imgbatch.core import local_disk, storage
 from imgbatch.errors import UsageError
 
 
@@ -48,8 +48,8 @@ def test_one_of_many_writers_at_once_wins(tmp_path):
 
 def test_on_a_disk_without_links_the_first_writer_still_wins(tmp_path):
     path = tmp_path / "unit.bin"
-    assert storage._create_without_links(path, b"first")
-    assert not storage._create_without_links(path, b"second")
+    assert local_disk.create_without_links(path, b"first")
+    assert not local_disk.create_without_links(path, b"second")
     assert path.read_bytes() == b"first"
 
 

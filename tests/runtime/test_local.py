@@ -382,7 +382,7 @@ def test_killed_half_way_and_run_again(photo_config: Config, tmp_path: Path) -> 
         [sys.executable, str(script), photo_config.model_dump_json()], env=os.environ, check=False, timeout=120
     )
     assert killed.returncode == -signal.SIGKILL
-    assert len(plan_run(photo_config, "cpu").paths.committed_units()) == 3
+    assert len(plan_run(photo_config, "cpu").paths.committed_units(8)) == 3
     result = classify(photo_config)
     assert verify(result.out).ok
     assert result.counts["OK"] == 114

@@ -1,0 +1,27 @@
+"""When to try again, and how long to wait before."""
+
+from __future__ import annotations
+
+import random
+
+FIRST_BACKOFF_S = 0.2
+MAX_BACKOFF_S = 10.0
+
+TRANSIENT_HTTP = frozenset({429, 500, 502, 503, 504})
+"""Answers that a later attempt may not get."""
+
+
+def backoff_s(attempt: int) -> float:
+    """Seconds to wait after the ``attempt``-th failure, from 1: doubling, with jitter, so that a thousand actors do
+    not come back at once."""
+    return min(FIRST_BACKOFF_S * 2 ** (attempt - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """The HTTP status behind ``error``: botocore keeps the response, s3fs translates and keeps the cause."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        error = error.__cause__
+    return None

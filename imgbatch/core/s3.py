@@ -1,0 +1,264 @@
+"""What S3, and servers that speak it, need beyond fsspec: settings, one conditional PUT, listings, left uploads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, NamedTuple
+
+from botocore.exceptions import ClientError
+
+from imgbatch.config import StorageConfig
+from imgbatch.core.retry import backoff_s, http_status
+
+_ATTEMPTS = 5
+"""Of each request, with botocore's backoff and jitter; s3fs tries again on top where a body broke off."""
+_BODY_ATTEMPTS = 3
+_CONFLICT_ATTEMPTS = 8
+_CONNECTIONS = 64
+_READ_AHEAD_BYTES = 8 * 2**20
+"""s3fs's own 50 MB are as much memory for every open file, and are fetched for every jump in one."""
+_LISTINGS_AT_ONCE = 16
+_PAGES_AHEAD = 4
+_LEVELS_SPLIT = 3
+
+_CONFLICT, _PRECONDITION_FAILED, _NOT_IMPLEMENTED = 409, 412, 501
+
+
+class S3Object(NamedTuple):
+    """An object as a listing shows it: ``name`` with its bucket, ``size`` in bytes, and its ``etag`` unquoted."""
+
+    name: str
+    size: int
+    etag: str
+
+
+def open_filesystem(settings: StorageConfig, *, attempts: int = _ATTEMPTS) -> Any:
+    """An s3fs filesystem of these settings that caches no listing.
+
+    Args:
+        attempts: of each request, before it fails.
+    """
+    import s3fs
+
+    fs = s3fs.S3FileSystem(
+        anon=settings.anonymous,
+        endpoint_url=settings.endpoint_url,
+        requester_pays=settings.requester_pays,
+        default_block_size=_READ_AHEAD_BYTES,
+        client_kwargs={"region_name": settings.region} if settings.region else {},
+        config_kwargs={
+            "connect_timeout": settings.connect_timeout_s,
+            "read_timeout": settings.read_timeout_s,
+            "retries": {"mode": "standard", "total_max_attempts": attempts},
+            "max_pool_connections": _CONNECTIONS,
+            # Checksums in trailers are more than some servers understand; signatures cover the content already.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        **({"profile": settings.profile} if settings.profile else {}),
+    )
+    fs.retries = min(attempts, _BODY_ATTEMPTS)
+    return fs
+
+
+def unquoted_etag(etag: str | None) -> str:
+    """An ETag without its quotes, so that every client's is the same."""
+    return (etag or "").removeprefix("W/").strip('"')
+
+
+def put_if_absent(fs: Any, path: str, data: bytes) -> bool:
+    """One PUT with ``If-None-Match: *``. True: this call created it; False: it was there.
+
+    A lost race is a 412, which clients translate in different ways; a 409, of a race still going on, is tried again
+    with backoff. A server that knows no such condition gets a plain PUT, where nothing is there yet: then the last
+    of several writers at once wins. An answer that got lost on the way counts as "was there" when the retry meets
+    what the first attempt wrote.
+    """
+    bucket, key, _ = fs.split_path(path)
+    for attempt in itertools.count(1):
+        try:
+            fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except FileExistsError:
+            return False
+        except (OSError, ClientError) as error:
+            status = http_status(error)
+            if status == _PRECONDITION_FAILED:
+                return False
+            if status == _NOT_IMPLEMENTED:
+                return _put_unless_seen(fs, path, data)
+            if status == _CONFLICT and attempt < _CONFLICT_ATTEMPTS:
+                time.sleep(backoff_s(attempt))
+                continue
+            if status is None and getattr(error, "errno", None) == errno.EINVAL and fs.exists(path):
+                return False
+            raise
+        return True
+    raise AssertionError("unreachable")
+
+
+def _put_unless_seen(fs: Any, path: str, data: bytes) -> bool:
+    if fs.exists(path):
+        return False
+    put(fs, path, data)
+    return True
+
+
+def put(fs: Any, path: str, data: bytes) -> None:
+    """One PUT, whatever the size: readers see the old object or the new one."""
+    bucket, key, _ = fs.split_path(path)
+    fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data)
+
+
+def iter_objects(fs: Any, path: str) -> Iterator[S3Object]:
+    """Every object below a path, in the order of the keys, with several prefixes listed at once.
+
+    Holds a few pages of each of the listings under way.
+    """
+    bucket, key, _ = fs.split_path(path)
+    prefix = key.rstrip("/") + "/" if key else ""
+    parts = _iter_parts(fs, bucket, prefix, _LEVELS_SPLIT)
+    with _Listings() as listings:
+        yield from listings.iter_ordered(
+            [part] if isinstance(part, S3Object) else partial(_iter_pages, fs, bucket, part) for part in parts
+        )
+
+
+def iter_stems(fs: Any, path: str, stems: Iterable[str]) -> Iterator[S3Object]:
+    """The objects directly or at any depth below a path whose names begin with one of ``stems``, listed at once."""
+    bucket, key, _ = fs.split_path(path)
+    prefix = key.rstrip("/") + "/" if key else ""
+    with _Listings() as listings:
+        yield from listings.iter_ordered(partial(_iter_pages, fs, bucket, prefix + stem) for stem in stems)
+
+
+def _iter_parts(fs: Any, bucket: str, prefix: str, levels: int) -> Iterator[S3Object | str]:
+    """A tree as objects and prefixes that make it up, in the order of the keys; few prefixes are split further."""
+    first = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix)
+    if not first.get("IsTruncated"):
+        yield from _objects_of(bucket, first)
+        return
+    entries = _iter_level(fs, bucket, prefix)
+    head = list(itertools.islice(entries, _LISTINGS_AT_ONCE + 1))
+    is_narrow = len(head) <= _LISTINGS_AT_ONCE and levels > 0
+    for entry in itertools.chain(head, entries):
+        if isinstance(entry, str) and is_narrow:
+            yield from _iter_parts(fs, bucket, entry, levels - 1)
+        else:
+            yield entry
+
+
+def _iter_level(fs: Any, bucket: str, prefix: str) -> Iterator[S3Object | str]:
+    """Objects and prefixes directly below a prefix, in the order of the keys."""
+    for page in _iter_answers(fs, bucket, Prefix=prefix, Delimiter="/"):
+        prefixes = [entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
+        entries: list[S3Object | str] = [*_objects_of(bucket, page), *prefixes]
+        yield from sorted(entries, key=lambda entry: entry if isinstance(entry, str) else entry.name[len(bucket) + 1 :])
+
+
+def _iter_pages(fs: Any, bucket: str, prefix: str) -> Iterator[list[S3Object]]:
+    for page in _iter_answers(fs, bucket, Prefix=prefix):
+        yield _objects_of(bucket, page)
+
+
+def _iter_answers(fs: Any, bucket: str, **arguments: str) -> Iterator[dict[str, Any]]:
+    while True:
+        answer = fs.call_s3("list_objects_v2", Bucket=bucket, **arguments)
+        yield answer
+        if not answer.get("IsTruncated"):
+            return
+        arguments["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def _objects_of(bucket: str, page: dict[str, Any]) -> list[S3Object]:
+    # A key that ends in a slash stands for a folder in consoles that know folders.
+    return [
+        S3Object(f"{bucket}/{entry['Key']}", entry["Size"], unquoted_etag(entry.get("ETag")))
+        for entry in page.get("Contents", ())
+        if not entry["Key"].endswith("/")
+    ]
+
+
+class _Listings:
+    """Listings that run ahead of whoever reads them, each in a thread of its own and a few pages at most."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+
+    def __enter__(self) -> _Listings:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def iter_ordered(
+        self, parts: Iterable[list[S3Object] | Callable[[], Iterator[list[S3Object]]]]
+    ) -> Iterator[S3Object]:
+        """The objects of each part in turn: a list as it is, a listing from the thread that runs it."""
+        following = iter(parts)
+        ahead: deque[Iterable[list[S3Object]]] = deque()
+        while True:
+            for part in itertools.islice(following, _LISTINGS_AT_ONCE - len(ahead)):
+                ahead.append([part] if isinstance(part, list) else self._run(part))
+            if not ahead:
+                return
+            for page in ahead.popleft():
+                yield from page
+
+    def _run(self, listing: Callable[[], Iterator[list[S3Object]]]) -> Iterator[list[S3Object]]:
+        pages: queue.Queue[list[S3Object] | BaseException | None] = queue.Queue(_PAGES_AHEAD)
+
+        def put(item: list[S3Object] | BaseException | None) -> None:
+            while not self._stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    pages.put(item, timeout=0.1)
+                    return
+
+        def pump() -> None:
+            try:
+                for page in listing():
+                    put(page)
+                    if self._stop.is_set():
+                        return
+            except BaseException as error:  # raised where the pages are read
+                put(error)
+            else:
+                put(None)
+
+        threading.Thread(target=pump, name="listing", daemon=True).start()
+        return _received(pages)
+
+
+def _received(pages: queue.Queue[list[S3Object] | BaseException | None]) -> Iterator[list[S3Object]]:
+    while (item := pages.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+def abort_uploads(fs: Any, path: str, *, older_than_s: float) -> int:
+    """End multipart uploads below a path that nobody completed, and free what they hold; returns how many."""
+    bucket, key, _ = fs.split_path(path)
+    prefix = key.rstrip("/") + "/" if key else ""
+    before = datetime.now(UTC) - timedelta(seconds=older_than_s)
+    count = 0
+    position: dict[str, str] = {}
+    while True:
+        answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **position)
+        for upload in answer.get("Uploads", ()):
+            if upload["Initiated"] <= before:
+                fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                count += 1
+        if not answer.get("IsTruncated"):
+            return count
+        position = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
