@@ -50,7 +50,9 @@ def evaluate(
     if as_json:
         print_json(result.metrics)
         return
-    _print_rows(result.metrics["rows"])
+    rows = result.metrics["rows"]
+    _print_rows(rows)
+    _warn_of_train(rows["of_train_split"], split, "--split test measures those that it has not seen")
     _print_figures(result.metrics)
     worst = sorted(result.metrics["per_class"], key=lambda entry: entry["f1"] or 0)
     measured = [entry for entry in worst if entry["support"] or entry["predicted"]]
@@ -107,12 +109,13 @@ def calibrate(
         ]
         rows = result.report["rows"]
         _print_table(f"Temperature, fitted on {rows['fitted']:,} of {rows['of']:,} rows", changes)
+    _warn_of_train(result.report["of_train_split"], split, "--split validation fits to rows that it has not seen")
     accept = result.report.get("accept")
     if accept:
         columns = ("class_name", "threshold", "precision", "accepted", "rows")
         _print_table("Accept from", accept["per_class"], columns, limit=100)
-        precision = _text(accept["precision"])
-        console.print(f"{1 - accept['review_rate']:.1%} accepted, of which {precision} right; the rest for review")
+        precision = "none" if accept["precision"] is None else f"{accept['precision']:.1%}"
+        console.print(f"{1 - accept['review_rate']:.1%} accepted, {precision} of them right; the rest for review")
     console.print(f"written to {result.bundle.path} ({result.bundle.model_id})", markup=False)
 
 
@@ -170,6 +173,12 @@ def _print_rows(rows: Mapping[str, Any]) -> None:
         )
     if rows["predicted_without_target"]:
         console.print(f"{rows['predicted_without_target']:,} predictions have no target")
+
+
+def _warn_of_train(num_rows: int, split: str | None, advice: str) -> None:
+    """A line where rows that the model was trained on are among those used without being asked for."""
+    if num_rows and split is None:
+        console.print(f"{num_rows:,} rows are of split train, which a model may know by heart; {advice}")
 
 
 def _print_figures(metrics: Mapping[str, Any]) -> None:

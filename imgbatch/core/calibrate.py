@@ -68,7 +68,9 @@ def calibrate(
         if scored.labeller.model_ids != (bundle.model_id,):
             made_by = ", ".join(scored.labeller.model_ids)
             raise UsageError(f"-m {model}: its model_id is {bundle.model_id}, but {out} was labelled by {made_by}")
-        num_rows = scored.fetch_row("select count(*) from scored where is_known")[0]
+        num_rows, num_of_train = scored.fetch_row(
+            "select count(*), count(*) filter (of_train) from scored where is_known"
+        )
         if not num_rows:
             raise UsageError(f"{out}: no row has both a prediction and a target that the model knows")
         sample, factor_K, report = _fit(scored, num_rows)
@@ -84,6 +86,7 @@ def calibrate(
         "run_ids": scored.labeller.run_ids,
         "targets": manifest or "the classified manifest",
         "split": split,
+        "of_train_split": num_of_train,
     }
     report = to_plain(report)
     decided = ("calibrated_model", "run_ids", "targets", "split", "target_precision", "review_budget")

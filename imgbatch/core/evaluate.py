@@ -117,14 +117,15 @@ def _mistakes_sql(columns: str, limit: int) -> str:
 def _count_rows(scored: Scored) -> dict[str, Any]:
     unknown_name = "null" if scored.labeller.is_multilabel else "case when not is_known then truth end"
     groups = scored.connection.execute(
-        f"select {unknown_name} as name, count(*), count(*) filter (is_right) from scored group by name"
+        f"select {unknown_name} as name, count(*), count(*) filter (is_right), count(*) filter (of_train) "
+        "from scored group by name"
     ).fetchall()
-    predicted = sum(count for _, count, _ in groups)
+    predicted = sum(count for _, count, _, _ in groups)
     by_status = scored.connection.execute(
         "select coalesce(status, 'NOT_CLASSIFIED') as status, count(*) from unpredicted group by 1 order by 2 desc, 1"
     ).fetchall()
     without = sum(count for _, count in by_status)
-    unknown = Counter({name: count for name, count, _ in groups if name is not None})
+    unknown = Counter({name: count for name, count, _, _ in groups if name is not None})
     unknown.update(_unknown_names(scored, "unpredicted"))
     if scored.labeller.is_multilabel:
         unknown.update(_unknown_names(scored, "scored"))
@@ -133,13 +134,14 @@ def _count_rows(scored: Scored) -> dict[str, Any]:
         "with_target": predicted + without,
         "predicted": predicted,
         "coverage": predicted / (predicted + without),
-        "measured": sum(count for name, count, _ in groups if name is None),
+        "measured": sum(count for name, count, _, _ in groups if name is None),
         "without_prediction": without,
         "without_prediction_by_status": dict(by_status),
         "unknown_target": unknown.total(),
         "unknown_targets": dict(listed[:MAX_UNKNOWN_LISTED]),
         "predicted_without_target": scored.fetch_row("select count(*) from predictions")[0] - predicted,
-        "right": sum(right for _, _, right in groups),
+        "of_train_split": sum(of_train for name, _, _, of_train in groups if name is None),
+        "right": sum(right for _, _, right, _ in groups),
     }
 
 

@@ -6,7 +6,8 @@ DuckDB joins and streams; memory is bounded by :data:`MEMORY_LIMIT` and spills t
 are made on the connection:
 
     scored       every image that has a prediction and a target, once, with truth (the target, or the list of targets),
-                 is_right, and is_known: whether the model has a class for it (true for lists)
+                 is_right, is_known: whether the model has a class for it (true for lists), and of_train: whether it
+                 is of the split that training takes
     unpredicted  every image that has a target and no prediction, once, with the status of its error row if any
 """
 
@@ -27,6 +28,7 @@ import pyarrow.compute as pc
 from imgbatch.core import storage
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.runs import RunPaths
+from imgbatch.core.training.labelled import SPLIT_NAMES, TRAIN
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.schema import RESERVED_COLUMNS, SPLIT, TARGET, TARGETS
@@ -194,16 +196,18 @@ class _Wanted:
                 known = ", ".join(name for name in names if name not in RESERVED_COLUMNS)
                 raise UsageError(f"--slice-by {column}: no such column in {where}; there are: {known}")
 
-    @property
-    def columns(self) -> list[str]:
-        """What to select of the rows that hold the target."""
+    def columns(self, available: Sequence[str]) -> list[str]:
+        """What to select of the rows that hold the target, of which these columns are ``available``."""
         slices = [f"cast({_quoted(name)} as varchar) as slice_{i}" for i, name in enumerate(self.slice_by)]
-        return [f"{self.truth} as truth", *slices]
+        names = ", ".join(_text(name) for name, split in SPLIT_NAMES.items() if split == TRAIN)
+        of_train = f"coalesce({SPLIT}::varchar in ({names}), false)" if SPLIT in available else "false"
+        truth = self.truth if self.truth in available else f"null::varchar{'[]' if self.truth == TARGETS else ''}"
+        return [f"{truth} as truth", f"{of_train} as of_train", *slices]
 
     @property
     def names(self) -> list[str]:
-        """What :attr:`columns` are called."""
-        return ["truth", *(f"slice_{i}" for i in range(len(self.slice_by)))]
+        """What :meth:`columns` are called."""
+        return ["truth", "of_train", *(f"slice_{i}" for i in range(len(self.slice_by)))]
 
     @property
     def condition(self) -> str:
@@ -215,9 +219,7 @@ def _use_own_targets(connection: duckdb.DuckDBPyConnection, out: str, wanted: _W
     of_failed = set(_columns(connection, "errors"))
     names = [name for name in _columns(connection, "predictions") if name in of_failed]
     wanted.check(names, out)
-    columns = wanted.columns
-    if wanted.truth not in names:
-        columns[0] = f"null::varchar{'[]' if wanted.truth == TARGETS else ''} as truth"
+    columns = wanted.columns(names)
     kept = ", ".join([*_KEPT, *columns])
     connection.execute(f"create temp view with_truth as select {kept} from predictions where {wanted.condition}")
     # The views count an image that an older run labelled and a newer one did not on both sides.
@@ -243,7 +245,7 @@ def _load_targets(connection: duckdb.DuckDBPyConnection, manifest: Manifest, wan
     rows = pa.RecordBatchReader.from_batches(head.schema, itertools.chain([head], stream))
     connection.register("manifest_rows", rows)
     connection.execute(
-        f"create temp table targets as select image_id, {', '.join(wanted.columns)} "
+        f"create temp table targets as select image_id, {', '.join(wanted.columns(manifest.schema.names))} "
         f"from manifest_rows where {wanted.condition}"
     )
     connection.unregister("manifest_rows")

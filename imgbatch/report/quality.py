@@ -93,7 +93,6 @@ def _describe(connection: duckdb.DuckDBPyConnection, evaluation: Evaluation, spl
     metrics = evaluation.metrics
     name = "top1" if "top1" in metrics else "exact_match"
     measured = [entry for entry in metrics["per_class"] if entry["support"] or entry["predicted"]]
-    splits = [value["value"] for part in metrics["slices"] if part["column"] == "split" for value in part["values"]]
     return Quality(
         directory=evaluation.directory,
         metrics=metrics,
@@ -102,7 +101,7 @@ def _describe(connection: duckdb.DuckDBPyConnection, evaluation: Evaluation, spl
         matrix=_draw_matrix(connection, evaluation) if name == "top1" else None,
         classes=tuple(sorted(measured, key=lambda entry: (entry["f1"] or 0, -entry["support"]))),
         missing=_missing(metrics["unavailable"]),
-        includes_training=split is None and "train" in splits and len(splits) > 1,
+        includes_training=split is None and metrics["rows"]["of_train_split"] > 0,
     )
 
 

@@ -39,6 +39,20 @@ def test_evaluate_prints_a_summary_and_writes_the_figures(output, tmp_path, caps
     assert (tmp_path / "eval" / "metrics.json").exists()
 
 
+def test_rows_that_the_model_was_trained_on_are_pointed_out(store_run, tiny_model, tmp_path, capsys):
+    columns = {"target": list(CLASSES) * 20, "split": ["train"] * 40 + ["test"] * 20}
+    failed = {"image_id": ["bad"], "target": ["red"], "split": ["test"], "status": ["EMPTY"]}
+    probs = np.tile(np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]], np.float32), (30, 1))
+    out = str(store_run(CLASSES, probs, columns=columns, failed=failed, model_id=tiny_model.model_id))
+    notice = "40 rows are of split train, which a model may know by heart"
+    calibrate = ["calibrate", out, "-m", tiny_model.path, "-o", str(tmp_path / "calibrated")]
+    for command in (["evaluate", out], calibrate):
+        assert run(command) == 0
+        assert notice in capsys.readouterr().out
+        assert run([*command, "--split", "test"]) == 0
+        assert "by heart" not in capsys.readouterr().out
+
+
 def test_evaluate_as_json_prints_what_it_wrote(output, tmp_path, capsys):
     out = output("out")
     assert run(["evaluate", out, "-o", str(tmp_path / "eval"), "--json"]) == 0

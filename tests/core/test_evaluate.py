@@ -158,6 +158,19 @@ def test_targets_may_come_from_another_manifest(store_run, targets, tmp_path):
     assert sum(entry["rows"] for entry in result.metrics["slices"][0]["values"]) == 202
 
 
+@pytest.mark.parametrize("of_manifest", [False, True], ids=["own targets", "of another manifest"])
+def test_rows_that_training_takes_are_counted(store_run, targets, tmp_path, of_manifest):
+    columns = {"target": named(targets), "split": ["train", "training", "test", None] * 125}
+    failed = {"image_id": ["bad"], "status": ["EMPTY"], "target": ["ash"], "split": ["train"]}
+    stored = {} if of_manifest else {"columns": columns, "failed": failed}
+    out = str(store_run(CLASSES, make_probs(targets, 4), **stored))
+    ids = [f"image-{i}" for i in range(500)]
+    pq.write_table(pa.table({"image_id": ids, "uri": ids, **columns}), tmp_path / "targets.parquet")
+    manifest = str(tmp_path / "targets.parquet") if of_manifest else None
+    assert evaluate(out, manifest=manifest).metrics["rows"]["of_train_split"] == 250
+    assert evaluate(out, manifest=manifest, split="test").metrics["rows"]["of_train_split"] == 0
+
+
 def test_slices_come_worst_first(store_run, targets):
     probs = make_probs(targets, 4)
     right = probs.argmax(axis=1) == targets

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
-from pathlib import Path
+import ast
 
-import nbformat
-from nbclient import NotebookClient
-
-NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "02_fine_tune.ipynb"
+from tests.notebooks.conftest import shown
 
 
-def test_the_notebook_runs_on_a_few_images(tmp_path, monkeypatch):
-    monkeypatch.setenv("IMGBATCH_NOTEBOOK_IMAGES", "60")
-    monkeypatch.setenv("IMGBATCH_NOTEBOOK_EPOCHS", "1")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
-    assert all(not cell.get("outputs") for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
+def test_a_model_is_fine_tuned_and_labels_as_it_was_measured(tmp_path, run_notebook):
+    notebook = run_notebook(
+        "02_fine_tune", IMGBATCH_NOTEBOOK_IMAGES="60", IMGBATCH_NOTEBOOK_EPOCHS="1", TMPDIR=str(tmp_path)
+    )
+    for cell in ("cell-07", "cell-09"):
+        assert "image/png" in shown(notebook, cell)[0]
+    measured, left_out = ast.literal_eval(shown(notebook, "cell-10")[0]["text/plain"])
+    assert set(measured) == {"validation", "test"}
+    assert measured["test"] == ast.literal_eval(shown(notebook, "cell-14")[0]["text/plain"])
+    assert left_out

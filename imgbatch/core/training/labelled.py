@@ -23,8 +23,15 @@ from imgbatch.schema import BANDS, SPLIT, TARGET, TARGETS, WINDOW
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
 
-_SPLIT_NAMES = {"train": TRAIN, "training": TRAIN, "validation": VALIDATION, "val": VALIDATION, "valid": VALIDATION}
-_SPLIT_NAMES |= {"test": TEST}
+SPLIT_NAMES = {
+    "train": TRAIN,
+    "training": TRAIN,
+    "validation": VALIDATION,
+    "val": VALIDATION,
+    "valid": VALIDATION,
+    "test": TEST,
+}
+"""What a manifest may call the splits."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def read_labelled(manifest: Manifest, *, task: str, limit: int | None = None) ->
     where = f"manifest {manifest.path}"
     column = _target_column(manifest, task, where)
     table = pa.concat_tables(manifest.iter_batches([column, SPLIT], limit=limit))
-    split_names = [_SPLIT_NAMES.get(name or "", "") for name in table[SPLIT].to_pylist()]
+    split_names = [SPLIT_NAMES.get(name or "", "") for name in table[SPLIT].to_pylist()]
     split_N = np.array(split_names)
     for split in (TRAIN, VALIDATION):
         if not (split_N == split).any():
