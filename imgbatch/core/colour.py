@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int], *, deep: bool =
         return _grey_16(image, background)
     if image.mode in ("I", "F"):
         ranges = _INTEGER_RANGES if image.mode == "I" else _FLOAT_RANGES
-        return Image.fromarray(_scale_to_uint8(np.asarray(image), ranges)).convert("RGB")
+        return Image.fromarray(scale_to_uint8(np.asarray(image), ranges)).convert("RGB")
     if deep and isinstance(image.info.get("transparency"), tuple):
         image.info["transparency"] = tuple(sample >> 8 for sample in image.info["transparency"])
     if image.has_transparency_data:
@@ -69,7 +69,12 @@ def _bits_per_sample(image: Image.Image) -> int:
     return 12 if tuple(tags.get(_TIFF_BITS_PER_SAMPLE, ())) == (12,) else 16
 
 
-def _scale_to_uint8(values_HW: np.ndarray, ranges: tuple[float, ...]) -> np.ndarray:
+def scale_to_uint8(values_HW: np.ndarray, ranges: tuple[float, ...]) -> np.ndarray:
+    """Values of any shape, scaled from 0 to the first of ``ranges`` that holds their maximum, or else to that.
+
+    Raises:
+        NoPixels: not one finite value.
+    """
     finite_HW = np.isfinite(values_HW)
     if not finite_HW.any():
         raise NoPixels("no finite value among the samples")

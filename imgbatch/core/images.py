@@ -123,7 +123,7 @@ def _decode(data: bytes, spec: PreprocessSpec, max_pixels: int) -> Decoded:
         pixels = pixels.filter(ImageFilter.MedianFilter(spec.median_size))
     # After loading: the EXIF of a PNG may follow its pixels, and Pillow turns a TIFF upright while loading.
     orientation = _orientation(image) if spec.decode.apply_orientation else 1
-    return _resize_and_crop(pixels, orientation, spec)
+    return resize_and_crop(pixels, orientation, spec)
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
@@ -174,8 +174,8 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TRANSPOSE else 1
 
 
-def _resize_and_crop(pixels: Image.Image, orientation: int, spec: PreprocessSpec) -> Decoded:
-    """The upright crop.
+def resize_and_crop(pixels: Image.Image, orientation: int, spec: PreprocessSpec) -> Decoded:
+    """The upright crop of an image of any mode; ``orientation`` is EXIF's, from 1.
 
     Across, turn, down: the order of the reference's two passes in the upright image, each rounding to integers. The
     first pass runs on the stored pixels, so that only a strip ``crop_size`` wide has to be turned.
