@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -78,7 +77,6 @@ def retry(
 
 
 def _report(result: RunResult) -> None:
-    where = Path(result.out)
     if result.already_finished:
         console.print(f"run {result.run_id} is finished already, nothing to do", markup=False)
     rate = f", {result.images_per_s:,.1f} images/s" if result.images_per_s else ""
@@ -90,10 +88,10 @@ def _report(result: RunResult) -> None:
     for status, count in result.counts.items():
         if status != Status.OK:
             console.print(f"  {count:>9,} {status}", markup=False)
-    console.print(f"labels:  {where}/predictions/run_id={result.run_id}/", markup=False)
+    console.print(f"labels:  {result.out}/predictions/run_id={result.run_id}/", markup=False)
     report_after_run(result.out, result.run_id, keep=result.already_finished)
     console.print(
-        f'next:    imgbatch query {where} "select label, count(*) n from predictions group by 1"', markup=False
+        f'next:    imgbatch query {result.out} "select label, count(*) n from predictions group by 1"', markup=False
     )
 
 

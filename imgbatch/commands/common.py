@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from imgbatch.config import load_config
 
 ConfigFile = Annotated[
     Path | None, typer.Option("-c", "--config", help="YAML file of configuration sections.", show_default=False)
@@ -27,6 +31,28 @@ console = Console(highlight=False, soft_wrap=True)
 
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 """For everything that is not the result: standard error."""
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``, which reaches object stores as the configuration says; takes ``-c`` and ``--set`` if it did not."""
+    signature = inspect.signature(command, eval_str=True)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in (("config_file", ConfigFile), ("assignments", Assignments))
+        if name not in signature.parameters
+    ]
+
+    @functools.wraps(command)
+    def configured(**arguments: Any) -> None:
+        from imgbatch.core import storage
+
+        storage.configure(load_config(arguments["config_file"], arguments["assignments"] or ()).storage)
+        command(**{name: value for name, value in arguments.items() if name in signature.parameters})
+
+    parameters = [*signature.parameters.values(), *added]
+    configured.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    configured.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return configured
 
 
 def print_json(value: Any) -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from imgbatch.core import results
+from imgbatch.core import results, storage
 from imgbatch.core.decoder import DecodedUnit, Decoder
 from imgbatch.core.fetch import Fetcher
 from imgbatch.core.manifest import open_manifest
@@ -37,6 +37,7 @@ class DecodeStage:
     """Fetches and decodes units. Holds a child process: close it, or use it as a context manager."""
 
     def __init__(self, run: Run) -> None:
+        storage.configure(run.config.storage)
         self._run = run
         self._rows = RowsReader(run.paths)
         self._fetcher = Fetcher(run.config.fetch)
@@ -95,6 +96,7 @@ class ClassifyStage:
     def __init__(self, run: Run, *, batch_size: int, num_threads: int | None) -> None:
         from imgbatch.core.predict import Predictor
 
+        storage.configure(run.config.storage)
         plan = run.plan
         self._spec = run.spec
         self._rules = LabelRules(
@@ -150,6 +152,7 @@ class CommitStage:
 
     def __init__(self, run: Run, *, defer: bool) -> None:
         """``defer``: leave units that failed for reasons that may pass to a later pass."""
+        storage.configure(run.config.storage)
         self._run = run
         self._rows = RowsReader(run.paths)
         self._defer_above = run.config.errors.max_rate if defer else None

@@ -15,6 +15,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from imgbatch.config import Config
+from imgbatch.core import storage
 from imgbatch.core.budget import ErrorBudget
 from imgbatch.core.finalize import finalize
 from imgbatch.core.plan import Run, plan_retry, plan_run, read_plan
@@ -67,6 +68,7 @@ def classify(config: Config, console: Console | None = None) -> RunResult:
         Interrupted: no unit was committed for ``run.no_progress_s``.
     """
     console = console or Console(quiet=True)
+    storage.configure(config.storage)
     with _device(config) as device:
         return _work(plan_run(config, device), console)
 
@@ -77,6 +79,7 @@ def retry(config: Config, run_id: str | None, console: Console | None = None) ->
     ``config`` gives resources and fetch settings; what changes results comes from the parent's plan.
     """
     console = console or Console(quiet=True)
+    storage.configure(config.storage)
     out = str(config.output.path)
     parent = _unfinished_retry_parent(out, run_id) or _newest_root(out, run_id)
     if not parent.finished:
@@ -91,6 +94,7 @@ def retry(config: Config, run_id: str | None, console: Console | None = None) ->
             "fetch": config.fetch,
             "errors": config.errors,
             "run": config.run,
+            "storage": config.storage,
             "ray": config.ray,
             "classify": config.classify,
             "output": settled.output.model_copy(update={"path": out}),

@@ -112,6 +112,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     from imgbatch.core.training.loop import run_training
     from imgbatch.core.training.workers import Worker
 
+    storage.configure(settings["storage"])
     job = load_job(settings["directory"])
     if storage.exists(job.paths.failure):
         return
@@ -134,6 +135,7 @@ def _build_trainer(job: TrainingJob) -> ray.train.torch.TorchTrainer:
         train_worker,
         train_loop_config={
             "directory": job.paths.directory,
+            "storage": job.config.storage,
             "num_threads": 1 if use_gpu else cpus_each,
             "loader_processes": min(_MAX_LOADER_PROCESSES, cpus_each - 1) if use_gpu else 0,
         },

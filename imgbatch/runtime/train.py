@@ -64,6 +64,7 @@ def train(config: Config, console: Console | None = None, *, overwrite: bool = F
         ImgbatchError: training failed more than ``train.max_failures`` times, or there is no space.
     """
     console = console or Console(quiet=True)
+    storage.configure(config.storage)
     with _session(config):
         config = _resolve(config)
         plan = plan_training(config)

@@ -143,6 +143,7 @@ class CropDecoder:
     """Decodes parts of a store with the decoder that classification uses. Holds a child process: close it."""
 
     def __init__(self, store: CropStore, config: Config) -> None:
+        storage.configure(config.storage)
         self._store = store
         self._fetcher = Fetcher(config.fetch)
         self._decoder = Decoder(store.spec, config.decode)
