@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from imgbatch.commands import attack, classify, demo, evaluate, explain, manifest, model, output, report, review, train
-from imgbatch.commands.common import messages
+from imgbatch.commands.common import messages, with_settings
 from imgbatch.errors import ExitCode, ImgbatchError
 
 TYPER_INTERRUPTED = 130
@@ -42,6 +42,10 @@ app.command("compare")(evaluate.compare)
 app.command("explain")(explain.explain)
 app.command("attack")(attack.attack)
 app.command("report")(report.report)
+for group in (app, manifest.app, model.app, review.app):
+    for registered in group.registered_commands:
+        if registered.callback is not None:
+            registered.callback = with_settings(registered.callback)
 
 
 @app.callback()
