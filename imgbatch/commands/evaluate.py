@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from imgbatch.commands.common import AsJson, console, print_json
+from imgbatch.commands.common import AsJson, console, messages, print_json
+from imgbatch.errors import UsageError
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Output directory of classify.")]
 TargetsOption = Annotated[
@@ -127,13 +128,22 @@ def compare(
     directory: Annotated[
         str | None, typer.Option("-o", "--output", help="Where to write; default: below B's run.")
     ] = None,
+    thumbnails: Annotated[
+        int, typer.Option("--thumbnails", min=0, max=1000, help="Images on the page, at most; 0: none.")
+    ] = 96,
     as_json: AsJson = False,
 ) -> None:
     """Compare two outputs image by image: who is right where, and whether it is more than chance."""
     from imgbatch.core import compare as core
+    from imgbatch.report.comparison import write_comparison
 
     result = core.compare(out_a, out_b, manifest=manifest, split=split, directory=directory)
     figures = result.figures
+    try:
+        page = write_comparison(result, max_thumbnails=thumbnails)
+    except UsageError as error:
+        page = None
+        messages.print(f"no page: {error}", markup=False)
     if as_json:
         print_json(figures)
         return
@@ -156,6 +166,8 @@ def compare(
     listed = figures["disagreements"]
     console.print(f"{listed['listed']:,} of {listed['found']:,} disagreements in {listed['file']}")
     console.print(f"written to {result.directory}", markup=False)
+    if page is not None:
+        console.print(f"report: {page}", markup=False)
 
 
 def _print_rows(rows: Mapping[str, Any]) -> None:

@@ -8,9 +8,8 @@ model or an error is escaped. jinja2 and matplotlib come with the ``report`` ext
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
@@ -24,6 +23,7 @@ from imgbatch.report import explanations, figures, picks
 from imgbatch.report.explanations import Explanation
 from imgbatch.report.picks import Gallery, Pick
 from imgbatch.report.quality import Quality, measure
+from imgbatch.report.rendering import check_installed, render
 from imgbatch.report.summary import Summary, summarise
 from imgbatch.report.thumbnails import make_thumbnails, shrink_picture
 
@@ -51,15 +51,6 @@ class Galleries:
     def all_picks(self) -> list[Pick]:
         per_label = [pick for gallery in self.per_label for pick in gallery.picks]
         return [*per_label, *self.least_certain, *self.failed, *self.mistakes, *self.label_errors]
-
-
-def check_installed() -> None:
-    """Raise :class:`UsageError` in one line where the ``report`` extra is missing."""
-    try:
-        import jinja2  # noqa: F401
-    except ImportError as error:
-        raise UsageError("the report needs jinja2, which pip install 'imgbatch[report]' brings") from error
-    figures.check_installed()
 
 
 def write_report(
@@ -100,7 +91,8 @@ def write_report(
             quality = f"Not measured: {labeller}."
         galleries = _pick(connection, summary, quality, max_thumbnails, is_multilabel=is_multilabel)
     run = RunPaths(out, current.load(out)[-1].run_id)
-    html = _render(
+    html = render(
+        "report.html.j2",
         out=out,
         sessions_shown=_SESSIONS_SHOWN,
         run=_describe_run(run),
@@ -190,59 +182,3 @@ def _describe_run(paths: RunPaths) -> dict[str, Any]:
         "machine": record.get("machine", {}),
         "versions": record.get("versions", {}),
     }
-
-
-def _render(**values: Any) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        autoescape=True,
-        loader=PackageLoader("imgbatch.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Callable[..., str]] = {
-        "count": lambda value: f"{value:,}",
-        "percent": percent,
-        "number": number,
-        "when": when,
-        "short": figures.shorten,
-        "duration": duration,
-        "breakable": lambda text: Markup("_<wbr>").join(text.split("_")),
-    }
-    environment.filters |= filters
-    return environment.get_template("report.html.j2").render(values)
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share as per cent; what is not all never reads as all, and what is not nothing never as nothing."""
-    if share is None:
-        return "–"
-    text = f"{share:.{digits}%}"
-    if share < 1 and text == f"{1:.{digits}%}":
-        return f">{1 - 0.1 ** (digits + 2):.{digits}%}"
-    if share > 0 and text == f"{0:.{digits}%}":
-        return f"<{0.1 ** (digits + 2):.{digits}%}"
-    return text
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """``digits`` significant digits, thousands apart."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
-
-
-def when(moment: str) -> str:
-    """An ISO 8601 moment, for a person: ``2 Jan 2026, 03:04 UTC``."""
-    parsed = datetime.fromisoformat(moment).astimezone(UTC)
-    return f"{parsed.day} {parsed:%b %Y, %H:%M} UTC"
-
-
-def duration(seconds: float) -> str:
-    """``48 s``, ``12 min`` or ``7.5 h``."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -85,8 +85,9 @@ def test_calibrate_writes_a_bundle_that_loads(output, tiny_model, tmp_path, caps
 
 def test_compare_prints_a_summary_or_json(output, tmp_path, capsys):
     a, b = output("a", 1.0), output("b", 2.0)
-    assert run(["compare", a, b, "-o", str(tmp_path / "diff")]) == 0
+    assert run(["compare", a, b, "-o", str(tmp_path / "diff"), "--thumbnails", "0"]) == 0
     printed = capsys.readouterr().out
+    assert (tmp_path / "diff" / "compare.html").exists()
     assert "300 images in both" in printed
     assert "McNemar" in printed
     assert run(["compare", a, b, "-o", str(tmp_path / "diff"), "--json"]) == 0

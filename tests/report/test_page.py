@@ -13,7 +13,7 @@ from PIL import Image
 from imgbatch.core import storage
 from imgbatch.core.runs import RunPaths
 from imgbatch.errors import UsageError
-from imgbatch.report.page import duration, number, percent, when, write_report
+from imgbatch.report.page import write_report
 
 from .conftest import softmax
 
@@ -220,20 +220,6 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(photo_run, monkey
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=rf"needs {package}, which pip install 'imgbatch\[report\]' brings"):
         write_report(str(photo_run()))
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0.0, "0.0%"), (1.0, "100.0%"), (0.99999, ">99.9%"), (0.00001, "<0.1%"), (0.1234, "12.3%"), (None, "–")],
-)
-def test_shares_never_round_to_all_or_nothing(share, text):
-    assert percent(share) == text
-
-
-def test_numbers_moments_and_durations_are_for_people():
-    assert [number(value) for value in (0.012345, 4.918, 12345.6, None)] == ["0.0123", "4.92", "12,346", "–"]
-    assert when("2026-01-02T03:04:05+01:00") == "2 Jan 2026, 02:04 UTC"
-    assert [duration(value) for value in (4.25, 600, 9000)] == ["4.25 s", "10 min", "2.5 h"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
