@@ -150,6 +150,11 @@ class TrainConfig(Section):
     """Epochs over which learning rates rise from 0."""
     clip_norm: float = Field(1.0, ge=0)
     """Longest gradient, as a norm over all weights; 0: any."""
+    l1: float = Field(0.0, ge=0)
+    """Strength of an L1 penalty, which makes weights exactly 0; never of norms and biases."""
+    loss: Literal["cross_entropy", "focal", "hinge"] = "cross_entropy"
+    """``focal`` counts easy images less, ``hinge`` those that are right by a margin not at all (its probabilities need
+    ``imgbatch calibrate``); multilabel: of every label."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target's probability that is spread over all classes."""
     imbalance: Literal["none", "weights", "sampler"] = "none"

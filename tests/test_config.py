@@ -49,6 +49,8 @@ OPTIONS = [
     "train.weight_decay",
     "train.warmup_epochs",
     "train.clip_norm",
+    "train.l1",
+    "train.loss",
     "train.label_smoothing",
     "train.imbalance",
     "train.dropout",

@@ -37,7 +37,7 @@ def build_model_card(bundle: ModelBundle, shapes: Mapping[str, tuple[int, ...]],
         f"| parameters | {count_parameters(shapes):,} |",
         f"| preprocessing | {_cell(bundle.preprocess.describe())} |",
         f"| temperature | {_cell(bundle.temperature)} |",
-        f"| thresholds | {_cell(bundle.thresholds or 'none')} |",
+        f"| thresholds | {_cell(_thresholds(bundle) or 'none')} |",
         f"| classes | {_cell(shown)}{f' and {more} more' if more > 0 else ''} |",
         "",
         "## Measured",
@@ -49,6 +49,14 @@ def build_model_card(bundle: ModelBundle, shapes: Mapping[str, tuple[int, ...]],
         *(_bullets(bundle.provenance) or ["Not recorded."]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _thresholds(bundle: ModelBundle) -> str:
+    kinds = {"accept": "accepted without review from", "labels": "labels apply from"}
+    return "; ".join(
+        f"{kinds[kind]} {', '.join(f'{name} {_cell(limit)}' for name, limit in limits.items())}"
+        for kind, limits in (bundle.thresholds or {}).items()
+    )
 
 
 def _measured(metrics: Mapping[str, Any]) -> list[str]:

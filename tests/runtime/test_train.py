@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from imgbatch.config import Config
+from imgbatch.core.evaluate import evaluate
 from imgbatch.core.model import load_bundle
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
@@ -58,6 +59,29 @@ def test_what_was_measured_is_what_classification_gives(config, colour_manifest,
         query = "select avg((label = target)::int) from predictions where split = 'test'"
         assert connection.sql(query).fetchall() == [(result.metrics["test"]["top1"],)]
     assert pq.read_metadata(colour_manifest).num_rows == 48
+
+
+def test_labels_apply_from_thresholds_that_validation_chose(config, colour_images, write_manifest, tmp_path):
+    uris = [uri for same in colour_images.values() for uri in same]
+    targets = [["blue", "cool"]] * 16 + [["cool"]] * 16 + [[]] * 16
+    split = (["train"] * 10 + ["validation"] * 3 + ["test"] * 3) * 3
+    manifest = write_manifest("labels.parquet", uri=uris, targets=targets, split=split)
+    result = train(changed(config, input__manifest=str(manifest)))
+    assert result.bundle.thresholds.keys() == {"labels"}
+    assert result.bundle.thresholds["labels"].keys() == {"blue", "cool"}
+    assert "labels apply from blue 0." in (Path(result.bundle.path) / "README.md").read_text()
+    job = changed(
+        config,
+        input__manifest=str(manifest),
+        model__path=result.bundle.path,
+        output__path=str(tmp_path / "out"),
+        preprocess__resize_size=None,
+        preprocess__crop_size=None,
+    )
+    classify(job)
+    measured = evaluate(str(tmp_path / "out"), split="test").metrics
+    by_class = {row["class_name"]: row["f1"] for row in measured["per_class"]}
+    assert by_class == {name: scores["f1"] for name, scores in result.metrics["test"]["per_class"].items()}
 
 
 def test_the_same_command_finds_it_done_and_another_one_is_refused(config):

@@ -1,4 +1,4 @@
-"""From which probability on a label needs no review: per class for a target precision, or for a review budget.
+"""From which probability on a label applies, or needs no review: for the best F1, a precision, or a review budget.
 
 Legend of the shape suffixes: ``N`` rows, ``K`` classes.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from imgbatch.core.metrics.intervals import Interval, wilson_interval
-from imgbatch.core.metrics.ranking import precision_point, threshold_counts
+from imgbatch.core.metrics.ranking import best_f1_point, precision_point, threshold_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,16 @@ class Acceptance:
     """Share of the accepted rows that are right; none without any."""
     interval: Interval | None
     """95% of the precision (Wilson)."""
+
+
+def for_f1(probs_N: np.ndarray, positive_N: np.ndarray) -> float | None:
+    """A threshold of the highest F1, half-way to the next lower probability (or to 0); none without positives."""
+    counts = threshold_counts(positive_N, probs_N)
+    point = best_f1_point(counts)
+    if point is None:
+        return None
+    lower = counts.thresholds[counts.thresholds < point.threshold]
+    return (point.threshold + (float(lower[0]) if lower.size else 0.0)) / 2
 
 
 def for_precision(confidence_N: np.ndarray, right_N: np.ndarray, target_precision: float) -> float | None:

@@ -40,6 +40,7 @@ def save_trained(
         class_names=job.class_names,
         preprocess=job.spec,
         state_dict=load_weights(job.paths.best),
+        thresholds=outcome["thresholds"],
         provenance={
             "made_by": f"imgbatch train ({job.baseline or job.method})",
             "fingerprint": plan.fingerprint,
@@ -51,6 +52,7 @@ def save_trained(
             "train": plan.config.train.model_dump(mode="json", exclude={"weights", "storage"}),
             "augment": plan.config.augment.model_dump(mode="json"),
             "train_seconds": outcome["train_seconds"],
+            **({"thresholds": "of the best F1 on the validation split"} if outcome["thresholds"] else {}),
             "hardware": hardware,
             "versions": {"imgbatch": __version__, "python": platform.python_version(), **_versions()},
         },

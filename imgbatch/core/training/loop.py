@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,13 +32,14 @@ from imgbatch.core.training.images import (
 from imgbatch.core.training.job import TrainingJob
 from imgbatch.core.training.labelled import TRAIN, VALIDATION
 from imgbatch.core.training.losses import build_loss, class_weights
-from imgbatch.core.training.measure import measure, score
+from imgbatch.core.training.measure import choose_label_thresholds, measure, score
 from imgbatch.core.training.optimisation import (
     AveragedWeights,
     build_optimizer,
     parameter_groups,
     rate_factor,
     set_rates,
+    shrink_weights,
 )
 from imgbatch.core.training.sampling import BatchPlan, balancing_weights
 from imgbatch.core.training.workers import Worker
@@ -135,7 +137,9 @@ class Trainer:
         weights_K = (
             class_weights(truth_NK.sum(axis=0), len(truth_NK), job.task) if train.imbalance == "weights" else None
         )
-        loss_of = build_loss(job.task, label_smoothing=train.label_smoothing, class_weights_K=weights_K)
+        loss_of = build_loss(
+            job.task, kind=train.loss, label_smoothing=train.label_smoothing, class_weights_K=weights_K
+        )
         trains_statistics = self._set_training_mode()
         self._drop_features()
         shared = self.worker.share(self.network, has_statistics=trains_statistics)
@@ -156,11 +160,21 @@ class Trainer:
             self._finish_epoch(record, started, report)
 
     def conclude(self) -> None:
-        """Measure the best epoch on every split but train and write outcome.json."""
+        """Measure the best epoch on every split but train and write outcome.json.
+
+        A multilabel model's labels apply from the probabilities that are best for F1 on the validation split.
+        """
         self.worker.barrier()
-        self.network.load_state_dict(load_weights(self.job.paths.best))
+        job = self.job
+        self.network.load_state_dict(load_weights(job.paths.best))
+        label_thresholds = None
+        if job.task == "multilabel":
+            truth_NK = job.splits[VALIDATION].truth
+            label_thresholds = choose_label_thresholds(self._probs(VALIDATION, exact=True), truth_NK, job.class_names)
         metrics = {
-            split: self._measure(split, per_class=True, exact=True) for split in self.job.splits if split != TRAIN
+            split: self._measure(split, per_class=True, exact=True, label_thresholds=label_thresholds)
+            for split in job.splits
+            if split != TRAIN
         }
         if self.worker.is_first:
             best = next(record for record in reversed(self.history) if record["is_best"])
@@ -170,8 +184,9 @@ class Trainer:
                 "steps": self.history[-1]["steps"],
                 "train_seconds": round(sum(record["seconds"] for record in self.history), 2),
                 "metrics": metrics,
+                "thresholds": {"labels": label_thresholds} if label_thresholds else None,
             }
-            storage.write_json(self.job.paths.outcome, outcome)
+            storage.write_json(job.paths.outcome, outcome)
 
     def _run_steps(self, shared: nn.Module, batches: Iterator[Batch], loss_of: Any) -> float:
         """One epoch of optimiser steps; returns the mean loss of its images."""
@@ -206,6 +221,8 @@ class Trainer:
             if train.clip_norm:
                 nn.utils.clip_grad_norm_(trainable, train.clip_norm)
             self.optimizer.step()
+            if train.l1:
+                shrink_weights(self.optimizer, train.l1)
             if self.average is not None:
                 self.average.update(self.network)
         self.epoch = epoch
@@ -284,19 +301,30 @@ class Trainer:
         reduced = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
         return torch.autocast(kind, torch.bfloat16, enabled=reduced)
 
-    @torch.inference_mode()
-    def _measure(self, split: str, *, per_class: bool = False, exact: bool = False) -> dict[str, Any]:
-        """Metrics of a split; ``exact``: in float32, as classification computes it."""
+    def _measure(
+        self,
+        split: str,
+        *,
+        per_class: bool = False,
+        exact: bool = False,
+        label_thresholds: dict[str, float] | None = None,
+    ) -> dict[str, Any]:
+        """Metrics of a split; see :meth:`_probs`."""
         job = self.job
-        logits_NK = self._gather(split, self.network, exact=exact)
-        probs_NK = logits_NK.sigmoid() if job.task == "multilabel" else logits_NK.softmax(dim=1)
         return measure(
-            probs_NK.cpu().numpy(),
+            self._probs(split, exact=exact),
             job.splits[split].truth,
             task=job.task,
             class_names=job.class_names,
             per_class=per_class,
+            label_thresholds=label_thresholds,
         )
+
+    @torch.inference_mode()
+    def _probs(self, split: str, *, exact: bool) -> np.ndarray:
+        """probs_NK of a split, float32; ``exact``: computed in float32, as classification does it."""
+        logits_NK = self._gather(split, self.network, exact=exact)
+        return (logits_NK.sigmoid() if self.job.task == "multilabel" else logits_NK.softmax(dim=1)).cpu().numpy()
 
     def _gather(self, split: str, forward: Callable[[Tensor], Tensor], *, exact: bool = False) -> Tensor:
         """What ``forward`` makes of every image of a split, float32, computed by all workers together."""

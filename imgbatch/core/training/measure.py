@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 
 from imgbatch.core.description import Task
-from imgbatch.core.metrics import confusion, intervals, probability, ranking
+from imgbatch.core.metrics import confusion, intervals, probability, ranking, thresholds
+from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
 
 
 def measure(
-    probs_NK: np.ndarray, truth: np.ndarray, *, task: Task, class_names: tuple[str, ...], per_class: bool = False
+    probs_NK: np.ndarray,
+    truth: np.ndarray,
+    *,
+    task: Task,
+    class_names: tuple[str, ...],
+    per_class: bool = False,
+    label_thresholds: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Metrics of a split: shares from 0 to 1, losses in nats; what cannot be measured is ``None``.
 
@@ -23,12 +30,24 @@ def measure(
         probs_NK: float32.
         truth: as ``LabelledSplit.truth``.
         per_class: add a table of the classes.
+        label_thresholds: multilabel: class name to the probability from which it applies; others: 0.5.
     """
     if task == "multilabel":
-        metrics = _multi_label(probs_NK, truth, class_names, per_class)
+        metrics = _multi_label(probs_NK, truth, class_names, per_class, label_thresholds or {})
     else:
         metrics = _single_label(probs_NK, truth, class_names, per_class)
     return {"images": len(truth), **metrics}
+
+
+def choose_label_thresholds(
+    probs_NK: np.ndarray, truth_NK: np.ndarray, class_names: tuple[str, ...]
+) -> dict[str, float]:
+    """From which probability each label applies for the best F1 on these images; 0.5 for one that none of them has."""
+    chosen = [thresholds.for_f1(probs_NK[:, k], truth_NK[:, k]) for k in range(len(class_names))]
+    return {
+        name: DEFAULT_LABEL_THRESHOLD if threshold is None else threshold
+        for name, threshold in zip(class_names, chosen, strict=True)
+    }
 
 
 def score(metrics: dict[str, Any], metric: str, task: Task) -> tuple[float, float]:
@@ -83,9 +102,13 @@ def _single_label(
 
 
 def _multi_label(
-    probs_NK: np.ndarray, truth_NK: np.ndarray, class_names: tuple[str, ...], per_class: bool
+    probs_NK: np.ndarray,
+    truth_NK: np.ndarray,
+    class_names: tuple[str, ...],
+    per_class: bool,
+    label_thresholds: dict[str, float],
 ) -> dict[str, Any]:
-    said_NK = probs_NK >= 0.5
+    said_NK = probs_NK >= np.array([label_thresholds.get(name, DEFAULT_LABEL_THRESHOLD) for name in class_names])
     counts = confusion.ClassCounts(
         right=(said_NK & truth_NK).sum(axis=0), target=truth_NK.sum(axis=0), predicted=said_NK.sum(axis=0)
     )
@@ -101,10 +124,12 @@ def _multi_label(
     }
     if per_class:
         scores = confusion.class_scores(counts)
+        base_rate_K = truth_NK.mean(axis=0)
         metrics["per_class"] = {
             name: {
                 "images": int(counts.target[k]),
-                "base_rate": float(truth_NK[:, k].mean()),
+                "base_rate": float(base_rate_K[k]),
+                "f1_of_always_yes": float(2 * base_rate_K[k] / (1 + base_rate_K[k])),
                 "average_precision": _number(precision_K[k]),
                 "precision": _number(scores.precision[k]),
                 "recall": _number(scores.recall[k]),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from imgbatch.config import TrainConfig
 
@@ -61,6 +62,19 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group's learning rate becomes ``factor`` of its own highest."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+@torch.no_grad()
+def shrink_weights(optimizer: torch.optim.Optimizer, l1: float) -> None:
+    """The step of an L1 penalty: weights come nearer to 0 by their learning rate times ``l1``, and stay there.
+
+    Apart from the gradients, as AdamW's weight decay is, so that neither clipping nor the optimiser's own scales
+    change it. Norms and biases are left alone.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.ndim > 1:
+                parameter.copy_(functional.softshrink(parameter, group["lr"] * l1))
 
 
 class AveragedWeights:

@@ -52,6 +52,18 @@ def test_colours_are_learnt(colour_config):
     assert seen[-1]["train_loss"] < seen[1]["train_loss"]
 
 
+@pytest.mark.parametrize("loss", ["focal", "hinge"])
+def test_colours_are_learnt_from_other_losses_too(colour_config, loss):
+    _, outcome = train(changed(colour_config, train__epochs=8, train__loss=loss))
+    assert outcome["metrics"]["test"]["top1"] > 0.8
+
+
+def test_an_l1_penalty_leaves_fewer_weights(colour_config):
+    job, _ = train(changed(colour_config, train__l1=2.0))
+    weights = last_weights(job)["features.0.weight"]
+    assert 0 < (weights == 0).float().mean() < 1
+
+
 def test_a_killed_training_ends_as_if_nothing_had_happened(colour_config, tmp_path):
     config = changed(colour_config, train__epochs=3, train__ema_decay=0.9, train__dropout=0.2, augment__mixup=0.2)
     undisturbed, expected = train(changed(config, train__storage=str(tmp_path / "other")))

@@ -12,6 +12,7 @@ from imgbatch.core.training.optimisation import (
     parameter_groups,
     rate_factor,
     set_rates,
+    shrink_weights,
 )
 
 
@@ -56,6 +57,17 @@ def test_a_schedule_scales_every_group(optimizer):
     built = build_optimizer(parameter_groups(build_network("simple_cnn", 3), "head", config), config)
     set_rates(built, 0.5)
     assert all(group["lr"] == 0.5 * group["base_lr"] for group in built.param_groups)
+
+
+def test_an_l1_penalty_makes_small_weights_nothing_and_spares_biases():
+    layer = nn.Linear(3, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.05, -0.5, 1.0]]))
+        layer.bias.fill_(0.05)
+    config = TrainConfig(learning_rate=1.0)
+    shrink_weights(build_optimizer(parameter_groups(nn.Sequential(layer), "0", config), config), l1=0.1)
+    torch.testing.assert_close(layer.weight.data, torch.tensor([[0.0, -0.4, 0.9]]))
+    assert layer.bias.item() == pytest.approx(0.05)
 
 
 def test_averaged_weights_follow_and_survive_storing():
