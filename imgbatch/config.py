@@ -86,6 +86,13 @@ class DecodeConfig(Section):
     """An image of more pixels is ``TOO_LARGE``."""
 
 
+class GeoConfig(Section):
+    """Rasters: images of which a window or some bands are read (extra ``geo``)."""
+
+    max_nodata: float = Field(0.5, ge=0, le=1)
+    """Share of a tile's samples that may be missing (nodata, mask, alpha) before it is an ``EMPTY`` row."""
+
+
 class ClassifyConfig(Section):
     """How the job runs."""
 
@@ -288,6 +295,7 @@ class Config(Section):
     preprocess: PreprocessConfig = PreprocessConfig()
     fetch: FetchConfig = FetchConfig()
     decode: DecodeConfig = DecodeConfig()
+    geo: GeoConfig = GeoConfig()
     classify: ClassifyConfig = ClassifyConfig()
     resources: ResourcesConfig = ResourcesConfig()
     train: TrainConfig = TrainConfig()

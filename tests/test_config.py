@@ -24,6 +24,7 @@ OPTIONS = [
     "decode.timeout_s",
     "decode.memory_mb",
     "decode.max_pixels",
+    "geo.max_nodata",
     "classify.unit_rows",
     "classify.batch_size",
     "classify.engine",
