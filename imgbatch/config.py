@@ -18,6 +18,7 @@ from imgbatch.errors import UsageError, normalise_message
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
+IfChanged = Literal["error", "warn", "ignore"]
 
 
 class Section(BaseModel):
@@ -39,6 +40,9 @@ class InputConfig(Section):
     """Leave out the rows that the same model has labelled in this output."""
     since_run: str | None = None
     """As ``skip_existing``, but only labels of this run and of later ones count."""
+    if_changed: IfChanged = "error"
+    """What becomes of an object that is not what the manifest's ``etag`` says: a ``CHANGED`` row, or its label all
+    the same, with or without a line about how many there were."""
 
 
 class ModelConfig(Section):
@@ -73,6 +77,8 @@ class FetchConfig(Section):
     """Requests under way at once in each decode actor."""
     max_bytes: PositiveInt = 256 * 2**20
     """A larger file is ``TOO_LARGE``."""
+    client: Literal["auto", "s3fs", "obstore"] = "auto"
+    """What gets objects from S3; auto: obstore where it is installed, which takes less CPU."""
 
 
 class DecodeConfig(Section):
@@ -117,6 +123,10 @@ class ResourcesConfig(Section):
     """Threads of each classify actor on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What the model runs on."""
+    decode_labels: dict[str, str] = {}
+    """Ray labels that a node must have to decode, like ``{market-type: spot}``; values as in Ray's label selectors."""
+    classify_labels: dict[str, str] = {}
+    """Ray labels that a node must have to run the model, like ``{ray.io/accelerator-type: L4}``."""
 
 
 class TrainConfig(Section):
@@ -280,6 +290,17 @@ class RayConfig(Section):
     """Size of the object store of a Ray of its own, MB; none: sized from the units in flight."""
 
 
+class PlanConfig(Section):
+    """Looking ahead: ``imgbatch plan``."""
+
+    sample_rows: Annotated[int, Field(ge=0)] = 32
+    """Images to fetch, decode and classify for a forecast; 0: look at none."""
+    nodes: dict[str, PositiveInt] = {}
+    """Nodes that the job will have: how many of each type, like ``{g6.2xlarge: 4}``."""
+    prices: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Price of an hour of a node by type, in any currency."""
+
+
 class ReportConfig(Section):
     """The page on a run."""
 
@@ -305,6 +326,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     storage: StorageConfig = StorageConfig()
     ray: RayConfig = RayConfig()
+    plan: PlanConfig = PlanConfig()
     report: ReportConfig = ReportConfig()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import stat
 import threading
@@ -10,15 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import Any, TypeGuard
+from itertools import islice, repeat
+from typing import TypeGuard
 from urllib.parse import urlsplit
 
-import fsspec.asyn
-
-from imgbatch.config import FetchConfig
+from imgbatch.config import FetchConfig, IfChanged
 from imgbatch.core import storage
-from imgbatch.core.retry import TRANSIENT_HTTP, backoff_s, http_status
+from imgbatch.core.fetch_objects import ObjectClient, ObjectTooLarge, RequestFailed, choose_client, open_client
+from imgbatch.core.retry import backoff_s
 from imgbatch.errors import RowError, Stage, Status, row_error
 
 ALLOWED_SCHEMES = ("file", "s3")
@@ -26,9 +24,6 @@ ALLOWED_SCHEMES = ("file", "s3")
 _TRANSIENT_ERRNO = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EHOSTUNREACH, errno.EIO, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
 )
-_NETWORK_PACKAGES = ("aiohttp", "botocore", "urllib3")
-_CREDENTIAL_ERRORS = ("CredentialRetrievalError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-_RANGE_NOT_SATISFIABLE = 416
 
 Fetched = bytes | RowError
 
@@ -42,18 +37,24 @@ class _Rejected(Exception):
 
 
 class Fetcher:
-    """Fetches files; a context manager, for one thread.
+    """Fetches files; a context manager. Several threads may fetch at once, each its own files.
 
     Local files are read when they are asked for: handing a read of some 20 µs to another thread costs more than the
     read. Everything else is requested up to ``config.in_flight`` rows ahead.
     """
 
-    def __init__(self, config: FetchConfig) -> None:
+    def __init__(self, config: FetchConfig, *, if_changed: IfChanged = "error") -> None:
+        """``if_changed``: what becomes of an object whose ETag is not the one expected."""
         self._config = config
+        self._if_changed = if_changed
         self._executor: ThreadPoolExecutor | None = None
+        self._client: ObjectClient | None = None
+        self._lock = threading.Lock()
         self._closing = threading.Event()
         self.fetch_s = 0.0
         """Seconds for which whoever consumes the files has waited, in all."""
+        self.num_changed = 0
+        """Objects with another ETag than expected, in all."""
 
     def __enter__(self) -> Fetcher:
         return self
@@ -67,22 +68,38 @@ class Fetcher:
         if self._executor:
             self._executor.shutdown(cancel_futures=True)
 
-    def fetch(self, uris: Sequence[str | None]) -> Iterator[Fetched]:
-        """The content of each of ``uris``, or why there is none, in order.
+    def fetch(self, uris: Sequence[str | None], etags: Sequence[str | None] | None = None) -> Iterator[Fetched]:
+        """The content of each of ``uris``, or why there is none, in order. The first requests leave at once.
 
         Holds at most ``config.in_flight`` files, of at most ``config.max_bytes`` each. A file over that size is
         ``TOO_LARGE`` and not read on; a null or a scheme that is not allowed is an error row as well.
+
+        Args:
+            etags: what the ETag of each object was when it was listed, null where unknown; none: all unknown.
         """
-        following = iter(uris)
+        following = zip(uris, etags if etags is not None else repeat(None), strict=False)
         # A local file waits as its URI, anything else as the request under way.
         ahead: deque[Future[Fetched] | str] = deque()
+        self._request(following, ahead)
+        return self._receive(len(uris), following, ahead)
+
+    def _request(self, following: Iterator[tuple[str | None, str | None]], ahead: deque[Future[Fetched] | str]) -> None:
+        for uri, etag in islice(following, self._config.in_flight - len(ahead)):
+            ahead.append(self._submit(uri, etag) if _is_remote(uri) else uri or "")
+
+    def _receive(
+        self, count: int, following: Iterator[tuple[str | None, str | None]], ahead: deque[Future[Fetched] | str]
+    ) -> Iterator[Fetched]:
         try:
-            for _ in uris:
+            for _ in range(count):
                 started = time.perf_counter()
-                for uri in islice(following, self._config.in_flight - len(ahead)):
-                    ahead.append(self._submit(uri) if _is_remote(uri) else uri or "")
+                self._request(following, ahead)
                 first = ahead.popleft()
-                fetched = first.result() if isinstance(first, Future) else self._fetch_one(first, self._read_local)
+                fetched = (
+                    first.result()
+                    if isinstance(first, Future)
+                    else self._fetch_one(lambda uri=first: self._read_local(uri))  # type: ignore[misc]
+                )
                 self.fetch_s += time.perf_counter() - started
                 yield fetched
         finally:
@@ -90,17 +107,18 @@ class Fetcher:
                 if isinstance(pending, Future):
                     pending.cancel()
 
-    def _submit(self, uri: str) -> Future[Fetched]:
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self._config.in_flight, thread_name_prefix="fetch")
-        return self._executor.submit(self._fetch_one, uri, self._read_remote)
+    def _submit(self, uri: str, etag: str | None) -> Future[Fetched]:
+        with self._lock:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(self._config.in_flight, thread_name_prefix="fetch")
+        return self._executor.submit(self._fetch_one, lambda: self._read_object(uri, etag))
 
-    def _fetch_one(self, uri: str, read: Callable[[str], bytes]) -> Fetched:
+    def _fetch_one(self, read: Callable[[], bytes]) -> Fetched:
         attempt = 0
         while True:
             attempt += 1
             try:
-                return read(uri)
+                return read()
             except _Rejected as rejected:
                 return row_error(rejected.status, Stage.FETCH, rejected, attempt)
             except Exception as error:
@@ -124,26 +142,31 @@ class Fetcher:
         with path.open("rb", buffering=0) as file:
             return file.read()
 
-    def _read_remote(self, uri: str) -> bytes:
-        scheme = urlsplit(uri).scheme
-        if scheme not in ALLOWED_SCHEMES:
-            raise _Rejected(Status.REFUSED, f"{scheme}:// is not among {', '.join(ALLOWED_SCHEMES)}")
-        fs, path = storage.filesystem(uri)
+    def _read_object(self, uri: str, etag: str | None) -> bytes:
+        parts = urlsplit(uri, allow_fragments=False)
+        if parts.scheme not in ALLOWED_SCHEMES:
+            raise _Rejected(Status.REFUSED, f"{parts.scheme}:// is not among {', '.join(ALLOWED_SCHEMES)}")
+        # A key may hold a question mark.
+        bucket, _, key = uri.partition("://")[2].partition("/")
+        if not bucket or not key:
+            raise _Rejected(Status.NOT_FOUND, "a bucket, not an object")
         try:
-            data = fsspec.asyn.sync(fs.loop, self._cat, fs, path)
-        except OSError as error:
-            # Of an empty object there is no range to give.
-            if http_status(error) != _RANGE_NOT_SATISFIABLE:
-                raise
-            return b""
-        if len(data) > self._config.max_bytes:
-            raise self._too_large("more")
-        return data
+            found = self._object_client().get(bucket, key, max_bytes=self._config.max_bytes)
+        except ObjectTooLarge as error:
+            raise self._too_large(f"{error.size} bytes, more") from error
+        if etag and self._if_changed != "ignore" and found.etag and found.etag != etag.strip('"'):
+            with self._lock:
+                self.num_changed += 1
+            if self._if_changed == "error":
+                raise _Rejected(Status.CHANGED, f"the object's etag is {found.etag}, the manifest's {etag}")
+        return found.data
 
-    async def _cat(self, fs: Any, path: str) -> bytes:
-        # A range bounds what comes back without a request for the size first.
-        request = fs._cat_file(path, start=0, end=self._config.max_bytes + 1)
-        return await asyncio.wait_for(request, self._config.timeout_s)
+    def _object_client(self) -> ObjectClient:
+        with self._lock:
+            if self._client is None:
+                name = choose_client(self._config.client)
+                self._client = open_client(name, storage.settings(), timeout_s=self._config.timeout_s)
+            return self._client
 
     def _too_large(self, size: str) -> _Rejected:
         return _Rejected(Status.TOO_LARGE, f"{size} than fetch.max_bytes ({self._config.max_bytes}) allows")
@@ -155,16 +178,13 @@ def _is_remote(uri: str | None) -> TypeGuard[str]:
 
 def _judge(error: Exception) -> tuple[Status, bool]:
     """The status of a failed attempt, and whether another attempt may succeed."""
-    status = http_status(error)
-    if status in TRANSIENT_HTTP:
-        return Status.FETCH_FAILED, True
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or status == 404:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
         return Status.NOT_FOUND, False
-    if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _CREDENTIAL_ERRORS:
+    if isinstance(error, PermissionError):
         return Status.FORBIDDEN, False
-    transient = (
-        isinstance(error, TimeoutError | ConnectionError)
-        or (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO)
-        or (status is None and type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES)
+    if isinstance(error, RequestFailed):
+        return Status.FETCH_FAILED, error.may_pass
+    transient = isinstance(error, TimeoutError | ConnectionError) or (
+        isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
     )
     return Status.FETCH_FAILED, transient

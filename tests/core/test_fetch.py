@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from imgbatch.config import FetchConfig, StorageConfig
-from imgbatch.core import retry, storage
+from imgbatch.config import FetchConfig, IfChanged, StorageConfig
+from imgbatch.core import fetch, retry, storage
 from imgbatch.core.fetch import Fetcher
 from imgbatch.errors import RowError, Stage, Status
 
@@ -104,18 +104,18 @@ class ObjectHandler(BaseHTTPRequestHandler):
             time.sleep(2)
         if times and seen <= int(times):
             self.answer(int(status), b"<Error><Code>%s</Code><Message>no</Message></Error>" % status.encode())
-        elif key == "empty":
-            self.answer(416, b"<Error><Code>InvalidRange</Code><Message>no</Message></Error>")
+        elif key == "reset":
+            self.connection.close()
         else:
-            content = key.encode() * 10
-            last = int(self.headers["Range"].rpartition("-")[2])
-            self.answer(206, content[: last + 1])
+            content = b"" if key == "empty" else key.encode() * 10
+            self.answer(200, content, length=len(content) + (key == "short"))
         with self.server.lock:
             self.server.busy -= 1
 
-    def answer(self, status: int, body: bytes) -> None:
+    def answer(self, status: int, body: bytes, length: int | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header("ETag", '"etag-1"')
         self.end_headers()
         with contextlib.suppress(BrokenPipeError):  # whoever gave up waiting has gone
             self.wfile.write(body)
@@ -124,8 +124,10 @@ class ObjectHandler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-@pytest.fixture
-def objects(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
+@pytest.fixture(params=["s3fs", "obstore"])
+def objects(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
+    """The server, and each of the clients in turn as the one that ``auto`` means."""
+    monkeypatch.setattr(fetch, "choose_client", lambda _: request.param)
     with ObjectServer() as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         storage.configure(StorageConfig(endpoint_url=f"http://127.0.0.1:{server.server_port}"))
@@ -183,6 +185,49 @@ def test_a_server_that_is_not_there_may_come_back(objects: ObjectServer) -> None
 def test_a_large_object_is_not_read_whole_and_an_empty_one_is_empty() -> None:
     assert fetch_all(["s3://bucket/abcde", "s3://bucket/empty"], max_bytes=50) == [b"abcde" * 10, b""]
     assert fetch_error("s3://bucket/abcde", max_bytes=49).status is Status.TOO_LARGE
+
+
+@pytest.mark.usefixtures("objects")
+@pytest.mark.parametrize("key", ["reset", "short"])
+def test_a_connection_that_breaks_may_hold_the_next_time(key: str) -> None:
+    error = fetch_error(f"s3://bucket/{key}", retries=1)
+    assert (error.status, error.attempts) == (Status.FETCH_FAILED, 2)
+
+
+@pytest.mark.usefixtures("objects")
+def test_an_object_that_changed_is_an_error_or_counted_or_nothing() -> None:
+    uris: list[str | None] = ["s3://bucket/a", "s3://bucket/b", "s3://bucket/c"]
+    etags = ['"etag-1"', "other", None]
+    outcomes: dict[str, tuple[object, int]] = {}
+    modes: tuple[IfChanged, ...] = ("error", "warn", "ignore")
+    for mode in modes:
+        with Fetcher(FetchConfig(), if_changed=mode) as fetcher:
+            first, second, third = fetcher.fetch(uris, etags)
+            assert (first, third) == (b"a" * 10, b"c" * 10)
+            outcomes[mode] = (second.status if isinstance(second, RowError) else second, fetcher.num_changed)
+    assert outcomes == {"error": (Status.CHANGED, 1), "warn": (b"b" * 10, 1), "ignore": (b"b" * 10, 0)}
+
+
+@pytest.mark.usefixtures("objects")
+def test_odd_keys_are_taken_as_they_are(objects: ObjectServer) -> None:
+    uris: list[str | None] = ["s3://bucket/a b?c#d%20e", "s3://bucket/x//y", "s3://bucket", "s3://bucket/"]
+    outcomes = fetch_all(uris)
+    assert isinstance(outcomes[0], bytes)
+    assert isinstance(outcomes[1], bytes)
+    assert [error.status for error in outcomes[2:] if isinstance(error, RowError)] == [Status.NOT_FOUND] * 2
+    assert objects.requests["a%20b%3Fc%23d%2520e"] == 1
+
+
+def test_without_credentials_everything_is_forbidden(
+    objects: ObjectServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    error = fetch_error("s3://bucket/key")
+    assert (error.status, error.attempts) == (Status.FORBIDDEN, 1)
+    assert objects.requests.total() == 0
 
 
 def test_giving_up_half_way_leaves_no_thread(objects: ObjectServer) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.cli import run
+from imgbatch.config import StorageConfig
 from imgbatch.core import storage
 from imgbatch.core.model import ModelBundle
 from tests.conftest import TINY_CLASSES
@@ -37,9 +38,13 @@ def imgbatch(
     )
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.setattr(storage, "_filesystems", {})
+    here = StorageConfig(endpoint_url=s3_server)
+    storage.configure(here)
 
     def command(*arguments: str, code: int = 0) -> str:
+        storage.configure(StorageConfig())  # what the command does not learn from its configuration, it must not know
         result = run([*arguments, "-c", str(config)])
+        storage.configure(here)
         printed = capsys.readouterr()
         assert result == code, printed.out + printed.err
         return printed.out

@@ -1,0 +1,216 @@
+"""Clients that get objects: one request each, with the object's ETag; s3fs everywhere, obstore where it is installed.
+
+obstore takes a small part of the CPU that s3fs takes for each request (jobs/results has the figures), which decoding
+can use. Both see the same credentials, endpoint and region.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple, Protocol
+
+import fsspec.asyn
+
+from imgbatch.config import StorageConfig
+from imgbatch.core import s3
+from imgbatch.core.retry import TRANSIENT_HTTP, http_status
+
+ClientName = Literal["s3fs", "obstore"]
+
+_NETWORK_PACKAGES = ("aiohttp", "botocore", "urllib3")
+_CREDENTIAL_ERRORS = ("CredentialRetrievalError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+_CREDENTIALS_ASKED_EVERY = timedelta(minutes=5)
+_ANSWERED = re.compile(r"status code: (\d{3})")
+
+
+class StoredObject(NamedTuple):
+    """An object's content, and its ETag without quotes; empty where the server gives none."""
+
+    data: bytes
+    etag: str
+
+
+class ObjectTooLarge(Exception):
+    """Known from the answer's headers; the content was not read."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"{size} bytes")
+        self.size = size
+
+
+class RequestFailed(OSError):
+    """A request that failed in no way that has an exception of its own; ``may_pass``: another try is worth it."""
+
+    def __init__(self, message: str, *, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+
+
+class ObjectClient(Protocol):
+    """Gets objects, for any thread."""
+
+    def get(self, bucket: str, key: str, *, max_bytes: int) -> StoredObject:
+        """One request, one attempt.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            PermissionError: credentials are missing, wrong, or do not suffice.
+            ObjectTooLarge: more than ``max_bytes``.
+            TimeoutError: longer than the client's timeout.
+            RequestFailed: anything else: another answer, a connection that broke, a body that ended early.
+        """
+
+
+def choose_client(configured: Literal["auto", "s3fs", "obstore"]) -> ClientName:
+    """``fetch.client`` resolved: obstore where it is installed."""
+    if configured != "auto":
+        return configured
+    return "obstore" if find_spec("obstore") else "s3fs"
+
+
+def open_client(name: ClientName, settings: StorageConfig, *, timeout_s: float) -> ObjectClient:
+    """A client of ``settings``; ``timeout_s``: for one request, its content included."""
+    s3fs_client = S3fsClient(settings, timeout_s)
+    return ObstoreClient(settings, timeout_s, s3fs_client) if name == "obstore" else s3fs_client
+
+
+class S3fsClient:
+    """Through the client that s3fs holds, in fsspec's thread."""
+
+    def __init__(self, settings: StorageConfig, timeout_s: float) -> None:
+        self.fs = s3.open_filesystem(settings, attempts=1)
+        self._timeout_s = timeout_s
+
+    def get(self, bucket: str, key: str, *, max_bytes: int) -> StoredObject:
+        """See :class:`ObjectClient`."""
+        try:
+            return fsspec.asyn.sync(self.fs.loop, self._get, bucket, key, max_bytes)
+        except (ObjectTooLarge, FileNotFoundError, PermissionError, TimeoutError):
+            raise
+        except Exception as error:
+            raise _translated(error) from error
+
+    async def _get(self, bucket: str, key: str, max_bytes: int) -> StoredObject:
+        return await asyncio.wait_for(self._read(bucket, key, max_bytes), self._timeout_s)
+
+    async def _read(self, bucket: str, key: str, max_bytes: int) -> StoredObject:
+        answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key)
+        try:
+            if answer["ContentLength"] > max_bytes:
+                raise ObjectTooLarge(answer["ContentLength"])
+            return StoredObject(await answer["Body"].read(), s3.unquoted_etag(answer.get("ETag")))
+        finally:
+            answer["Body"].close()
+
+
+def _translated(error: Exception) -> OSError:
+    status = http_status(error)
+    if status in (401, 403) or type(error).__name__ in _CREDENTIAL_ERRORS:
+        return PermissionError(str(error))
+    if status == 404:
+        return FileNotFoundError(str(error))
+    unanswered = status is None and (
+        isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES
+    )
+    return RequestFailed(f"{type(error).__name__}: {error}", may_pass=unanswered or status in TRANSIENT_HTTP)
+
+
+class ObstoreClient:
+    """Through object_store in Rust. Where the server is and who asks is what s3fs found."""
+
+    def __init__(self, settings: StorageConfig, timeout_s: float, s3fs_client: S3fsClient) -> None:
+        self._settings = settings
+        self._timeout_s = timeout_s
+        self._s3fs = s3fs_client
+        self._stores: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def get(self, bucket: str, key: str, *, max_bytes: int) -> StoredObject:
+        """See :class:`ObjectClient`."""
+        import obstore
+        from obstore import exceptions
+
+        if not _is_normal(key):
+            return self._s3fs.get(bucket, key, max_bytes=max_bytes)
+        try:
+            found = obstore.get(self._store(bucket), key)
+            if found.meta["size"] > max_bytes:
+                raise ObjectTooLarge(found.meta["size"])
+            return StoredObject(bytes(found.bytes()), s3.unquoted_etag(found.meta["e_tag"]))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(_first_line(error)) from error
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+            raise PermissionError(_first_line(error)) from error
+        except exceptions.BaseError as error:
+            message = _first_line(error)
+            answered = _ANSWERED.search(message)
+            raise RequestFailed(message, may_pass=not answered or int(answered[1]) in TRANSIENT_HTTP) from error
+
+    def _store(self, bucket: str) -> Any:
+        with self._lock:
+            if bucket not in self._stores:
+                self._stores[bucket] = self._open_store(bucket)
+            return self._stores[bucket]
+
+    def _open_store(self, bucket: str) -> Any:
+        from obstore.store import S3Store
+
+        settings = self._settings
+        signing = {"skip_signature": True} if settings.anonymous else {"credential_provider": self._credentials()}
+        endpoint, region = self._locate(bucket)
+        return S3Store(
+            bucket,
+            endpoint=endpoint,
+            region=region,
+            virtual_hosted_style_request=False,
+            request_payer=settings.requester_pays,
+            client_options={
+                "allow_http": endpoint.startswith("http://"),
+                "timeout": timedelta(seconds=self._timeout_s),
+                "connect_timeout": timedelta(seconds=settings.connect_timeout_s),
+            },
+            retry_config={"max_retries": 0},
+            **signing,
+        )
+
+    def _locate(self, bucket: str) -> tuple[str, str]:
+        """Endpoint and region of a bucket: unlike s3fs, obstore does not follow it into another region."""
+        fs = self._s3fs.fs
+        fs.connect()
+        endpoint, region = fs.s3.meta.endpoint_url, fs.s3.meta.region_name
+        if not endpoint.endswith(".amazonaws.com"):
+            return endpoint, region or "us-east-1"
+        region = fs.call_s3("head_bucket", Bucket=bucket).get("BucketRegion") or region
+        return f"https://s3.{region}.amazonaws.com", region
+
+    def _credentials(self) -> Any:
+        """What obstore asks for credentials: botocore's chain, which renews those that expire."""
+        import botocore.session
+
+        credentials = botocore.session.Session(profile=self._settings.profile).get_credentials()
+        if credentials is None:
+            raise PermissionError("no credentials in the environment, a profile or a role")
+
+        def provide() -> dict[str, Any]:
+            frozen = credentials.get_frozen_credentials()
+            return {
+                "access_key_id": frozen.access_key,
+                "secret_access_key": frozen.secret_key,
+                "token": frozen.token,
+                "expires_at": datetime.now(UTC) + _CREDENTIALS_ASKED_EVERY,
+            }
+
+        return provide
+
+
+def _is_normal(key: str) -> bool:
+    """Whether the key is one that object_store would not change: no empty or dotted segments."""
+    return not any(part in ("", ".", "..") for part in key.split("/"))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
