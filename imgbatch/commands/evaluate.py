@@ -52,7 +52,7 @@ def evaluate(
         print_json(result.metrics)
         return
     rows = result.metrics["rows"]
-    _print_rows(rows)
+    _print_rows(rows, split)
     _warn_of_train(rows["of_train_split"], split, "--split test measures those that it has not seen")
     _print_figures(result.metrics)
     worst = sorted(result.metrics["per_class"], key=lambda entry: entry["f1"] or 0)
@@ -152,6 +152,7 @@ def compare(
         f"{images['both']:,} images in both ({images['in_a']:,} in A, {images['in_b']:,} in B); "
         f"{figures['agreement']:.1%} labelled alike"
     )
+    _warn_of_train(images["of_train_split"], split, "--split test compares those that it has not seen")
     names = [name for name in ("top1", "exact_match", "balanced_accuracy", "macro_f1") if name in figures]
     _print_table("B less A", [{"": name, **figures[name]} for name in names])
     if "mcnemar" in figures:
@@ -170,7 +171,7 @@ def compare(
         console.print(f"report: {page}", markup=False)
 
 
-def _print_rows(rows: Mapping[str, Any]) -> None:
+def _print_rows(rows: Mapping[str, Any], split: str | None) -> None:
     console.print(
         f"{rows['with_target']:,} rows with a target: {rows['measured']:,} measured, "
         f"{rows['without_prediction']:,} without a prediction, coverage {rows['coverage']:.2%}"
@@ -184,7 +185,8 @@ def _print_rows(rows: Mapping[str, Any]) -> None:
             "targets unknown to the model: " + ", ".join(f"{name} ({n:,})" for name, n in names), markup=False
         )
     if rows["predicted_without_target"]:
-        console.print(f"{rows['predicted_without_target']:,} predictions have no target")
+        why = "have no target" if split is None else "have no target or are of other splits"
+        console.print(f"{rows['predicted_without_target']:,} predictions {why}")
 
 
 def _warn_of_train(num_rows: int, split: str | None, advice: str) -> None:

@@ -72,6 +72,7 @@ def compare(
             "task": labeller_a.task,
             "a": _describe(out_a, labeller_a),
             "b": _describe(out_b, labeller_b),
+            "split": split,
             "images": images,
             "outcomes": outcomes,
             "agreement": scored.fetch_row("select count(*) filter (same) / count(*) from paired")[0],
@@ -114,7 +115,7 @@ def _pair(scored: Scored) -> None:
     scored.connection.execute(
         f"""
         create temp view both_labelled as
-        select {", ".join(f"a.{name}" for name in IDENTITY)}, a.truth,
+        select {", ".join(f"a.{name}" for name in IDENTITY)}, a.truth, a.of_train,
             a.label as label_a, a.probability as probability_a, b.label as label_b, b.probability as probability_b,
             {answers}
         from scored a join b.predictions b using (image_id);
@@ -130,11 +131,13 @@ def _pair(scored: Scored) -> None:
 
 
 def _count_images(scored: Scored, out_a: str, out_b: str) -> dict[str, int]:
-    both, with_target = scored.fetch_row("select count(*), count(truth) from paired")
+    both, with_target, of_train = scored.fetch_row(
+        "select count(*), count(truth), count(truth) filter (of_train) from paired"
+    )
     if not both:
         raise UsageError(f"{out_a} and {out_b}: no image_id in common among their predictions")
     in_a, in_b = (scored.fetch_row(f"select count(*) from {name}")[0] for name in ("predictions", "b.predictions"))
-    return {"in_a": in_a, "in_b": in_b, "both": both, "with_target": with_target}
+    return {"in_a": in_a, "in_b": in_b, "both": both, "with_target": with_target, "of_train_split": of_train}
 
 
 def _describe(out: str, labeller: Labeller) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _write(directory: str, source: _Source) -> tuple[Explanations, dict[str, Row
         reasons = ", ".join(sorted({error.status.value for error in pictures.failed.values()}))
         raise UsageError(f"manifest {source.manifest}: none of the images could be decoded ({reasons})")
     before = read_explanations(directory)
-    images = []
+    images: list[Explanation] = []
     for heat_map in draw_heat_maps(explainer, source.bundle, pictures):
         file = _picture_name(len(images))
         storage.replace(storage.join(directory, file), encode_png(heat_map.picture_HWC))

@@ -18,7 +18,8 @@ FORMAT_VERSION = 1
 TITLE = "Where the model looked"
 LEGEND = (
     "Each picture: the image as the model sees it, then how strongly each part of it speaks for a class, with the "
-    "probability that the model gives that class. ✗ is what the model says and is wrong, ✓ is what is true."
+    "probability that the model gives that class; grey all over where nothing does. ✗ is what the model says and is "
+    "wrong, ✓ is what is true."
 )
 
 

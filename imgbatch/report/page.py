@@ -133,6 +133,7 @@ def _pick(
     part = max(1, max_thumbnails * 3 // 20)
     shown = max(1, min(_LABELS_PICTURED, part, len(summary.labels)))
     each = max(_LEAST_PER_LABEL, min(_MOST_PER_LABEL, max_thumbnails * 2 // 5 // shown))
+    pictured = [entry.label for entry in summary.labels[:shown]]
     mistakes: tuple[Pick, ...] = ()
     label_errors: tuple[Pick, ...] = ()
     if isinstance(quality, Quality):
@@ -141,7 +142,7 @@ def _pick(
         if _listed(quality.metrics, "label_errors"):
             label_errors = picks.pick_label_errors(connection, quality.directory, part)
     return Galleries(
-        tuple(picks.pick_per_label(connection, [each.label for each in summary.labels[:shown]], each)),
+        tuple(picks.pick_per_label(connection, pictured, each, is_multilabel=is_multilabel)),
         picks.pick_least_certain(connection, part, is_multilabel=is_multilabel),
         picks.pick_failed(connection, part, _FAILED_PER_STATUS),
         mistakes,

@@ -42,10 +42,19 @@ class Gallery:
     picks: tuple[Pick, ...]
 
 
-def pick_per_label(connection: duckdb.DuckDBPyConnection, labels: Iterable[str], each: int) -> list[Gallery]:
-    """``each`` images of every one of ``labels``, as the most probable label."""
+def pick_per_label(
+    connection: duckdb.DuckDBPyConnection, labels: Iterable[str], each: int, *, is_multilabel: bool = False
+) -> list[Gallery]:
+    """``each`` images of every one of ``labels``; multi-label: of those that were given it among others."""
+    relation = "predictions"
+    if is_multilabel:
+        relation = (
+            "(select * replace (said as label, "
+            "list_filter(top_k, lambda entry: entry.label = said)[1].probability as probability) "
+            "from (select *, unnest(labels) as said from predictions))"
+        )
     rows = connection.execute(
-        f"select label, arg_min({_PACKED}, hash(image_id), ?) from predictions "
+        f"select label, arg_min({_PACKED}, hash(image_id), ?) from {relation} "
         "where label in (select unnest(?::varchar[])) group by label",
         [each, list(labels)],
     ).fetchall()
@@ -57,7 +66,7 @@ def pick_least_certain(connection: duckdb.DuckDBPyConnection, limit: int, *, is_
     """The images between whose two best classes the model could hardly decide; the smallest margin first.
 
     Multi-label rows have no margin: those with a label closest to one half come first, or where probabilities were
-    not stored, those whose best label is.
+    not stored, those whose best label is. They are shown with that label.
     """
     if is_multilabel:
         order = "coalesce(list_min([abs(p - 0.5) for p in probabilities]), abs(probability - 0.5))"
@@ -68,7 +77,7 @@ def pick_least_certain(connection: duckdb.DuckDBPyConnection, limit: int, *, is_
         f"select {_IDENTITY}, label, probability, top_k from predictions "
         f"order by {order} nulls last, image_id limit {int(limit)}",
     )
-    return tuple(_labelled(row, runner_up=True) for row in rows)
+    return tuple(_undecided(row) if is_multilabel else _labelled(row, runner_up=True) for row in rows)
 
 
 def pick_failed(connection: duckdb.DuckDBPyConnection, limit: int, each: int) -> tuple[Pick, ...]:
@@ -98,6 +107,13 @@ def _labelled(row: dict[str, Any], *, runner_up: bool = False) -> Pick:
         second = row["top_k"][1]
         note = f"or {second['label']} {second['probability']:.2f}"
     return _pick(row, row["label"], row["probability"], note)
+
+
+def _undecided(row: dict[str, Any]) -> Pick:
+    """Of a multi-label row, the label closest to one half."""
+    best = {"label": row["label"], "probability": row["probability"]}
+    closest = min([best, *(row["top_k"] or ())], key=lambda entry: abs(entry["probability"] - 0.5))
+    return _pick(row, closest["label"], closest["probability"], "")
 
 
 def _failed(status: str, row: dict[str, Any]) -> Pick:

@@ -29,7 +29,8 @@ class LabelCount:
 
     label: str
     count: int
-    mean_probability: float
+    mean_probability: float | None
+    """None where no row stored it: multi-label, and not among the best classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +173,10 @@ def summarise(
 
 
 def _count_said(connection: duckdb.DuckDBPyConnection) -> list[LabelCount]:
-    """Rows by label said; ``probability`` is known for the most probable one only, so its mean is over those rows."""
+    """Rows by label said, and its mean probability over those rows that list it among their best classes."""
     found = connection.execute(
-        "select said, count(*), coalesce(avg(probability::double) filter (said = label), 0) "
-        "from (select unnest(labels) as said, label, probability from predictions) group by said"
+        "select said, count(*), avg(list_filter(top_k, lambda entry: entry.label = said)[1].probability::double) "
+        "from (select unnest(labels) as said, top_k from predictions) group by said"
     ).fetchall()
     return [LabelCount(*row) for row in found]
 

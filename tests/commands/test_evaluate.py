@@ -44,9 +44,11 @@ def test_rows_that_the_model_was_trained_on_are_pointed_out(store_run, tiny_mode
     failed = {"image_id": ["bad"], "target": ["red"], "split": ["test"], "status": ["EMPTY"]}
     probs = np.tile(np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]], np.float32), (30, 1))
     out = str(store_run(CLASSES, probs, columns=columns, failed=failed, model_id=tiny_model.model_id))
+    assert run(["evaluate", out, "--split", "test"]) == 0
+    assert "40 predictions have no target or are of other splits" in capsys.readouterr().out
     notice = "40 rows are of split train, which a model may know by heart"
     calibrate = ["calibrate", out, "-m", tiny_model.path, "-o", str(tmp_path / "calibrated")]
-    for command in (["evaluate", out], calibrate):
+    for command in (["evaluate", out], calibrate, ["compare", out, out, "-o", str(tmp_path), "--thumbnails", "0"]):
         assert run(command) == 0
         assert notice in capsys.readouterr().out
         assert run([*command, "--split", "test"]) == 0

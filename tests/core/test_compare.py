@@ -42,7 +42,7 @@ def test_differences_equal_those_of_the_arrays(store_run, targets, tmp_path):
     )
     result = compare(str(out_a), str(out_b), directory=str(tmp_path / "diff"))
     figures = result.figures
-    assert figures["images"] == {"in_a": 600, "in_b": 600, "both": 599, "with_target": 599}
+    assert figures["images"] == {"in_a": 600, "in_b": 600, "both": 599, "with_target": 599, "of_train_split": 0}
     truth, said_a, said_b = targets[1:], a.argmax(axis=1)[1:], b.argmax(axis=1)[1:]
     right_a, right_b = said_a == truth, said_b == truth
     assert figures["outcomes"] == {

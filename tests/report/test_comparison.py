@@ -61,6 +61,13 @@ def test_images_are_bounded(compared, read_page):
     assert "Only A is right" in page.text
 
 
+def test_images_that_a_model_was_trained_on_are_pointed_out(compared, read_page):
+    columns = {"target": [CLASSES[k % 3] for k in range(NUM_IMAGES)], "split": ["train", "test"] * (NUM_IMAGES // 2)}
+    failed = {"image_id": ["x"], "status": ["EMPTY"], "target": ["red"], "split": ["test"]}
+    page = read_page(write_comparison(compared(columns, failed=failed), max_thumbnails=0))
+    assert "30 of the images are of the split “train”" in page.text
+
+
 def test_without_targets_it_tells_agreement_only(compared, read_page):
     text = read_page(write_comparison(compared(columns={"site": ["x"] * NUM_IMAGES}), max_thumbnails=3)).text
     assert "nobody is right" in text

@@ -44,9 +44,25 @@ def test_multi_label_rows_count_for_each_of_their_labels(store_run):
     with contextlib.closing(open_views(out)) as connection:
         summary = summarise(connection, out, is_multilabel=True)
         uncertain = picks.pick_least_certain(connection, 3, is_multilabel=True)
+        galleries = picks.pick_per_label(connection, ["dog", "cat"], each=2, is_multilabel=True)
     assert [(each.label, each.count) for each in summary.labels] == [("cat", 2), ("dog", 1)]
+    assert [each.mean_probability for each in summary.labels] == pytest.approx([0.75, 0.8])
     assert summary.num_predictions == 3
     assert [each.image_id for each in uncertain] == ["image-1", "image-2", "image-0"]
+    assert [each.title for each in uncertain] == ["cat", "dog", "dog"]
+    assert [(name.name, [pick.probability for pick in name.picks]) for name in galleries] == [
+        ("dog", [pytest.approx(0.8)]),
+        ("cat", [pytest.approx(0.9), pytest.approx(0.6)]),
+    ]
+
+
+def test_a_label_whose_probability_was_not_stored_has_no_mean(store_run):
+    out = str(store_run(("cat", "dog"), np.array([[0.9, 0.8]], np.float32), task="multilabel", keep="none"))
+    with contextlib.closing(open_views(out)) as connection:
+        summary = summarise(connection, out, is_multilabel=True)
+        [uncertain] = picks.pick_least_certain(connection, 3, is_multilabel=True)
+    assert [each.mean_probability for each in summary.labels] == [None, None]
+    assert (uncertain.title, uncertain.probability) == ("cat", pytest.approx(0.9))
 
 
 def test_rows_of_a_retry_count_once(store_run):
