@@ -30,9 +30,12 @@ def explain(
         str | None,
         typer.Option("-o", "--output", help="Directory for the pictures and index.html; default: OUT's newest run."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many images.")] = 12,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, unless --image-id names them.")] = 12,
     image_id: Annotated[
-        list[str] | None, typer.Option("--image-id", help="This image; may be repeated. Without OUT: or a sample.")
+        list[str] | None,
+        typer.Option(
+            "--image-id", help="This image; may be repeated. Default: OUT's worst mistakes; no OUT: a sample."
+        ),
     ] = None,
 ) -> None:
     """Draw Grad-CAM heat maps over the worst mistakes of an output, or over images of a manifest."""
