@@ -16,8 +16,8 @@ SCHEMA_VERSION = "1"
 
 URI, BYTES, ROW_ID, IMAGE_ID = "uri", "bytes", "row_id", "image_id"
 TARGET, TARGETS, SPLIT, WINDOW, BANDS = "target", "targets", "split", "window", "bands"
-ETAG = "etag"
-"""What an object store called the object's content when it was listed."""
+SIZE, ETAG = "size", "etag"
+"""Bytes of an object, and what an object store called the object's content when it was listed."""
 
 WINDOW_TYPE = pa.struct(
     [("col_off", pa.int64()), ("row_off", pa.int64()), ("width", pa.int64()), ("height", pa.int64())]

@@ -22,4 +22,5 @@ def remove_run(out: str, run_id: str) -> None:
     current.update(out)
     for kind in KINDS:
         storage.remove(run.paths.data(kind))
+        storage.remove_left_uploads(run.paths.data(kind), older_than_s=0)
     storage.remove(run.paths.root)

@@ -282,3 +282,4 @@ def _remove_strays(run: Run, files: list[OutputFile]) -> None:
         for info in storage.list_files(run.paths.data(kind)):
             if info.uri not in keep:
                 storage.remove(info.uri)
+        storage.remove_left_uploads(run.paths.data(kind))

@@ -11,7 +11,7 @@ import gzip
 import io
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import IO, NamedTuple, Protocol, cast
@@ -21,8 +21,9 @@ from fsspec.utils import glob_translate
 
 from imgbatch.core import storage
 from imgbatch.core.parquet import BATCH_ROWS, SUFFIX, ParquetDataset, open_dataset
+from imgbatch.core.storage import FileInfo
 from imgbatch.errors import UsageError, normalise_message
-from imgbatch.schema import TARGETS, URI
+from imgbatch.schema import ETAG, SIZE, TARGETS, URI
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """What is an image in a folder or glob, whatever the case."""
@@ -111,8 +112,8 @@ def _open_source(path: str, given: str, options: TableOptions) -> Iterator[Sourc
         matches = list(_iter_matches(root, pattern))
         if not matches:
             raise UsageError(f"{given}: no file matches")
-        for uri in matches:
-            yield from _open_source(uri, uri, options)
+        for info in matches:
+            yield from _open_source(info.uri, info.uri, options)
     elif not _exists(path):
         raise UsageError(f"{given}: there is no such file or directory")
     elif lowered.endswith(LIST_SUFFIXES):
@@ -129,6 +130,12 @@ def _open_source(path: str, given: str, options: TableOptions) -> Iterator[Sourc
 
 
 _URI_SCHEMA = pa.schema([(URI, pa.string())])
+_OBJECT_SCHEMA = pa.schema([(URI, pa.string()), (SIZE, pa.int64()), (ETAG, pa.string())])
+"""What an object store's listing knows, by which a later run sees that an object changed."""
+
+
+def _image_schema(path: str) -> pa.Schema:
+    return _OBJECT_SCHEMA if storage.is_s3(path) else _URI_SCHEMA
 
 
 @dataclass(frozen=True)
@@ -136,11 +143,14 @@ class ImageFile:
     """One image, as when a shell expands a glob."""
 
     path: str
-    schema: pa.Schema = _URI_SCHEMA
+
+    @property
+    def schema(self) -> pa.Schema:
+        return _image_schema(self.path)
 
     def iter_rows(self) -> Iterator[SourceRows]:
         folder, name = posixpath.split(self.path)
-        yield _image_rows([self.path], [name], posixpath.basename(folder))
+        yield _image_rows([storage.file_info(self.path)], [name], posixpath.basename(folder), self.schema)
 
 
 @dataclass(frozen=True)
@@ -149,13 +159,18 @@ class ImageFolder:
 
     path: str
     pattern: str = "**"
-    schema: pa.Schema = _URI_SCHEMA
+
+    @property
+    def schema(self) -> pa.Schema:
+        return _image_schema(self.path)
 
     def iter_rows(self) -> Iterator[SourceRows]:
         prefix = storage.listing_prefix(self.path)
-        images = (uri for uri in _iter_matches(self.path, self.pattern) if uri.lower().endswith(IMAGE_SUFFIXES))
-        while uris := list(islice(images, BATCH_ROWS)):
-            yield _image_rows(uris, [uri.removeprefix(prefix) for uri in uris], posixpath.basename(prefix.rstrip("/")))
+        found = _iter_matches(self.path, self.pattern)
+        images = (info for info in found if info.uri.lower().endswith(IMAGE_SUFFIXES))
+        while batch := list(islice(images, BATCH_ROWS)):
+            names = [info.uri.removeprefix(prefix) for info in batch]
+            yield _image_rows(batch, names, posixpath.basename(prefix.rstrip("/")), self.schema)
 
 
 class ListFile:
@@ -271,11 +286,17 @@ def _split(text: str | list[str] | None, separator: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _image_rows(uris: list[str], names: list[str], folder: str) -> SourceRows:
-    return SourceRows(pa.table([pa.array(uris, pa.string())], schema=_URI_SCHEMA), [*names], folder)
+def _image_rows(images: Sequence[FileInfo], names: list[str], folder: str, schema: pa.Schema) -> SourceRows:
+    columns = {
+        URI: [info.uri for info in images],
+        SIZE: [info.size for info in images],
+        ETAG: [info.version for info in images],
+    }
+    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    return SourceRows(table, [*names], folder)
 
 
-def _iter_matches(root: str, pattern: str) -> Iterator[str]:
+def _iter_matches(root: str, pattern: str) -> Iterator[FileInfo]:
     prefix = storage.listing_prefix(root)
     matches = re.compile(glob_translate(pattern)).match
     try:
@@ -285,7 +306,7 @@ def _iter_matches(root: str, pattern: str) -> Iterator[str]:
                 continue
             if not name.isascii():
                 _check_unicode(info.uri)
-            yield info.uri
+            yield info
     except UsageError:
         raise
     except Exception as error:  # every object store's client has exceptions of its own

@@ -30,7 +30,7 @@ _LISTINGS_AT_ONCE = 16
 _PAGES_AHEAD = 4
 _LEVELS_SPLIT = 3
 
-_CONFLICT, _PRECONDITION_FAILED, _NOT_IMPLEMENTED = 409, 412, 501
+_FORBIDDEN, _NOT_ALLOWED, _CONFLICT, _PRECONDITION_FAILED, _NOT_IMPLEMENTED = 403, 405, 409, 412, 501
 
 
 class S3Object(NamedTuple):
@@ -247,14 +247,22 @@ def _received(pages: queue.Queue[list[S3Object] | BaseException | None]) -> Iter
 
 
 def abort_uploads(fs: Any, path: str, *, older_than_s: float) -> int:
-    """End multipart uploads below a path that nobody completed, and free what they hold; returns how many."""
+    """End multipart uploads below a path that nobody completed, and free what they hold; returns how many.
+
+    The right to list uploads is rarely granted, and some servers cannot: nothing but space is lost without.
+    """
     bucket, key, _ = fs.split_path(path)
     prefix = key.rstrip("/") + "/" if key else ""
     before = datetime.now(UTC) - timedelta(seconds=older_than_s)
     count = 0
     position: dict[str, str] = {}
     while True:
-        answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **position)
+        try:
+            answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **position)
+        except OSError as error:
+            if http_status(error) not in (_FORBIDDEN, _NOT_ALLOWED, _NOT_IMPLEMENTED):
+                raise
+            return count
         for upload in answer.get("Uploads", ()):
             if upload["Initiated"] <= before:
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])

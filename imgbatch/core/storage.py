@@ -335,9 +335,7 @@ def remove_left_uploads(uri: str, *, older_than_s: float = _STALE_UPLOAD_S) -> N
         from imgbatch.core import s3
 
         fs, path = filesystem(uri)
-        # Rights to list uploads are rarely granted, and nothing but storage is lost without them.
-        with contextlib.suppress(PermissionError, NotImplementedError):
-            s3.abort_uploads(fs, path, older_than_s=older_than_s)
+        s3.abort_uploads(fs, path, older_than_s=older_than_s)
 
 
 def check_writable(directory: str) -> None:

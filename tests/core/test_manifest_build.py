@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from imgbatch.core import storage
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.manifest_build import BuildOptions, build_manifest, draw_split, parse_split_shares
 from imgbatch.core.manifest_sources import TableOptions, resolve
@@ -277,3 +279,21 @@ def test_an_object_store_is_listed_and_written(tmp_path: Path) -> None:
         assert build(tmp_path, "memory://photos/*/b*.jpg").num_rows == 1
     finally:
         fs.rm("/", recursive=True)
+
+
+def test_objects_keep_their_size_and_etag(s3_bucket: str, tmp_path: Path) -> None:
+    names = ["cat/1.jpg", "cat/2.png", "dog/3.jpg", "dog/notes.txt", ".hidden/4.jpg"]
+    for index, name in enumerate(names):
+        storage.replace(f"{s3_bucket}/images/{name}", bytes(index + 1))
+    (tmp_path / "5.jpg").write_bytes(b"local")
+    output = f"{s3_bucket}/manifests/all.parquet"
+    tally = build_manifest(
+        [f"{s3_bucket}/images", f"{s3_bucket}/images/c*/1.jpg", str(tmp_path / "5.jpg")], output, BuildOptions()
+    )
+    assert tally.num_rows == 5
+    rows = open_manifest(output)
+    table = pa.concat_tables(rows.iter_batches())
+    assert table["uri"].to_pylist()[:3] == [f"{s3_bucket}/images/{name}" for name in names[:3]]
+    assert table["size"].to_pylist() == [1, 2, 3, 1, None]
+    digests = [hashlib.md5(bytes(size)).hexdigest() for size in (1, 2, 3, 1)]
+    assert table["etag"].to_pylist() == [*digests, None]
