@@ -31,6 +31,7 @@ from imgbatch.core.decode_protocol import (
     RowState,
     UnitBuffer,
 )
+from imgbatch.core.failpoints import failpoint
 from imgbatch.core.images import Decoded, decode_image
 from imgbatch.errors import Status
 
@@ -101,6 +102,7 @@ def _decode_row(unit: UnitBuffer, row: int, data: bytes, settings: ChildSettings
     unit.states_N[row] = RowState.STARTED
     signal.setitimer(signal.ITIMER_REAL, settings.timeout_s)
     outcome = decode_image(data, settings.spec, max_pixels=settings.max_pixels)
+    failpoint("decode.row", row)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if isinstance(outcome, Decoded):
         unit.pixels_NHWC[row] = outcome.pixels_HWC

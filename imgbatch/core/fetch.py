@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from imgbatch.config import FetchConfig, IfChanged
 from imgbatch.core import storage
 from imgbatch.core.fetch_objects import ObjectClient, ObjectTooLarge, RequestFailed, choose_client, open_client
+from imgbatch.core.failpoints import failpoint
 from imgbatch.core.retry import backoff_s
 from imgbatch.errors import RowError, Stage, Status, row_error
 
@@ -118,6 +119,7 @@ class Fetcher:
         while True:
             attempt += 1
             try:
+                failpoint("fetch.file")
                 return read()
             except _Rejected as rejected:
                 return row_error(rejected.status, Stage.FETCH, rejected, attempt)

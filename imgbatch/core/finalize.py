@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgbatch.core import current, storage, views
+from imgbatch.core.failpoints import failpoint
 from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS, OutputFile, OutputFileWriter
 from imgbatch.core.partitions import partition_paths
 from imgbatch.core.plan import Run
@@ -53,8 +54,11 @@ def finalize(run: Run) -> dict[str, Any]:
     """
     if not run.paths.is_finished():
         files = _settled_layout(run)
+        failpoint("finalize.after_layout")
         written = _write_files(run, files)
+        failpoint("finalize.after_files")
         _remove_strays(run, files)
+        failpoint("finalize.after_strays")
         counts = _count_statuses(written)
         storage.write_json(run.paths.classes, _classes(run))
         storage.write_json(
@@ -66,12 +70,16 @@ def finalize(run: Run) -> dict[str, Any]:
                 "files": written,
             },
         )
+        failpoint("finalize.after_record")
         storage.create_if_absent(run.paths.success, b"")
+        failpoint("finalize.after_success")
     if run.run_id not in {entry.run_id for entry in current.load(run.paths.out)}:
         current.update(run.paths.out)
+        failpoint("finalize.after_current")
         storage.replace(run.paths.query_sql, views.script(run.paths.out).encode())
     if not run.plan.config.output.keep_units:
         storage.remove(run.paths.units)
+        failpoint("finalize.after_units")
     return storage.read_json(run.paths.files)
 
 

@@ -9,12 +9,15 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from imgbatch.core.failpoints import failpoint
+
 
 def create_if_absent(path: Path, data: bytes) -> bool:
     """Temporary file, fsync, ``link`` (which fails if the name exists), fsync of the directory. True: created."""
     if path.exists():
         return False
     with temporary_beside(path, data) as temporary:
+        failpoint("storage.create", path.name)
         try:
             os.link(temporary, path)
         except FileExistsError:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgbatch.core import storage
+from imgbatch.core.failpoints import failpoint
 from imgbatch.errors import ImgbatchError, Status
 
 PREDICTIONS, ERRORS, EMBEDDINGS = KINDS = ("predictions", "errors", "embeddings")
@@ -74,6 +75,7 @@ class OutputFileWriter:
         if exception[0] is None:
             self._check_rows()
             self._sha256, self._size = storage.sha256(str(self._staged)), self._staged.stat().st_size
+            failpoint("finalize.mid_file", self._file.kind)
         self._stack.__exit__(*exception)
 
     def _check_rows(self) -> None:

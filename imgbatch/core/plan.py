@@ -19,6 +19,7 @@ import pyarrow as pa
 from imgbatch.config import Config, parse_config
 from imgbatch.core import storage
 from imgbatch.core.database import spilling
+from imgbatch.core.failpoints import failpoint
 from imgbatch.core.incremental import unlabelled_rows
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import ModelBundle, count_features, load_bundle
@@ -225,9 +226,11 @@ def _create(paths: RunPaths, plan: RunPlan, tables: Iterator[pa.Table], *, check
             yield check(table)
 
     write_rows(paths, plan.layout, checked())
+    failpoint("plan.after_rows")
     if check_duplicates:
         refuse_duplicates(paths)
     storage.create_if_absent(paths.plan, storage.json_bytes(plan.to_json()))
+    failpoint("plan.after_plan")
 
 
 def refuse_duplicates(paths: RunPaths) -> None:

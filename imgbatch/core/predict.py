@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from imgbatch.core.architectures import forward_with_features
+from imgbatch.core.failpoints import failpoint
 from imgbatch.core.model import ModelBundle, load_network
 from imgbatch.errors import RowError, Stage, Status, row_error
 
@@ -147,6 +148,7 @@ class Predictor:
         # A copy, because what Ray hands out is read-only, and because only pinned memory is copied in the background.
         staged_BHWC = torch.empty(images_BHWC.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         staged_BHWC.numpy()[...] = images_BHWC
+        failpoint("classify.forward")
         # NHWC seen as NCHW is what channels_last means, so no pixel moves.
         pixels_BCHW = staged_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         inputs_BCHW = torch.addcmul(self._shift_C11, pixels_BCHW.float(), self._scale_C11)

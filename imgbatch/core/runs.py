@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from imgbatch.core import storage
+from imgbatch.core.failpoints import failpoint
 from imgbatch.errors import UsageError
 
 HEARTBEAT_EVERY_S = 10.0
@@ -232,6 +233,7 @@ def heartbeat(paths: RunPaths) -> Iterator[None]:
         UsageError: another driver's sign of life is younger than a minute.
     """
     _refuse_if_alive(paths)
+    failpoint("heartbeat.checked")
     stop = threading.Event()
 
     def beat() -> None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from imgbatch.core import results, storage
 from imgbatch.core.decoder import DecodedUnit, Decoder
 from imgbatch.core.fetch import Fetcher
+from imgbatch.core.failpoints import failpoint
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.plan import Run
 from imgbatch.core.results import LabelRules, Receipt, prediction_columns, unit_table
@@ -51,6 +52,7 @@ class DecodeStage:
         rows = self._rows.read(unit, [ROW_ID, URI])
         fetched_before = self._fetcher.fetch_s
         decoded = self.decode_rows(rows)
+        failpoint("decode.after_unit", unit_index)
         pixels = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(self._run.spec.pixel_bytes), unit.num_rows, [None, pa.py_buffer(decoded.pixels_NHWC)]
         )
@@ -114,6 +116,7 @@ class ClassifyStage:
     def __call__(self, block: pa.Table) -> pa.Table:
         """The unit's result rows (:data:`UNIT_SCHEMA`) with the unit's index and seconds beside them."""
         started = time.perf_counter()
+        failpoint("classify.unit", block[ROW_ID][0].as_py())
         errors = _errors_of(block)
         ok = np.array([error is None for error in errors], dtype=bool)
         images_NHWC = self._images(block)
@@ -162,9 +165,11 @@ class CommitStage:
         unit_index = block[UNIT][0].as_py()
         unit = self._run.plan.layout.unit(unit_index)
         planned = self._rows.read(unit, [ROW_ID])[ROW_ID].combine_chunks()
+        failpoint("commit.before", unit_index)
         receipt = results.commit_unit(
             self._run.paths, unit_index, planned, block.select(UNIT_SCHEMA.names), defer_above=self._defer_above
         )
+        failpoint("commit.after", unit_index)
         seconds = {name.removesuffix("_s"): block[name][0].as_py() for name in _SECONDS}
         seconds["commit"] = time.perf_counter() - started
         return replace(receipt, seconds=seconds, started_at=block["started_at"][0].as_py())

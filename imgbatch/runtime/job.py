@@ -17,6 +17,7 @@ from rich.console import Console
 from imgbatch.config import Config
 from imgbatch.core import storage
 from imgbatch.core.budget import ErrorBudget
+from imgbatch.core.failpoints import failpoint
 from imgbatch.core.finalize import finalize
 from imgbatch.core.plan import Run, plan_retry, plan_run, read_plan
 from imgbatch.core.preflight import check_sample
@@ -256,6 +257,7 @@ class _Passes:
     def _one_pass(self, units: list[int], *, defer: bool) -> bool:
         """Whether the engine stopped with units under way, which then count one death each."""
         self._log.pass_started()
+        failpoint("job.before_pass")
         unseen = dict.fromkeys(units)
         try:
             for receipt in self._engine.classify_units(units, defer=defer):
@@ -266,6 +268,7 @@ class _Passes:
             self._console.print(f"a pass ended early: {normalise_message(error)}", markup=False)
             self._deaths.update(list(unseen)[: self._engine.window])
             return bool(unseen)
+        failpoint("job.after_pass")
         return False
 
     def _isolate(self, units: list[int]) -> None:
@@ -278,6 +281,7 @@ class _Passes:
         self._progress.add(receipt)
         self._any_committed |= receipt.outcome != "deferred"
         self._budget.add(receipt)
+        failpoint("job.receipt", receipt.unit)
 
     def _refuse_to_loop(self, defer: bool) -> None:
         """After a pass that committed nothing: the next one commits what comes, unless nothing good ever came."""

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from imgbatch.core import storage
 from imgbatch.core.architectures import build_network, forward_features, head_module_name
 from imgbatch.core.baselines import LOGISTIC_REGRESSION, fit_head
+from imgbatch.core.failpoints import failpoint
 from imgbatch.core.training.augment import derived_seed, mix_pairs
 from imgbatch.core.training.checkpoint import load_last, load_weights, save_best, save_last
 from imgbatch.core.training.images import (
@@ -221,6 +222,7 @@ class Trainer:
             if train.clip_norm:
                 nn.utils.clip_grad_norm_(trainable, train.clip_norm)
             self.optimizer.step()
+            failpoint("train.step")
             if train.l1:
                 shrink_weights(self.optimizer, train.l1)
             if self.average is not None:
