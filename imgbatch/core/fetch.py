@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from imgbatch.config import FetchConfig, IfChanged
 from imgbatch.core import storage
-from imgbatch.core.fetch_objects import ObjectClient, ObjectTooLarge, RequestFailed, choose_client, open_client
 from imgbatch.core.failpoints import failpoint
+from imgbatch.core.fetch_objects import ObjectClient, ObjectTooLarge, RequestFailed, choose_client, open_client
 from imgbatch.core.retry import backoff_s
 from imgbatch.errors import RowError, Stage, Status, row_error
 
