@@ -44,6 +44,7 @@ OPEN_FILES = 64
 BUFFERED_BYTES = 256 * 2**20
 """Arrow bytes held over all open files before they become row groups."""
 MAX_ROW_GROUP_BYTES = 32 * 2**20
+_TRIES = 3
 
 
 def finalize(run: Run) -> dict[str, Any]:
@@ -52,27 +53,19 @@ def finalize(run: Run) -> dict[str, Any]:
     Raises:
         ImgbatchError: a unit file is missing or damaged, named.
     """
-    if not run.paths.is_finished():
-        files = _settled_layout(run)
-        failpoint("finalize.after_layout")
-        written = _write_files(run, files)
-        failpoint("finalize.after_files")
-        _remove_strays(run, files)
-        failpoint("finalize.after_strays")
-        counts = _count_statuses(written)
-        storage.write_json(run.paths.classes, _classes(run))
-        storage.write_json(
-            run.paths.files,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "counts": counts,
-                "partition_types": {p.column: p.duckdb_type for p in run.partitions},
-                "files": written,
-            },
-        )
-        failpoint("finalize.after_record")
-        storage.create_if_absent(run.paths.success, b"")
-        failpoint("finalize.after_success")
+    tries = _TRIES
+    while not run.paths.is_finished():
+        tries -= 1
+        try:
+            _write_output(run)
+        except FileNotFoundError:
+            # Of two drivers at once, either may take the other's unfinished files for what a crash left.
+            if not tries:
+                raise
+        except ImgbatchError:
+            # The other one may have finished, and removed the units.
+            if not run.paths.is_finished():
+                raise
     if run.run_id not in {entry.run_id for entry in current.load(run.paths.out)}:
         current.update(run.paths.out)
         failpoint("finalize.after_current")
@@ -81,6 +74,29 @@ def finalize(run: Run) -> dict[str, Any]:
         storage.remove(run.paths.units)
         failpoint("finalize.after_units")
     return storage.read_json(run.paths.files)
+
+
+def _write_output(run: Run) -> None:
+    files = _settled_layout(run)
+    failpoint("finalize.after_layout")
+    written = _write_files(run, files)
+    failpoint("finalize.after_files")
+    _remove_strays(run, files)
+    failpoint("finalize.after_strays")
+    counts = _count_statuses(written)
+    storage.write_json(run.paths.classes, _classes(run))
+    storage.write_json(
+        run.paths.files,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "counts": counts,
+            "partition_types": {p.column: p.duckdb_type for p in run.partitions},
+            "files": written,
+        },
+    )
+    failpoint("finalize.after_record")
+    storage.create_if_absent(run.paths.success, b"")
+    failpoint("finalize.after_success")
 
 
 def _settled_layout(run: Run) -> list[OutputFile]:

@@ -114,7 +114,9 @@ class Run:
     def pending_units(self) -> list[int]:
         """Indices of the units without a unit file, in order."""
         committed = self.paths.committed_units(self.plan.layout.num_units)
-        return [index for index in range(self.plan.layout.num_units) if index not in committed]
+        pending = [index for index in range(self.plan.layout.num_units) if index not in committed]
+        # Another driver that finished the run meanwhile has removed the unit files.
+        return [] if pending and self.paths.is_finished() else pending
 
 
 def open_inputs(config: Config) -> tuple[Manifest, ModelBundle, PreprocessSpec]:
