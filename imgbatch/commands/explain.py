@@ -14,7 +14,7 @@ def explain(
     out: Annotated[
         str | None,
         typer.Argument(
-            metavar="[OUT]",
+            metavar="OUT",
             help="Output directory of classify: its worst mistakes, for its report.",
             show_default=False,
         ),
