@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from imgbatch.commands import attack, classify, demo, evaluate, explain, manifest, model, output, report, review, train
+from imgbatch.commands import (
+    attack,
+    classify,
+    demo,
+    evaluate,
+    explain,
+    manifest,
+    model,
+    output,
+    plan,
+    report,
+    review,
+    train,
+)
 from imgbatch.commands.common import messages, with_settings
 from imgbatch.errors import ExitCode, ImgbatchError
 
@@ -29,6 +42,7 @@ app.add_typer(manifest.app, name="manifest")
 app.add_typer(model.app, name="model")
 app.add_typer(review.app, name="review")
 app.command("demo")(demo.demo)
+app.command("plan")(plan.plan)
 app.command("classify")(classify.classify)
 app.command("retry")(classify.retry)
 app.command("status")(output.status)

@@ -133,9 +133,11 @@ class TrainConfig(Section):
     """Fine-tuning; every key but ``num_workers``, ``max_failures`` and ``storage`` decides the result."""
 
     arch: str = "resnet50"
-    """A network, or a baseline on a frozen ``backbone``: ``logistic_regression`` or ``prototypes``."""
-    backbone: str = "resnet50"
-    """The network whose features a baseline is fitted to."""
+    """A network, or a baseline on a frozen ``backbone``: ``logistic_regression``, ``prototypes``, ``linear_svm`` or
+    ``random_forest``."""
+    backbone: str = "auto"
+    """The network whose features a baseline is fitted to, or ``hog_color``, which needs no weights; auto: that of the
+    bundle given as ``weights``, or the one that the name of the weights' file begins with."""
     weights: str | None = None
     """Where to start: a weights file, ``imagenet``, or a model bundle of the same classes, which keeps its head."""
     method: Literal["auto", "fine_tune", "linear_probe", "from_scratch"] = "auto"

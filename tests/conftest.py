@@ -135,6 +135,7 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=RAY_CPUS,
+        labels={"role": "tests"},
         object_store_memory=500 * 10**6,
         include_dashboard=False,
         log_to_driver=False,

@@ -14,14 +14,12 @@ import pyarrow as pa
 from imgbatch.config import Config
 from imgbatch.core import storage
 from imgbatch.core.database import spilling
-from imgbatch.core.decoder import Decoder
-from imgbatch.core.fetch import Fetcher
 from imgbatch.core.manifest import Manifest, as_manifest, find_problems
 from imgbatch.core.parquet import open_dataset
-from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.sample import decode_sample
 from imgbatch.core.tally import Tally
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.errors import RowError, Stage, Status, row_error
+from imgbatch.errors import RowError, Status
 from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, SPLIT, TARGET, URI, WINDOW
 
 _MAX_EXAMPLES = 5
@@ -183,26 +181,11 @@ def _decode_sample(manifest: Manifest, rows: list[dict[str, Any]]) -> list[Sampl
     rows = [row for row in rows if row.get(WINDOW) is None and row.get(BANDS) is None]
     if not rows:
         return []
-    config = Config()
-    with Fetcher(config.fetch) as fetcher, Decoder(PreprocessSpec(), config.decode) as decoder:
-        payloads = _embedded(manifest, rows) if manifest.has_bytes else _fetched(fetcher, rows)
-        decoded = decoder.decode(payloads, len(rows))
+    decoded = decode_sample(manifest, rows, PreprocessSpec(), Config()).decoded
     return [
         SampledRow(row[ROW_ID], row[IMAGE_ID], row.get(TARGET), row.get(SPLIT), int(width), int(height), error)
         for row, width, height, error in zip(rows, decoded.widths, decoded.heights, decoded.errors, strict=True)
     ]
-
-
-def _fetched(fetcher: Fetcher, rows: list[dict[str, Any]]) -> Iterator[bytes | RowError]:
-    fetched = fetcher.fetch([row[URI] for row in rows if row[URI] is not None])
-    for row in rows:
-        yield next(fetched) if row[URI] is not None else row_error(Status.NOT_FOUND, Stage.FETCH, "the uri is null")
-
-
-def _embedded(manifest: Manifest, rows: list[dict[str, Any]]) -> Iterator[bytes | RowError]:
-    missing = row_error(Status.EMPTY, Stage.FETCH, "the bytes column is null")
-    for image in EmbeddedImages(manifest).read([row[ROW_ID] for row in rows]):
-        yield image if image is not None else missing
 
 
 def _row_dict(row: SampledRow) -> dict[str, Any]:

@@ -160,9 +160,11 @@ def _engine(run: Run) -> Iterator[Engine]:
             yield engine
         return
     from imgbatch.runtime.ray_data import RayEngine
-    from imgbatch.runtime.session import cluster_machine, ray_session
+    from imgbatch.runtime.session import cluster_address, cluster_machine, ray_session
 
-    planned = choose_pools(run.config.resources, run.plan.device, this_machine())
+    # A cluster may have the GPUs that this machine lacks; only a Ray of our own is sized from here.
+    of_our_own = cluster_address(run.config) is None
+    planned = choose_pools(run.config.resources, run.plan.device, this_machine()) if of_our_own else None
     with ray_session(run.config, planned):
         pools = choose_pools(run.config.resources, run.plan.device, cluster_machine())
         with contextlib.closing(RayEngine(run, pools)) as ray_engine:
@@ -196,7 +198,7 @@ def _classify_pending(run: Run, console: Console) -> RunResult:
             with _engine(run) as engine:
                 log.engine_described(engine.describe())
                 console.print(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}", markup=False)
-                _Passes(run, engine, log, console).run_all()
+                _Passes(run, engine, log, console, pending=pending).run_all()
         counts = finalize(run)["counts"]
         state = "finished"
     except ErrorBudgetExceeded:
@@ -217,16 +219,17 @@ def _counted(counts: dict[str, int]) -> str:
 class _Passes:
     """Pass after pass over the pending units, until there is none."""
 
-    def __init__(self, run: Run, engine: Engine, log: RunLog, console: Console) -> None:
+    def __init__(self, run: Run, engine: Engine, log: RunLog, console: Console, *, pending: list[int]) -> None:
         self._run = run
         self._engine = engine
         self._log = log
         self._console = console
         self._budget = ErrorBudget(run.config.errors)
+        self._num_changed = 0
         self._deaths: Counter[int] = Counter()
         """Passes that died while a unit was under way, by unit."""
         layout = run.plan.layout
-        pending = run.pending_units()
+        self._pending = pending
         self._any_committed = len(pending) < layout.num_units
         self._progress = RunProgress(
             console,
@@ -239,15 +242,23 @@ class _Passes:
         """Raises :class:`ErrorBudgetExceeded` or :class:`Interrupted`; otherwise every unit is committed after it."""
         defer = True
         with self._progress:
-            while pending := self._run.pending_units():
+            pending = self._pending
+            while pending:
                 suspects = [unit for unit in pending if self._deaths[unit] >= PASSES_BEFORE_ISOLATION]
+                died = False
                 if suspects:
                     self._isolate(suspects)
-                    continue
-                died = self._one_pass(self._choose(pending), defer=defer)
-                if not died and len(self._run.pending_units()) == len(pending):
+                else:
+                    died = self._one_pass(self._choose(pending), defer=defer)
+                left = self._run.pending_units()
+                if not died and len(left) == len(pending):
                     self._refuse_to_loop(defer)
                     defer = False
+                pending = left
+        if self._num_changed and self._run.config.input.if_changed == "warn":
+            self._console.print(
+                f"{self._num_changed:,} objects were not what the manifest lists; they were labelled as they are now"
+            )
 
     def _choose(self, pending: list[int]) -> list[int]:
         """After a pass died, the units that were under way go alone, so that the one at fault shows."""
@@ -280,6 +291,7 @@ class _Passes:
         self._log.add(receipt)
         self._progress.add(receipt)
         self._any_committed |= receipt.outcome != "deferred"
+        self._num_changed += receipt.num_changed
         self._budget.add(receipt)
         failpoint("job.receipt", receipt.unit)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from imgbatch.config import ResourcesConfig
 from imgbatch.core.plan import DeviceKind
+from imgbatch.errors import UsageError
 
 _CPU_BATCH, _GPU_BATCH = 8, 256
 _MAX_AUTO_THREADS = 4
@@ -70,16 +71,26 @@ def choose_batch_size(configured: int | str, device: DeviceKind) -> int:
 def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) -> Pools:
     """Pools that fill ``machine``.
 
-    On GPUs: one classify actor each, and every CPU but one per classify actor and one for the driver decodes. On
+    On GPUs: one classify actor each, which asks for the GPU alone so that decode actors cannot keep it out of a
+    node, and every CPU but one per classify actor and one for the driver decodes. On
     CPUs both pools share the cores, because which of them has more to do depends on the model: as many decode
     actors as cores (half of them beyond eight), and classify actors whose threads add up to the cores. Each then
     asks for half of the CPUs that it can use, so that all fit at once.
+
+    Raises:
+        UsageError: a cluster that has nothing yet, and sizes that would be taken from what it has.
     """
-    cores = machine.num_cpus
+    if "auto" in (config.decode_actors, config.classify_actors):
+        if not (machine.num_gpus if device == "cuda" else machine.num_cpus):
+            raise UsageError(
+                f"resources: there is no {'GPU' if device == 'cuda' else 'CPU'} yet; on a cluster that starts from "
+                f"zero give resources.device, resources.decode_actors and resources.classify_actors"
+            )
+    cores = machine.num_cpus or _given(config.decode_actors, 1)
     if device == "cuda":
         classify_actors = _given(config.classify_actors, max(1, machine.num_gpus))
         decode_actors = _given(config.decode_actors, max(1, cores - classify_actors - 1))
-        return Pools(decode_actors, classify_actors, 1, 1.0 if cores > 2 else 0.25, 0.5, 1.0)
+        return Pools(decode_actors, classify_actors, 1, 1.0 if cores > 2 else 0.25, 0.0, 1.0)
     threads = _given(config.classify_threads, min(_MAX_AUTO_THREADS, max(1, cores // 8)))
     classify_actors = _given(config.classify_actors, max(1, cores // threads))
     decode_actors = _given(config.decode_actors, cores if cores <= 8 else cores // 2 + 4)

@@ -72,6 +72,7 @@ class RayEngine:
 
     def _pipeline(self, units: Sequence[int], defer: bool) -> Dataset:
         run, pools = self._run, self._pools
+        resources = run.config.resources
         batch_size = choose_batch_size(run.config.classify.batch_size, run.plan.device)
         threads = pools.classify_threads if run.plan.device == "cpu" else None
         return (
@@ -79,8 +80,15 @@ class RayEngine:
             .map_batches(
                 DecodeActor,
                 fn_constructor_kwargs={"run": run},
-                compute=ActorPoolStrategy(size=pools.decode_actors, max_tasks_in_flight_per_actor=2),
+                # Two calls at once, of which one decodes while the other's first files are on their way.
+                compute=ActorPoolStrategy(
+                    size=pools.decode_actors,
+                    max_tasks_in_flight_per_actor=2,
+                    max_concurrent_calls_per_actor=2,
+                    enable_true_multi_threading=True,
+                ),
                 num_cpus=pools.decode_cpus,
+                label_selector=resources.decode_labels or None,
                 batch_size=None,
                 batch_format="pyarrow",
                 **FINITE_RETRIES,
@@ -91,6 +99,7 @@ class RayEngine:
                 compute=ActorPoolStrategy(size=pools.classify_actors, max_tasks_in_flight_per_actor=2),
                 num_cpus=pools.classify_cpus,
                 num_gpus=pools.classify_gpus,
+                label_selector=resources.classify_labels or None,
                 batch_size=None,
                 batch_format="pyarrow",
                 **FINITE_RETRIES,
@@ -109,7 +118,12 @@ class RayEngine:
 
     def classify_isolated(self, unit: int) -> Receipt:
         """The last resort for a unit that does not get through; runs where the model runs."""
-        isolated = ray.remote(num_cpus=0, num_gpus=self._pools.classify_gpus, max_retries=0)(classify_isolated)
+        isolated = ray.remote(
+            num_cpus=0,
+            num_gpus=self._pools.classify_gpus,
+            label_selector=self._run.config.resources.classify_labels or None,
+            max_retries=0,
+        )(classify_isolated)
         return ray.get(isolated.remote(self._run, unit))
 
     def close(self) -> None:

@@ -79,7 +79,18 @@ def _quiet_start() -> Iterator[None]:
 def cluster_machine() -> Machine:
     """CPUs and GPUs of the connected cluster."""
     resources = ray.cluster_resources()
-    return Machine(max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0)))
+    return Machine(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+
+
+def cluster_zones() -> tuple[list[str], list[str]]:
+    """Availability zones of the nodes without and with GPUs, as their labels say; nodes without work are left out."""
+    zones: tuple[set[str], set[str]] = (set(), set())
+    for node in ray.nodes():
+        zone = node["Labels"].get("ray.io/availability-zone")
+        resources = node["Resources"]
+        if node["Alive"] and zone and (resources.get("CPU") or resources.get("GPU")):
+            zones["GPU" in resources].add(zone)
+    return sorted(zones[0]), sorted(zones[1])
 
 
 def _store_bytes(config: Config, pools: Pools | None) -> int | None:

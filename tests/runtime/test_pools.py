@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from imgbatch.config import ResourcesConfig
+from imgbatch.errors import UsageError
 from imgbatch.runtime.pools import Machine, choose_batch_size, choose_device, choose_pools, this_machine
 
 
@@ -30,6 +31,19 @@ def test_what_is_given_is_taken() -> None:
     config = ResourcesConfig(decode_actors=3, classify_actors=2, classify_threads=5)
     pools = choose_pools(config, "cpu", Machine(16, 0))
     assert (pools.decode_actors, pools.classify_actors, pools.classify_threads) == (3, 2, 5)
+
+
+def test_a_cluster_that_starts_from_zero_is_told_what_it_will_have() -> None:
+    with pytest.raises(UsageError, match="no GPU yet"):
+        choose_pools(ResourcesConfig(), "cuda", Machine(0, 0))
+    with pytest.raises(UsageError, match="no CPU yet"):
+        choose_pools(ResourcesConfig(decode_actors=4), "cpu", Machine(0, 0))
+    given = ResourcesConfig(decode_actors=8, classify_actors=2)
+    on_gpus = choose_pools(given, "cuda", Machine(0, 0))
+    assert (on_gpus.decode_actors, on_gpus.classify_actors, on_gpus.decode_cpus) == (8, 2, 1.0)
+    on_cpus = choose_pools(given, "cpu", Machine(0, 0))
+    assert on_cpus.decode_cpus > 0
+    assert on_cpus.classify_cpus > 0
 
 
 def test_device_and_batch_size() -> None:

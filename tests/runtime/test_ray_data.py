@@ -34,6 +34,8 @@ def on_ray(config: Config, tmp_path: Path, **flags: object) -> Config:
         resources__decode_actors=1,
         resources__classify_actors=1,
         resources__classify_threads=1,
+        resources__decode_labels={"role": "tests"},
+        resources__classify_labels={"role": "tests"},
         **flags,
     )
 

@@ -1,0 +1,236 @@
+"""What a classification would be: units, pools, the rate that a sample suggests, hours, size, cost, and warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from imgbatch.config import Config, PlanConfig
+from imgbatch.core import storage
+from imgbatch.core.manifest import Manifest
+from imgbatch.core.model import ModelBundle
+from imgbatch.core.plan import (
+    DeviceKind,
+    choose_layout,
+    estimate_row_bytes,
+    fingerprint_of,
+    open_inputs,
+    result_fields,
+    segments_of,
+    wanted_rows,
+)
+from imgbatch.core.runs import list_runs
+from imgbatch.core.sample import DecodedSample, classify_sample, decode_sample, sample_rows
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import UsageError
+from imgbatch.runtime.pools import Machine, Pools, choose_batch_size, choose_device, choose_pools, this_machine
+from imgbatch.schema import TARGET, TARGETS
+
+_START_UP_S = 30.0
+_MUCH_LARGER = 4.0
+"""A source whose shorter side is so many times the resized one spends its decoding on pixels that are thrown away."""
+_MANY_UNITS = 200_000
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What would run."""
+
+    run_id: str
+    state: str
+    """``new``, ``unfinished`` (it would be continued) or ``finished`` (nothing to do)."""
+    units_done: int
+    num_rows: int
+    num_units: int
+    unit_rows: int
+    device: str
+    pools: str
+    preprocess: str
+    sampled: int
+    """Images looked at."""
+    failed: dict[str, int]
+    """Of those, by status."""
+    stage_ms: dict[str, float]
+    """Milliseconds per image of one process: fetch (waiting), decode, classify; what was not measured is left out."""
+    stage_images_per_s: dict[str, float]
+    """What each pool could do; ``cores`` where the pools share them."""
+    limit: str | None
+    images_per_s: float | None
+    hours: float | None
+    output_mb: float
+    """Before compression, about."""
+    price_per_hour: float | None
+    warnings: list[str]
+
+    @property
+    def cost(self) -> float | None:
+        """Of the whole run, in the currency of the price."""
+        return self.hours * self.price_per_hour if self.hours and self.price_per_hour is not None else None
+
+
+def forecast(config: Config) -> Forecast:
+    """Look at inputs, machine and a sample of images; nothing is written, and no actor is started.
+
+    Raises:
+        UsageError: bad input or configuration.
+        NothingToDo: only unlabelled rows are wanted, and there are none.
+    """
+    manifest, bundle, spec = open_inputs(config)
+    out = storage.absolute(str(config.output.path))
+    with _machine(config) as (machine, warnings):
+        device = choose_device(config.resources, machine)
+        pools = choose_pools(config.resources, device, machine)
+    wanted = wanted_rows(config, manifest, bundle, out)
+    layout = choose_layout(config, segments_of(manifest, wanted), bundle, spec)
+    run_id, state, units_done = _existing(config, manifest, bundle, spec, device, out)
+    sample, stage_s = _measure(config, manifest, bundle, spec, device, pools)
+    rates = stage_rates(stage_s, pools, device, machine)
+    limit = min(rates, key=lambda stage: rates[stage]) if rates else None
+    left = layout.num_rows - units_done * layout.unit_rows
+    hours = (left / rates[limit] + _START_UP_S) / 3600 if limit and state != "finished" else None
+    statuses = Counter(error.status.value for error in sample.decoded.errors if error) if sample else Counter()
+    warnings += input_warnings(sample, bundle, spec)
+    if layout.num_units > _MANY_UNITS:
+        warnings.append(f"{layout.num_units:,} units are many for one driver; raise classify.unit_rows")
+    return Forecast(
+        run_id=run_id,
+        state=state,
+        units_done=units_done,
+        num_rows=layout.num_rows,
+        num_units=layout.num_units,
+        unit_rows=layout.unit_rows,
+        device=device,
+        pools=pools.describe(),
+        preprocess=spec.describe(),
+        sampled=len(sample.rows) if sample else 0,
+        failed=dict(statuses),
+        stage_ms={stage: 1000 * seconds for stage, seconds in stage_s.items()},
+        stage_images_per_s=rates,
+        limit=limit,
+        images_per_s=rates[limit] if limit else None,
+        hours=hours,
+        output_mb=layout.num_rows * estimate_row_bytes(config, bundle) / 1e6,
+        price_per_hour=price_per_hour(config.plan, config.report.price_per_hour),
+        warnings=warnings,
+    )
+
+
+@contextlib.contextmanager
+def _machine(config: Config) -> Iterator[tuple[Machine, list[str]]]:
+    """What there is to run on, and what to say of it; a cluster is connected for the block."""
+    if config.classify.engine == "ray":
+        from imgbatch.runtime.session import cluster_address, cluster_machine, cluster_zones, ray_session
+
+        if cluster_address(config) is not None:
+            with ray_session(config):
+                yield cluster_machine(), zone_warnings(*cluster_zones())
+            return
+    yield this_machine(), []
+
+
+def _existing(
+    config: Config, manifest: Manifest, bundle: ModelBundle, spec: PreprocessSpec, device: DeviceKind, out: str
+) -> tuple[str, str, int]:
+    """run_id, state and finished units of the run that the command would continue or start."""
+    fields = result_fields(config, manifest, bundle, spec, device)
+    fingerprint = fingerprint_of(json.loads(json.dumps(fields)))
+    for run in reversed(list_runs(out)):
+        if run.plan["fingerprint"] == fingerprint and not run.abandoned:
+            if run.finished:
+                return run.run_id, "finished", run.plan["num_units"]
+            return run.run_id, "unfinished", len(run.paths.committed_units(run.plan["num_units"]))
+    return "r" + fingerprint[:12], "new", 0
+
+
+def _measure(
+    config: Config, manifest: Manifest, bundle: ModelBundle, spec: PreprocessSpec, device: DeviceKind, pools: Pools
+) -> tuple[DecodedSample | None, dict[str, float]]:
+    """A sample and the seconds per image of each stage in one process; the model only where its device is here."""
+    if config.plan.sample_rows == 0:
+        return None, {}
+    sample = decode_sample(manifest, sample_rows(manifest, config.plan.sample_rows), spec, config)
+    num_ok = sum(error is None for error in sample.decoded.errors)
+    if num_ok == 0:
+        return sample, {}
+    stage_s = {"fetch": sample.fetch_s / len(sample.rows), "decode": sample.decoded.decode_s / len(sample.rows)}
+    if device == "cpu" or this_machine().num_gpus:
+        batch_size = choose_batch_size(config.classify.batch_size, device)
+        threads = pools.classify_threads
+        stage_s["classify"] = classify_sample(sample, bundle, device=device, batch_size=batch_size, threads=threads)
+    return sample, stage_s
+
+
+def stage_rates(stage_s: Mapping[str, float], pools: Pools, device: DeviceKind, machine: Machine) -> dict[str, float]:
+    """Images per second that each pool could do on its own, and on CPUs what the cores can do for both together.
+
+    Args:
+        stage_s: seconds per image in one process; fetch is waiting and takes no core.
+    """
+    if not stage_s:
+        return {}
+    rates = {"decode": pools.decode_actors / (stage_s["fetch"] + stage_s["decode"])}
+    if "classify" in stage_s:
+        rates["classify"] = pools.classify_actors / stage_s["classify"]
+        if device == "cpu":
+            core_s = stage_s["decode"] + stage_s["classify"] * pools.classify_threads
+            rates["cores"] = machine.num_cpus / core_s
+    return rates
+
+
+def price_per_hour(plan: PlanConfig, given: float | None) -> float | None:
+    """Of the nodes of ``plan.nodes`` at ``plan.prices``, else ``given``; raises :class:`UsageError`."""
+    if not plan.nodes:
+        return given
+    for node_type in plan.nodes:
+        if node_type not in plan.prices:
+            raise UsageError(f"plan.prices: no price for {node_type}, of which plan.nodes has {plan.nodes[node_type]}")
+    return sum(count * plan.prices[node_type] for node_type, count in plan.nodes.items())
+
+
+def input_warnings(sample: DecodedSample | None, bundle: ModelBundle, spec: PreprocessSpec) -> list[str]:
+    """What a look at some images says about the night to come."""
+    if sample is None:
+        return []
+    warnings = []
+    failed = [error for error in sample.decoded.errors if error is not None]
+    if failed:
+        warnings.append(
+            f"{len(failed)} of {len(sample.rows)} sampled images have no pixels, like {failed[0].status}: "
+            f"{failed[0].message}"
+        )
+    sides = np.minimum(sample.decoded.widths, sample.decoded.heights)
+    sides = sides[sides > 0]
+    if len(sides) and np.median(sides) >= _MUCH_LARGER * spec.resize_size:
+        warnings.append(
+            f"the images' shorter side is {np.median(sides):,.0f} px, {np.median(sides) / spec.resize_size:.0f} times "
+            f"the {spec.resize_size} px that the model sees: smaller copies would decode much faster"
+        )
+    named = {row[TARGET] for row in sample.rows if row.get(TARGET)}
+    named |= {target for row in sample.rows for target in row.get(TARGETS) or ()}
+    if unknown := sorted(named - set(bundle.class_names)):
+        warnings.append(
+            f"{len(unknown)} of {len(named)} sampled targets are no class of the model, like {unknown[0]!r}: "
+            f"`evaluate` will not count them as right"
+        )
+    return warnings
+
+
+def zone_warnings(cpu_zones: Sequence[str], gpu_zones: Sequence[str]) -> list[str]:
+    """Pixels that cross between zones are slow and paid for."""
+    if gpu_zones and set(cpu_zones) - set(gpu_zones):
+        return [
+            f"CPU nodes stand in {', '.join(cpu_zones)} and GPU nodes in {', '.join(gpu_zones)}: the pixels of every "
+            f"image (150 KB at 224 px) cross between zones"
+        ]
+    return []
+
+
+def to_json(result: Forecast) -> dict[str, Any]:
+    """Everything, with the cost."""
+    return {**result.__dict__, "cost": result.cost}

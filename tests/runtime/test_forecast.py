@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from imgbatch.config import Config, PlanConfig
+from imgbatch.core.plan import plan_run
+from imgbatch.errors import UsageError
+from imgbatch.runtime.forecast import forecast, price_per_hour, stage_rates, zone_warnings
+from imgbatch.runtime.job import classify
+from imgbatch.runtime.pools import Machine, Pools
+from tests.conftest import changed
+
+
+def test_a_forecast_names_the_run_that_classify_makes_and_writes_nothing(photo_config: Config) -> None:
+    out = Path(str(photo_config.output.path))
+    ahead = forecast(photo_config)
+    assert not out.exists()
+    assert (ahead.state, ahead.num_rows, ahead.num_units, ahead.unit_rows) == ("new", 120, 8, 16)
+    assert ahead.sampled == 32
+    assert sum(ahead.failed.values()) > 0, "every 20th photo is cut short"
+    assert set(ahead.stage_ms) == {"fetch", "decode", "classify"}
+    assert ahead.hours is not None
+    run = plan_run(photo_config, "cpu")
+    assert (run.run_id, run.plan.layout.num_units) == (ahead.run_id, ahead.num_units)
+    assert forecast(photo_config).state == "unfinished"
+    classify(photo_config)
+    done = forecast(photo_config)
+    assert (done.state, done.units_done, done.hours) == ("finished", 8, None)
+
+
+def test_no_image_is_looked_at_where_none_is_wanted(photo_config: Config) -> None:
+    blind = forecast(changed(photo_config, plan__sample_rows=0))
+    assert (blind.sampled, blind.stage_ms, blind.limit, blind.hours) == (0, {}, None, None)
+    assert blind.num_units == 8
+
+
+def test_what_a_look_at_the_images_warns_of(photo_config: Config, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    Image.new("RGB", (400, 300)).save(large)
+    table = pa.table({"uri": [str(large), str(tmp_path / "gone.png")], "target": ["red", "purple"]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    warnings = forecast(changed(photo_config, input__manifest=str(tmp_path / "m.parquet"))).warnings
+    assert [word for word in ("NOT_FOUND", "300 px", "'purple'") if not any(word in w for w in warnings)] == []
+
+
+def test_the_limit_is_the_slowest_pool_or_the_shared_cores() -> None:
+    seconds = {"fetch": 0.002, "decode": 0.002, "classify": 0.001}
+    on_gpu = Pools(8, 1, 1, 1.0, 0.5, 1.0)
+    assert stage_rates(seconds, on_gpu, "cuda", Machine(10, 1)) == {"decode": 2000, "classify": 1000}
+    on_cpu = Pools(2, 2, 1, 0.5, 0.5, 0.0)
+    rates = stage_rates(seconds, on_cpu, "cpu", Machine(2, 0))
+    assert rates == {"decode": 500, "classify": 2000, "cores": pytest.approx(2 / 0.003)}
+    assert stage_rates({}, on_cpu, "cpu", Machine(2, 0)) == {}
+
+
+def test_the_price_is_of_all_nodes() -> None:
+    plan = PlanConfig(nodes={"g6.2xlarge": 2, "c7i.4xlarge": 3}, prices={"g6.2xlarge": 1.0, "c7i.4xlarge": 0.5})
+    assert price_per_hour(plan, 9.0) == 3.5
+    assert price_per_hour(PlanConfig(), 9.0) == 9.0
+    with pytest.raises(UsageError, match=r"no price for g6\.2xlarge"):
+        price_per_hour(PlanConfig(nodes={"g6.2xlarge": 2}), None)
+
+
+def test_zones_that_differ_are_told() -> None:
+    assert zone_warnings(["a"], ["a"]) == []
+    assert zone_warnings(["a"], []) == []
+    assert "cross between zones" in zone_warnings(["a", "b"], ["b"])[0]
