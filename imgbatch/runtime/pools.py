@@ -80,12 +80,12 @@ def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) 
     Raises:
         UsageError: a cluster that has nothing yet, and sizes that would be taken from what it has.
     """
-    if "auto" in (config.decode_actors, config.classify_actors):
-        if not (machine.num_gpus if device == "cuda" else machine.num_cpus):
-            raise UsageError(
-                f"resources: there is no {'GPU' if device == 'cuda' else 'CPU'} yet; on a cluster that starts from "
-                f"zero give resources.device, resources.decode_actors and resources.classify_actors"
-            )
+    there = machine.num_gpus if device == "cuda" else machine.num_cpus
+    if not there and "auto" in (config.decode_actors, config.classify_actors):
+        raise UsageError(
+            f"resources: there is no {'GPU' if device == 'cuda' else 'CPU'} yet; on a cluster that starts from "
+            f"zero give resources.device, resources.decode_actors and resources.classify_actors"
+        )
     cores = machine.num_cpus or _given(config.decode_actors, 1)
     if device == "cuda":
         classify_actors = _given(config.classify_actors, max(1, machine.num_gpus))
