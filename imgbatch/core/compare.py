@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from imgbatch.core import current, storage, views
+from imgbatch.core.database import reach
 from imgbatch.core.metrics import confusion, intervals
 from imgbatch.core.metrics.confusion import ClassCounts
 from imgbatch.core.plain import to_plain
@@ -93,8 +94,7 @@ def compare(
 def _add_views(scored: Scored, out_b: str) -> Labeller:
     """B's views, in a schema of their own beside A's."""
     connection, out_b = scored.connection, storage.absolute(out_b)
-    if not storage.is_local(out_b) and not connection.filesystem_is_registered(storage.filesystem(out_b)[0].protocol):
-        connection.register_filesystem(storage.filesystem(out_b)[0])
+    reach(connection, out_b)
     connection.execute("create schema b; set schema='b'")
     for statement in views.view_statements(out_b, current.load(out_b)):
         connection.execute(statement)

@@ -15,7 +15,7 @@ def connect(out: str | None = None, *, memory_limit: str | None = None) -> duckd
     """An in-memory database; close it when done.
 
     Args:
-        out: a directory or file that queries will read; elsewhere than on a disk, through fsspec.
+        out: a directory or file that queries will read, wherever it is.
         memory_limit: as DuckDB's setting, ``2GB``; none: DuckDB's default.
     """
     connection = duckdb.connect()
@@ -26,9 +26,20 @@ def connect(out: str | None = None, *, memory_limit: str | None = None) -> duckd
         connection.execute("set enable_progress_bar = false")
     if memory_limit is not None:
         connection.execute(f"set memory_limit='{memory_limit}'")
-    if out is not None and not storage.is_local(out):
-        connection.register_filesystem(storage.filesystem(out)[0])
+    if out is not None:
+        reach(connection, out)
     return connection
+
+
+def reach(connection: duckdb.DuckDBPyConnection, uri: str) -> None:
+    """Let queries read below ``uri``: elsewhere than on a disk, through fsspec."""
+    if storage.is_local(uri):
+        return
+    filesystem = storage.filesystem(uri)[0]
+    protocol = filesystem.protocol
+    name = protocol if isinstance(protocol, str) else protocol[0]
+    if not connection.filesystem_is_registered(name):
+        connection.register_filesystem(filesystem)
 
 
 @contextlib.contextmanager

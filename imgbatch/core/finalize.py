@@ -11,19 +11,22 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imgbatch.core import current, storage, views
+from imgbatch.core import current, storage
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS, OutputFile, OutputFileWriter
+from imgbatch.core.parallel import MapParts, in_threads, map_ahead
 from imgbatch.core.partitions import partition_paths
 from imgbatch.core.plan import Run
+from imgbatch.core.readers import write_readers
 from imgbatch.core.rows import RowsReader
 from imgbatch.core.units import Unit
 from imgbatch.errors import ImgbatchError, Status
@@ -44,11 +47,18 @@ OPEN_FILES = 64
 BUFFERED_BYTES = 256 * 2**20
 """Arrow bytes held over all open files before they become row groups."""
 MAX_ROW_GROUP_BYTES = 32 * 2**20
+COUNTED_UNITS = 1024
+"""Units of one part of the layout."""
+READERS = 8
+"""Unit files of an object store that one part reads at once."""
 _TRIES = 3
 
 
-def finalize(run: Run) -> dict[str, Any]:
+def finalize(run: Run, map_parts: MapParts = in_threads) -> dict[str, Any]:
     """Make a run's output from its unit files; returns what files.json holds.
+
+    Args:
+        map_parts: where the parts of the work are done, each a range of units or a few output files.
 
     Raises:
         ImgbatchError: a unit file is missing or damaged, named.
@@ -57,7 +67,7 @@ def finalize(run: Run) -> dict[str, Any]:
     while not run.paths.is_finished():
         tries -= 1
         try:
-            _write_output(run)
+            _write_output(run, map_parts)
         except FileNotFoundError:
             # Of two drivers at once, either may take the other's unfinished files for what a crash left.
             if not tries:
@@ -69,17 +79,17 @@ def finalize(run: Run) -> dict[str, Any]:
     if run.run_id not in {entry.run_id for entry in current.load(run.paths.out)}:
         current.update(run.paths.out)
         failpoint("finalize.after_current")
-        storage.replace(run.paths.query_sql, views.script(run.paths.out).encode())
+        write_readers(run.paths)
     if not run.plan.config.output.keep_units:
         storage.remove(run.paths.units)
         failpoint("finalize.after_units")
     return storage.read_json(run.paths.files)
 
 
-def _write_output(run: Run) -> None:
-    files = _settled_layout(run)
+def _write_output(run: Run, map_parts: MapParts) -> None:
+    files = _settled_layout(run, map_parts)
     failpoint("finalize.after_layout")
-    written = _write_files(run, files)
+    written = list(itertools.chain.from_iterable(map_parts(write_files, run, _groups(run, files))))
     failpoint("finalize.after_files")
     _remove_strays(run, files)
     failpoint("finalize.after_strays")
@@ -99,36 +109,63 @@ def _write_output(run: Run) -> None:
     failpoint("finalize.after_success")
 
 
-def _settled_layout(run: Run) -> list[OutputFile]:
+def _settled_layout(run: Run, map_parts: MapParts) -> list[OutputFile]:
     if not storage.exists(run.paths.finalize):
-        layout = {"files": [asdict(file) for file in _lay_out(run)]}
+        layout = {"files": [asdict(file) for file in _lay_out(run, map_parts)]}
         storage.create_if_absent(run.paths.finalize, storage.json_bytes(layout))
     return [OutputFile(**file) for file in storage.read_json(run.paths.finalize)["files"]]
 
 
-def _lay_out(run: Run) -> Iterator[OutputFile]:
+def _lay_out(run: Run, map_parts: MapParts) -> Iterator[OutputFile]:
     """Which units make which file: each partition's rows in unit order, cut at units when a file is full."""
+    num_units = run.plan.layout.num_units
+    parts = [(first, min(first + COUNTED_UNITS, num_units)) for first in range(0, num_units, COUNTED_UNITS)]
     rows_of: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     arrow_bytes: Counter[str] = Counter()
-    num_rows: Counter[str] = Counter()
-    for unit, results, rows in _iter_units(run):
-        for kind, table in _split(run, results, rows).items():
-            arrow_bytes[kind] += table.nbytes
-            num_rows[kind] += table.num_rows
-            paths = partition_paths(table, run.partitions if kind == PREDICTIONS else (), _date(run))
-            counts = Counter(paths.indices.to_pylist())
-            for index, path in enumerate(paths.dictionary.to_pylist()):
-                rows_of[kind, path].append((unit.index, counts[index]))
+    stored_bytes = sum(info.size for info in storage.list_files(run.paths.rows, ".parquet"))
+    for counts in map_parts(count_units, run, parts):
+        for kind, partition, unit, rows in counts.rows:
+            rows_of[kind, partition].append((unit, rows))
+        arrow_bytes.update(counts.arrow_bytes)
+        stored_bytes += counts.stored_bytes
     for kind in _kinds(run):
         if not any(key[0] == kind for key in rows_of) and not (kind == PREDICTIONS and run.partitions):
             rows_of[kind, ""] = []  # an empty file, so that a reader finds the columns
-    stored_bytes = _stored_bytes(run)
     for kind, partition in sorted(rows_of, key=lambda key: (KINDS.index(key[0]), key[1])):
         kind_bytes = stored_bytes * arrow_bytes[kind] // arrow_bytes.total()
-        rows_per_file = _rows_per_file(run, kind_bytes, num_rows[kind])
+        num_rows = sum(rows for key, units in rows_of.items() if key[0] == kind for _, rows in units)
+        rows_per_file = _rows_per_file(run, kind_bytes, num_rows)
         for number, chunk in enumerate(_fill(rows_of[kind, partition], rows_per_file)):
             name = "/".join(filter(None, [kind, f"run_id={run.run_id}", partition, f"part-{number:05d}.parquet"]))
             yield OutputFile(name, kind, partition, _ranges([u for u, _ in chunk]), sum(n for _, n in chunk))
+
+
+@dataclass(frozen=True)
+class UnitCounts:
+    """What some units hold."""
+
+    rows: list[tuple[str, str, int, int]]
+    """Kind, partition, unit, and how many rows."""
+    arrow_bytes: dict[str, int]
+    """By kind, in memory."""
+    stored_bytes: int
+    """Of the unit files."""
+
+
+def count_units(run: Run, units: tuple[int, int]) -> UnitCounts:
+    """What the units from the first up to the second index hold: a part of the layout, for :class:`MapParts`."""
+    storage.configure(run.config.storage)
+    found: list[tuple[str, str, int, int]] = []
+    arrow_bytes: Counter[str] = Counter()
+    stored_bytes = 0
+    for unit, results, rows, size in _iter_units(run, range(*units)):
+        stored_bytes += size
+        for kind, table in _split(run, results, rows).items():
+            arrow_bytes[kind] += table.nbytes
+            paths = partition_paths(table, run.partitions if kind == PREDICTIONS else (), _date(run))
+            counts = Counter(paths.indices.to_pylist())
+            found += [(kind, path, unit.index, counts[i]) for i, path in enumerate(paths.dictionary.to_pylist())]
+    return UnitCounts(found, dict(arrow_bytes), stored_bytes)
 
 
 def _fill(unit_rows: Sequence[tuple[int, int]], rows_per_file: int) -> Iterator[list[tuple[int, int]]]:
@@ -141,12 +178,6 @@ def _fill(unit_rows: Sequence[tuple[int, int]], rows_per_file: int) -> Iterator[
         chunk.append((unit, rows))
         held += rows
     yield chunk
-
-
-def _stored_bytes(run: Run) -> int:
-    """Compressed bytes of all that becomes output."""
-    stored = [*storage.list_files(run.paths.units, ".parquet"), *storage.list_files(run.paths.rows, ".parquet")]
-    return sum(info.size for info in stored)
 
 
 def _rows_per_file(run: Run, kind_bytes: int, num_rows: int) -> int:
@@ -165,26 +196,38 @@ def _ranges(indices: list[int]) -> list[list[int]]:
     return [[run[0], run[-1]] for run in runs]
 
 
-def _iter_units(run: Run, indices: Sequence[int] | None = None) -> Iterator[tuple[Unit, pa.Table, pa.Table]]:
-    layout = run.plan.layout
+class _UnitRows(NamedTuple):
+    unit: Unit
+    results: pa.Table
+    rows: pa.Table
+    stored_bytes: int
+
+
+def _iter_units(run: Run, indices: Sequence[int]) -> Iterator[_UnitRows]:
+    """Units with the manifest's rows, in the order of ``indices``; files of an object store are read ahead."""
     reader = RowsReader(run.paths)
+    read = partial(_read_unit, run)
+    is_near = storage.is_local(run.paths.out)
+    files = map(read, indices) if is_near else map_ahead(read, indices, threads=READERS, ahead=2 * READERS)
     try:
-        for index in range(layout.num_units) if indices is None else indices:
-            unit = layout.unit(index)
-            yield unit, _read_unit(run, index), reader.read(unit)
+        for index, (results, stored_bytes) in zip(indices, files, strict=True):
+            unit = run.plan.layout.unit(index)
+            yield _UnitRows(unit, results, reader.read(unit), stored_bytes)
     finally:
         reader.close()
 
 
-def _read_unit(run: Run, index: int) -> pa.Table:
+def _read_unit(run: Run, index: int) -> tuple[pa.Table, int]:
+    """The unit's results, and the size of its file."""
     uri = run.paths.unit_file(index)
     try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), use_threads=False)
+        data = storage.read_bytes(uri)
+        table = pq.read_table(pa.BufferReader(data), use_threads=False)
     except (OSError, pa.ArrowInvalid) as error:
         raise ImgbatchError(
             f"unit file {uri}: missing or damaged ({error}); remove it and run the same command again"
         ) from error
-    return table.cast(UNIT_SCHEMA)
+    return table.cast(UNIT_SCHEMA), len(data)
 
 
 def _split(run: Run, results: pa.Table, rows: pa.Table) -> dict[str, pa.Table]:
@@ -255,30 +298,33 @@ def _date(run: Run) -> str:
     return run.plan.predicted_at[:10]
 
 
-def _write_files(run: Run, files: list[OutputFile]) -> list[dict[str, Any]]:
+def _groups(run: Run, files: list[OutputFile]) -> list[list[OutputFile]]:
+    """Files to be written together: those of partitions share their units, others have units of their own."""
+    size = OPEN_FILES if run.partitions else 1
+    return [files[first : first + size] for first in range(0, len(files), size)]
+
+
+def write_files(run: Run, files: list[OutputFile]) -> list[dict[str, Any]]:
+    """Write some output files in one pass over their units, for :class:`MapParts`; what files.json says of each."""
+    storage.configure(run.config.storage)
     schemas = {kind: output_schema(run, kind) for kind in _kinds(run)}
-    written: list[dict[str, Any]] = []
-    for first in range(0, len(files), OPEN_FILES):
-        group = files[first : first + OPEN_FILES]
-        with ExitStack() as stack:
-            limit = min(MAX_ROW_GROUP_BYTES, BUFFERED_BYTES // len(group))
-            writers = {
-                file.path: stack.enter_context(OutputFileWriter(run.paths.out, file, schemas[file.kind], limit))
-                for file in group
-            }
-            by_unit: dict[int, list[OutputFile]] = defaultdict(list)
-            for file in group:
-                for index in file.unit_indices():
-                    by_unit[index].append(file)
-            for unit, results, rows in _iter_units(run, sorted(by_unit)):
-                tables = _split(run, results, rows)
-                for kind, table in tables.items():
-                    wanted = {file.partition: file for file in by_unit[unit.index] if file.kind == kind}
-                    for partition, part in _by_partition(run, kind, table):
-                        if partition in wanted:
-                            writers[wanted[partition].path].add(part)
-        written += [writer.entry() for writer in writers.values()]
-    return written
+    limit = min(MAX_ROW_GROUP_BYTES, BUFFERED_BYTES // len(files))
+    with ExitStack() as stack:
+        writers = {
+            file.path: stack.enter_context(OutputFileWriter(run.paths.out, file, schemas[file.kind], limit))
+            for file in files
+        }
+        by_unit: dict[int, list[OutputFile]] = defaultdict(list)
+        for file in files:
+            for index in file.unit_indices():
+                by_unit[index].append(file)
+        for unit, results, rows, _ in _iter_units(run, sorted(by_unit)):
+            for kind, table in _split(run, results, rows).items():
+                wanted = {file.partition: file for file in by_unit[unit.index] if file.kind == kind}
+                for partition, part in _by_partition(run, kind, table):
+                    if partition in wanted:
+                        writers[wanted[partition].path].add(part)
+    return [writer.entry() for writer in writers.values()]
 
 
 def _by_partition(run: Run, kind: str, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:

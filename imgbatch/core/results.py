@@ -167,6 +167,8 @@ class Receipt:
     """Busy seconds per stage: fetch, decode, classify, commit."""
     started_at: float = 0.0
     """When work on the unit began, seconds since 1970."""
+    num_changed: int = 0
+    """Objects that were not what the manifest lists, whatever became of them."""
     isolated: bool = False
     """Whether the unit had to be classified row by row in processes of their own."""
 

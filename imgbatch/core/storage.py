@@ -70,8 +70,10 @@ def join(base: str, *parts: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """Local paths made absolute, so that they mean the same in another process; other URIs unchanged."""
-    return str(local_path(uri).expanduser().absolute()) if is_local(uri) else uri
+    """What means the same in another process and to every reader: local paths absolute, ``s3a://`` as ``s3://``."""
+    if is_local(uri):
+        return str(local_path(uri).expanduser().absolute())
+    return uri.replace("s3a://", "s3://", 1) if uri.startswith("s3a://") else uri
 
 
 def filesystem(uri: str) -> tuple[Any, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from imgbatch.core.parallel import MapParts
 from imgbatch.core.results import Receipt
 
 
@@ -31,6 +32,10 @@ class Engine(Protocol):
 
     def classify_isolated(self, unit: int) -> Receipt:
         """The last resort for one unit."""
+
+    @property
+    def map_parts(self) -> MapParts:
+        """Where the parts of finalize are done."""
 
     def close(self) -> None:
         """Give back what is held between passes."""

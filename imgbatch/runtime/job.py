@@ -191,7 +191,8 @@ def _classify_pending(run: Run, console: Console) -> RunResult:
     log = RunLog(run)
     state = "failed"
     try:
-        if pending := run.pending_units():
+        pending = run.pending_units()
+        if pending:
             if len(pending) < layout.num_units:
                 console.print(f"continuing: {layout.num_units - len(pending):,} units are done already")
             check_sample(run)
@@ -199,7 +200,9 @@ def _classify_pending(run: Run, console: Console) -> RunResult:
                 log.engine_described(engine.describe())
                 console.print(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}", markup=False)
                 _Passes(run, engine, log, console, pending=pending).run_all()
-        counts = finalize(run)["counts"]
+                counts = finalize(run, engine.map_parts)["counts"]
+        else:
+            counts = finalize(run)["counts"]
         state = "finished"
     except ErrorBudgetExceeded:
         state = "error_budget"

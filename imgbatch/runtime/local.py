@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from imgbatch.core.parallel import MapParts, in_threads
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import ClassifyStage, CommitStage, DecodeStage
@@ -55,6 +56,11 @@ class LocalEngine:
     def classify_isolated(self, unit: int) -> Receipt:
         """The last resort for a unit that does not get through."""
         return classify_isolated(self._run, unit)
+
+    @property
+    def map_parts(self) -> MapParts:
+        """In threads of this process."""
+        return in_threads
 
     def close(self) -> None:
         self._decode.close()

@@ -9,14 +9,15 @@ block size Ray never splits one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
+from imgbatch.core.parallel import Context, MapParts, Part, Result
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT
@@ -126,8 +127,31 @@ class RayEngine:
         )(classify_isolated)
         return ray.get(isolated.remote(self._run, unit))
 
+    @property
+    def map_parts(self) -> MapParts:
+        """In tasks, on whatever nodes have a core free."""
+        return map_in_tasks
+
     def close(self) -> None:
         """The pools end with each pass; nothing is held between them."""
+
+
+def map_in_tasks(
+    function: Callable[[Context, Part], Result], context: Context, parts: Sequence[Part]
+) -> Iterator[Result]:
+    """:class:`MapParts` in tasks of Ray; a task whose node dies is done again."""
+    task = ray.remote(num_cpus=1, max_retries=FINITE_RETRIES["max_task_retries"])(function)
+    shared = ray.put(context)
+    pending = [task.remote(shared, part) for part in parts]
+    try:
+        for reference in pending:
+            yield ray.get(reference)
+    except RayTaskError as error:
+        # What the function raised, not what Ray made of it.
+        raise error.cause from error
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
 
 
 def configure_ray_data() -> None:

@@ -106,6 +106,27 @@ def test_every_command_on_objects(images: str, model: str, s3_bucket: str, imgba
     assert [info.uri for info in storage.list_files(out)] == [f"{out}/current.json"]
 
 
+def test_objects_that_changed_since_they_were_listed(
+    images: str, model: str, s3_bucket: str, photos: list[Path], imgbatch: Command
+) -> None:
+    manifest = storage.join(s3_bucket, "m.parquet")
+    imgbatch("manifest", "build", storage.join(images, "red"), "-o", manifest)
+    whole = photos[3].read_bytes()
+    storage.replace(storage.join(images, "red", photos[0].name), whole)
+
+    def classify(mode: str) -> list[str]:
+        out = storage.join(s3_bucket, mode)
+        imgbatch(
+            "classify", "-m", model, "--manifest", manifest, "-o", out, "--engine", "local",
+            "--set", f"input.if_changed={mode}",
+        )  # fmt: skip
+        rows = json.loads(imgbatch("query", out, "select status from errors", "--format", "json"))
+        return [row["status"] for row in rows]
+
+    assert "CHANGED" in classify("error")
+    assert "CHANGED" not in classify("warn")
+
+
 def test_models_and_training_on_objects(images: str, s3_bucket: str, imgbatch: Command) -> None:
     manifest, model = storage.join(s3_bucket, "m.parquet"), storage.join(s3_bucket, "trained")
     imgbatch(
