@@ -30,7 +30,16 @@ def status(out: OutArgument, as_json: AsJson = False) -> None:
         print_json(states)
         return
     print_table(
-        ("run", "state", "rows", "units", "predictions", "errors", "images/s", "started"),
+        (
+            "run",
+            "state",
+            "rows",
+            "units",
+            "predictions",
+            "errors",
+            "images/s",
+            "started",
+        ),
         [_state_row(state) for state in states],
     )
 
@@ -52,7 +61,8 @@ def _state_row(state: dict[str, Any]) -> list[str]:
 def verify(
     out: OutArgument,
     run: Annotated[
-        str | None, typer.Option("--run", help="Run to verify; default: the newest, with its retries.")
+        str | None,
+        typer.Option("--run", help="Run to verify; default: the newest, with its retries."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -70,7 +80,10 @@ def verify(
             console.print(f"{mark} {check.run_id} {check.name}: ", end="")
             console.print(check.detail, markup=False)
         for run_id, counts in result.counts.items():
-            console.print(f"{run_id}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()), markup=False)
+            console.print(
+                f"{run_id}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
+                markup=False,
+            )
     if not result.ok:
         failed = next(check for check in result.checks if not check.ok)
         raise CheckFailed(f"{out}: {failed.run_id}: {failed.name}: {failed.detail}")
@@ -78,7 +91,10 @@ def verify(
 
 def query(
     out: OutArgument,
-    sql: Annotated[str, typer.Argument(help="DuckDB SQL over predictions, all_predictions, errors, runs.")],
+    sql: Annotated[
+        str,
+        typer.Argument(help="DuckDB SQL over predictions, all_predictions, errors, runs."),
+    ],
     output_format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet (needs -o).")] = "table",
     to_file: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file.")] = None,
 ) -> None:
@@ -105,6 +121,30 @@ def query(
         rows = iter(lambda: result.fetchmany(FETCHED_ROWS), [])
         with to_file.open("w", newline="") if to_file else contextlib.nullcontext(sys.stdout) as file:
             _WRITERS[output_format](columns, itertools.chain.from_iterable(rows), file)
+
+
+def compact(
+    out: OutArgument,
+    target_file_mb: Annotated[int, typer.Option("--target-file-mb", min=1, help="Size that files aim at, MB.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Write the current label of every image, over all runs, as one dataset of large files: OUT/compacted/<id>/."""
+    from dataclasses import asdict
+
+    from imgbatch.core.compact import compact as compact_output
+
+    result = compact_output(out, target_file_mb=target_file_mb)
+    if as_json:
+        print_json(asdict(result))
+        return
+    if result.already_there:
+        console.print("no run has finished since the last time, nothing to do", markup=False)
+    size_mb = sum(file["bytes"] for file in result.files) / 1e6
+    console.print(
+        f"{result.num_rows:,} rows of {len(result.runs)} runs in {len(result.files)} files, {size_mb:,.1f} MB: "
+        f"{result.path}",
+        markup=False,
+    )
 
 
 def clean(

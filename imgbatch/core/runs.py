@@ -75,6 +75,14 @@ class RunPaths:
         return self._of_run("query.sql")
 
     @property
+    def query_py(self) -> str:
+        return self._of_run("query.py")
+
+    @property
+    def spark_py(self) -> str:
+        return self._of_run("spark.py")
+
+    @property
     def report(self) -> str:
         return self._of_run("report.html")
 
@@ -238,7 +246,9 @@ def heartbeat(paths: RunPaths) -> Iterator[None]:
 
     def beat() -> None:
         while True:
-            storage.write_json(paths.heartbeat, {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+            # A store that is away for a while must not end the heartbeat.
+            with contextlib.suppress(Exception):
+                storage.write_json(paths.heartbeat, {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
             if stop.wait(HEARTBEAT_EVERY_S):
                 return
 

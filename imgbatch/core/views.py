@@ -69,16 +69,6 @@ def view_statements(out: str, runs: Sequence[CurrentRun]) -> list[str]:
     ]
 
 
-def script(out: str) -> str:
-    """The views as a script for ``duckdb -init``, with a first query to try."""
-    statements = [
-        statement.replace("create view", "create or replace view", 1) + ";"
-        for statement in view_statements(out, current.load(out))
-    ]
-    example = "-- select label, count(*) n, avg(probability) p from predictions group by label order by n desc;"
-    return "\n".join(["-- The output as views; made by imgbatch.", "set timezone='UTC';", *statements, example, ""])
-
-
 def _read(base: str, files: Sequence[str], partition_types: Mapping[str, str]) -> str:
     paths = ", ".join(_quote(storage.join(base, file)) for file in files)
     types = ", ".join(f"{_quote(name)}: {kind}" for name, kind in {"run_id": "varchar", **partition_types}.items())

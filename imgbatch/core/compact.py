@@ -1,0 +1,103 @@
+"""Many nights as one dataset: the current row of every image, in large files, for readers that know no views."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgbatch.core import current, storage
+from imgbatch.core.database import spilling
+from imgbatch.core.views import view_statements
+from imgbatch.schema import IMAGE_ID, SCHEMA_VERSION, to_plain
+
+_MEMORY = "2GB"
+_BATCH_ROWS = 65_536
+_FILE_NAME = "part-{:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class CompactResult:
+    """A compacted dataset."""
+
+    path: str
+    """The directory of its files; nothing else lies in it."""
+    runs: list[str]
+    """run_ids whose labels are in it, oldest first."""
+    num_rows: int
+    files: list[dict[str, Any]]
+    """``path`` (relative to the output), ``rows``, ``bytes``, ``sha256``."""
+    already_there: bool
+    """Whether no run has finished since it was made."""
+
+
+def compact(out: str, *, target_file_mb: int) -> CompactResult:
+    """Write ``OUT/compacted/<id>/``: the view ``predictions`` with its ``run_id``, ordered by image_id.
+
+    The id follows from the finished runs, so the same command again finds it done; what was compacted earlier is
+    removed once the new files are complete. The runs' own files stay: they are what ``verify`` knows.
+
+    Args:
+        target_file_mb: size that files aim at, MB.
+
+    Raises:
+        UsageError: no finished run there.
+    """
+    runs = current.load(out)
+    statements = view_statements(out, runs)
+    run_ids = [run.run_id for run in runs]
+    compacted = storage.join(storage.absolute(out), "compacted")
+    name = "c" + hashlib.sha256(" ".join([*run_ids, str(target_file_mb)]).encode()).hexdigest()[:12]
+    record = storage.join(compacted, f"{name}.json")
+    if storage.exists(record):
+        return CompactResult(**{**storage.read_json(record), "already_there": True})
+    directory = storage.join(compacted, name)
+    storage.remove(directory)
+    with spilling(out, memory_limit=_MEMORY) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        reader = connection.sql(f"from predictions order by {IMAGE_ID}").to_arrow_reader(_BATCH_ROWS)
+        files = list(_write(reader, directory, target_file_mb * 10**6))
+    result = CompactResult(
+        directory,
+        run_ids,
+        sum(file["rows"] for file in files),
+        files,
+        already_there=False,
+    )
+    storage.write_json(record, asdict(result))
+    prefix = storage.listing_prefix(compacted)
+    for entry in {info.uri.removeprefix(prefix).split("/")[0] for info in storage.list_files(compacted)}:
+        if entry.removesuffix(".json") != name:
+            storage.remove(storage.join(compacted, entry))
+    return result
+
+
+def _write(reader: pa.RecordBatchReader, directory: str, target_bytes: int) -> Iterator[dict[str, Any]]:
+    """Files of about ``target_bytes`` each, at least one."""
+    schema = to_plain(reader.schema.empty_table()).schema
+    schema = schema.with_metadata({"imgbatch.schema_version": SCHEMA_VERSION})
+    batches = iter(reader)
+    batch = next(batches, None)
+    index = 0
+    while batch is not None or index == 0:
+        path = storage.join(directory, _FILE_NAME.format(index))
+        with storage.staged_file(path) as staged:
+            rows = 0
+            with pq.ParquetWriter(staged, schema, compression="zstd") as writer:
+                while batch is not None and staged.stat().st_size < target_bytes:
+                    writer.write_table(to_plain(pa.Table.from_batches([batch])).cast(schema))
+                    rows += batch.num_rows
+                    batch = next(batches, None)
+            entry = {
+                "path": path,
+                "rows": rows,
+                "bytes": staged.stat().st_size,
+                "sha256": storage.sha256(str(staged)),
+            }
+        yield entry
+        index += 1

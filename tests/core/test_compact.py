@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.config import Config
+from imgbatch.core.compact import compact
+from imgbatch.core.verify import verify
+from imgbatch.core.views import open_views
+from imgbatch.errors import UsageError
+from imgbatch.runtime.job import classify
+from tests.conftest import changed
+
+
+def night(config: Config, path: Path, photos: list[Path], **flags: object) -> Config:
+    pq.write_table(pa.table({"uri": [str(photo) for photo in photos]}), path)
+    return changed(config, input__manifest=str(path), **flags)
+
+
+def test_the_compacted_dataset_is_the_current_view(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    classify(
+        night(
+            photo_config,
+            tmp_path / "1.parquet",
+            photos[:30],
+            output__partition_by=("bucket:2",),
+        )
+    )
+    second = classify(night(photo_config, tmp_path / "2.parquet", photos[20:40]))
+    result = compact(second.out, target_file_mb=128)
+    assert not result.already_there
+    assert len(result.files) == 1
+    columns = "image_id, row_id, run_id, label, probability, top_k, probabilities, predicted_at, model_id"
+    query = f"select {columns} from {{}} order by image_id"
+    with open_views(second.out) as connection:
+        expected = connection.sql(query.format("predictions")).to_arrow_table()
+        found = connection.sql(query.format(f"read_parquet('{result.path}/*.parquet')")).to_arrow_table()
+    assert found.equals(expected)
+    assert result.num_rows == expected.num_rows == 38, "two of the first 40 photos are cut short"
+    assert verify(second.out).ok
+
+
+def test_compacting_again_does_nothing_until_another_run_has_finished(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    first = classify(night(photo_config, tmp_path / "1.parquet", photos[:5]))
+    before = compact(first.out, target_file_mb=128)
+    assert compact(first.out, target_file_mb=128).already_there
+    classify(night(photo_config, tmp_path / "2.parquet", photos[6:8]))
+    after = compact(first.out, target_file_mb=128)
+    assert (after.num_rows, len(after.runs)) == (7, 2)
+    assert not Path(before.path).exists()
+    left = {path.name for path in Path(first.out, "compacted").iterdir()}
+    assert left == {Path(after.path).name, f"{Path(after.path).name}.json"}
+
+
+def test_files_are_cut_at_the_target_size(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    result = classify(night(photo_config, tmp_path / "1.parquet", photos))
+    whole = compact(result.out, target_file_mb=1)
+    rows = duckdb.sql(f"select count(*) from '{whole.path}/*.parquet'").fetchall()
+    assert rows == [(114,)]
+    assert sum(file["rows"] for file in whole.files) == 114
+
+
+def test_there_must_be_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no finished run"):
+        compact(str(tmp_path), target_file_mb=128)

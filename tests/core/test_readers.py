@@ -1,0 +1,95 @@
+"""The scripts beside a run, run as someone would in the morning."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from imgbatch.config import Config
+from imgbatch.core.runs import RunPaths
+from imgbatch.core.views import open_views
+from imgbatch.runtime.job import classify
+from tests.conftest import changed
+
+
+@pytest.fixture
+def finished(photo_config: Config) -> RunPaths:
+    result = classify(changed(photo_config, output__partition_by=("shop",)))
+    return RunPaths(result.out, result.run_id)
+
+
+def labels(paths: RunPaths) -> list[str]:
+    with open_views(paths.out) as connection:
+        return [label for (label,) in connection.sql("select distinct label from predictions").fetchall()]
+
+
+def test_the_sql_gives_the_views(finished: RunPaths) -> None:
+    with duckdb.connect() as connection:
+        connection.execute(Path(finished.query_sql).read_text())
+        assert connection.sql("select count(*), count(distinct shop) from predictions").fetchall() == [(114, 2)]
+
+
+def test_the_python_program_prints_the_labels(finished: RunPaths) -> None:
+    done = subprocess.run(
+        [sys.executable, finished.query_py],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert [label for label in labels(finished) if label not in done.stdout] == []
+
+
+@pytest.mark.soak
+def test_spark_reads_what_duckdb_reads(finished: RunPaths, tmp_path: Path) -> None:
+    """The generated program itself, and then counts, nested and partition columns, and a pruned partition."""
+    pytest.importorskip("pyspark", reason="PySpark is not installed (extra: bench)")
+    if shutil.which("java") is None:
+        pytest.skip("Spark needs Java 17")
+    program = tmp_path / "spark.py"
+    checks = """
+import json
+row = spark.sql('''
+    select count(*) as n, count(distinct row_id) as ids, sum(case when shop is null then 1 else 0 end) as nulls,
+           max(size(probabilities)) as classes, max(top_k[0].probability) as top, min(predicted_at) as at,
+           max(run_id) as run_id
+    from predictions''').first()
+print("ROW", json.dumps(row.asDict(), default=str))
+pruned = written.where("shop = 'north'")
+filters = pruned._jdf.queryExecution().executedPlan().toString().split("PartitionFilters: ")[1].split("]")[0]
+print("PRUNED", "shop" in filters, pruned.count())
+"""
+    program.write_text(Path(finished.spark_py).read_text() + checks)
+    environment = {
+        **os.environ,
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "PYSPARK_PYTHON": sys.executable,
+    }
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [label for label in labels(finished) if label not in done.stdout] == []
+    with open_views(finished.out) as connection:
+        expected = connection.sql(
+            "select count(*), count(distinct row_id), count(*) filter (shop is null), max(len(probabilities)) "
+            "from predictions"
+        ).fetchall()[0]
+        north = connection.sql("select count(*) from predictions where shop = 'north'").fetchall()[0][0]
+    line = next(text for text in done.stdout.splitlines() if text.startswith("ROW "))
+    assert all(
+        f'"{name}": {value}' in line for name, value in zip(("n", "ids", "nulls", "classes"), expected, strict=True)
+    )
+    assert f'"run_id": "{finished.run_id}"' in line
+    assert f"PRUNED True {north}" in done.stdout
