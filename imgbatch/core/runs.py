@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -247,8 +247,9 @@ def heartbeat(paths: RunPaths) -> Iterator[None]:
     def beat() -> None:
         while True:
             # A store that is away for a while must not end the heartbeat.
-            with contextlib.suppress(Exception):
-                storage.write_json(paths.heartbeat, {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+            with suppress(Exception):
+                sign = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+                storage.write_json(paths.heartbeat, sign)
             if stop.wait(HEARTBEAT_EVERY_S):
                 return
 

@@ -127,6 +127,7 @@ def main() -> None:
         paths = find_photographs(arguments.folder, Path(scratch))[: arguments.max_images]
         uris = upload(paths, arguments.prefix) * arguments.rounds
         local = [str(path) for path in paths] * arguments.rounds
+        print(describe_machine())
         if arguments.server_pids:
             own, others = sorted(os.sched_getaffinity(0))[:2]
             for pid in arguments.server_pids:
@@ -134,7 +135,6 @@ def main() -> None:
                     os.sched_setaffinity(thread.id, {others})
             for thread in psutil.Process().threads():
                 os.sched_setaffinity(thread.id, {own})
-        print(describe_machine())
         kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1000
         print(f"{len(paths)} images of {kilobytes:.0f} KB, {arguments.in_flight} requests in flight")
 

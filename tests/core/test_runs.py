@@ -111,3 +111,29 @@ def test_a_sign_of_life_is_respected(tmp_path: Path, host: str, pid: int, age_s:
     with heartbeat(paths):
         pass
     assert not Path(paths.heartbeat).exists()
+
+
+def test_committed_units_are_found_however_many_there_are(tmp_path: Path) -> None:
+    paths = RunPaths(str(tmp_path), "r1")
+    for index in (0, 9_999, 10_000, 24_999):
+        storage.replace(paths.unit_file(index), b"")
+    storage.replace(storage.join(paths.units, ".unit-00000007.parquet.tmp"), b"")
+    assert paths.committed_units(25_000) == {0, 9_999, 10_000, 24_999}
+
+
+def test_a_store_that_is_away_does_not_end_the_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imgbatch.core.runs.HEARTBEAT_EVERY_S", 0.01)
+    paths = RunPaths(str(tmp_path), "r1")
+    write, failures = storage.write_json, [OSError("away"), OSError("away")]
+
+    def away_at_first(uri: str, value: object) -> None:
+        if failures:
+            raise failures.pop()
+        write(uri, value)
+
+    monkeypatch.setattr(storage, "write_json", away_at_first)
+    with heartbeat(paths):
+        deadline = time.monotonic() + 10
+        while not storage.exists(paths.heartbeat):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
