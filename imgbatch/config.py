@@ -73,8 +73,9 @@ class FetchConfig(Section):
     """Seconds that one request may take."""
     retries: int = Field(4, ge=0)
     """Further tries after a failure that may pass (timeouts, resets, 429, 500, 503)."""
-    in_flight: PositiveInt = 16
-    """Requests under way at once in each decode actor."""
+    in_flight: PositiveInt = 32
+    """Requests under way at once in each decode actor: at 50 ms each, 32 bring 640 images a second, which is more
+    than a core decodes."""
     max_bytes: PositiveInt = 256 * 2**20
     """A larger file is ``TOO_LARGE``."""
     client: Literal["auto", "s3fs", "obstore"] = "auto"

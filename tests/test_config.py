@@ -121,7 +121,7 @@ def test_flags_win_over_assignments_over_the_file_over_defaults(tmp_path):
     assert config.output.top_k == 4
     assert config.output.keep_units is True
     assert config.fetch.retries == 1
-    assert config.fetch.in_flight == 16
+    assert config.fetch.in_flight == 32
 
 
 def test_a_flag_that_was_not_given_changes_nothing():
