@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -237,3 +238,22 @@ def test_giving_up_half_way_leaves_no_thread(objects: ObjectServer) -> None:
         rows.close()  # type: ignore[attr-defined]
     assert objects.requests.total() < 20
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch")]
+
+
+def test_the_first_requests_leave_before_anybody_asks_for_the_content(objects: ObjectServer) -> None:
+    with Fetcher(FetchConfig(in_flight=4)) as fetcher:
+        rows = fetcher.fetch([f"s3://bucket/key{index}" for index in range(20)])
+        deadline = time.monotonic() + 20
+        while objects.requests.total() < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(list(rows)) == 20
+    assert objects.requests.total() == 20
+
+
+def test_several_threads_fetch_at_once_each_its_own(objects: ObjectServer) -> None:
+    with Fetcher(FetchConfig(in_flight=4)) as fetcher, ThreadPoolExecutor(3) as pool:
+        uris = [[f"s3://bucket/{name}{index}" for index in range(15)] for name in ("a", "b", "c")]
+        found = list(pool.map(lambda own: list(fetcher.fetch(own)), uris))
+    assert found == [[f"{name}{index}".encode() * 10 for index in range(15)] for name in ("a", "b", "c")]
+    assert objects.most_busy <= 4
