@@ -129,7 +129,7 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for the whole test run, with more logical CPUs than cores, and nothing written into the home."""
     import ray
 
-    os.environ.update(S3_ENVIRONMENT)  # Ray's workers have the environment that it was started in
+    os.environ.update({**S3_ENVIRONMENT, **os.environ})  # Ray's workers have the environment that it was started in
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(tmp_path_factory.mktemp("ray") / "token")
     ray.init(
@@ -147,7 +147,13 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """URL of an S3 server in this process, for the whole test run."""
+    """URL of an S3 server in this process, for the whole test run, or of the one that ``IMGBATCH_TEST_S3`` names.
+
+    That one's keys are taken from the environment.
+    """
+    if url := os.environ.get("IMGBATCH_TEST_S3"):
+        yield url
+        return
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
@@ -161,8 +167,9 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """``s3://`` and the name of a new bucket; this process, and those it starts, find the server by environment."""
-    for name, value in {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": s3_server}.items():
-        monkeypatch.setenv(name, value)
+    for name, value in S3_ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     monkeypatch.setattr(storage, "_filesystems", {})
     bucket = f"s3://bucket-{uuid.uuid4().hex[:12]}"
     fs, path = storage.filesystem(bucket)
