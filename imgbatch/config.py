@@ -251,6 +251,8 @@ class RunConfig(Section):
     """What to do about an unfinished run with other settings in the same output."""
     new_run: bool = False
     """Start a second run although one with this fingerprint has finished."""
+    log_format: Literal["text", "json"] = "text"
+    """``json``: one object a line on standard error, with run_id and unit_id, for a log collector."""
     no_progress_s: float = Field(1800.0, gt=0)
     """Seconds without a committed unit after which the run ends with exit code 4."""
 

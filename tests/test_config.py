@@ -84,6 +84,7 @@ OPTIONS = [
     "errors.min_rows",
     "run.on_unfinished",
     "run.new_run",
+    "run.log_format",
     "run.no_progress_s",
     "storage.endpoint_url",
     "storage.region",

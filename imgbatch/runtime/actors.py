@@ -9,6 +9,7 @@ import pyarrow as pa
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT, ClassifyStage, CommitStage, DecodeStage
+from imgbatch.runtime.metrics import WaitMetric
 
 RECEIPT = "receipt"
 
@@ -28,9 +29,11 @@ class ClassifyActor:
 
     def __init__(self, run: Run, batch_size: int, num_threads: int | None) -> None:
         self._classify = ClassifyStage(run, batch_size=batch_size, num_threads=num_threads)
+        self._waiting = WaitMetric(run.run_id)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return self._classify(block)
+        with self._waiting:
+            return self._classify(block)
 
 
 class CommitActor:

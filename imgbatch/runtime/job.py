@@ -28,6 +28,7 @@ from imgbatch.errors import ErrorBudgetExceeded, Interrupted, Status, UsageError
 from imgbatch.runtime.engine import Engine, EngineStopped
 from imgbatch.runtime.pools import choose_device, choose_pools, this_machine
 from imgbatch.runtime.progress import RunProgress
+from imgbatch.runtime.reporter import Reporter
 from imgbatch.runtime.run_log import RunLog
 
 MAX_PASS_UNITS = 20_000
@@ -187,19 +188,20 @@ def _work(run: Run, console: Console) -> RunResult:
 
 def _classify_pending(run: Run, console: Console) -> RunResult:
     layout = run.plan.layout
-    console.print(f"run {run.run_id}: {layout.num_rows:,} images in {layout.num_units:,} units of {layout.unit_rows:,}")
+    reporter = Reporter(console, run_id=run.run_id, as_json=run.config.run.log_format == "json")
+    reporter.say(f"run {run.run_id}: {layout.num_rows:,} images in {layout.num_units:,} units of {layout.unit_rows:,}")
     log = RunLog(run)
     state = "failed"
     try:
         pending = run.pending_units()
         if pending:
             if len(pending) < layout.num_units:
-                console.print(f"continuing: {layout.num_units - len(pending):,} units are done already")
+                reporter.say(f"continuing: {layout.num_units - len(pending):,} units are done already")
             check_sample(run)
             with _engine(run) as engine:
                 log.engine_described(engine.describe())
-                console.print(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}", markup=False)
-                _Passes(run, engine, log, console, pending=pending).run_all()
+                reporter.say(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}")
+                _Passes(run, engine, log, reporter, pending=pending).run_all()
                 counts = finalize(run, engine.map_parts)["counts"]
         else:
             counts = finalize(run)["counts"]
@@ -222,11 +224,11 @@ def _counted(counts: dict[str, int]) -> str:
 class _Passes:
     """Pass after pass over the pending units, until there is none."""
 
-    def __init__(self, run: Run, engine: Engine, log: RunLog, console: Console, *, pending: list[int]) -> None:
+    def __init__(self, run: Run, engine: Engine, log: RunLog, reporter: Reporter, *, pending: list[int]) -> None:
         self._run = run
         self._engine = engine
         self._log = log
-        self._console = console
+        self._reporter = reporter
         self._budget = ErrorBudget(run.config.errors)
         self._num_changed = 0
         self._deaths: Counter[int] = Counter()
@@ -235,7 +237,7 @@ class _Passes:
         self._pending = pending
         self._any_committed = len(pending) < layout.num_units
         self._progress = RunProgress(
-            console,
+            reporter,
             total_rows=layout.num_rows,
             done_rows=layout.num_rows - sum(layout.unit(index).num_rows for index in pending),
             num_actors=engine.num_actors,
@@ -259,7 +261,7 @@ class _Passes:
                     defer = False
                 pending = left
         if self._num_changed and self._run.config.input.if_changed == "warn":
-            self._console.print(
+            self._reporter.say(
                 f"{self._num_changed:,} objects were not what the manifest lists; they were labelled as they are now"
             )
 
@@ -279,7 +281,7 @@ class _Passes:
                 self._take(receipt)
         except EngineStopped as error:
             # What was committed stays; the units under way are tried again.
-            self._console.print(f"a pass ended early: {normalise_message(error)}", markup=False)
+            self._reporter.say(f"a pass ended early: {normalise_message(error)}")
             self._deaths.update(list(unseen)[: self._engine.window])
             return bool(unseen)
         failpoint("job.after_pass")
@@ -287,11 +289,12 @@ class _Passes:
 
     def _isolate(self, units: list[int]) -> None:
         for unit in units:
-            self._console.print(f"unit {unit}: classified row by row, in processes of their own", markup=False)
+            self._reporter.say(f"unit {unit}: classified row by row, in processes of their own", unit_id=unit)
             self._take(self._engine.classify_isolated(unit))
 
     def _take(self, receipt: Receipt) -> None:
         self._log.add(receipt)
+        self._reporter.unit(receipt)
         self._progress.add(receipt)
         self._any_committed |= receipt.outcome != "deferred"
         self._num_changed += receipt.num_changed

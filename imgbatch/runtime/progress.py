@@ -6,11 +6,11 @@ import time
 from collections import Counter, deque
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from imgbatch.core.results import Receipt
 from imgbatch.errors import Status
+from imgbatch.runtime.reporter import Reporter
 
 PLAIN_EVERY_S = 30.0
 RATE_OVER_S = 120.0
@@ -20,9 +20,9 @@ RATE_OVER_S = 120.0
 class RunProgress:
     """Counts receipts and shows rows done, total, images/s, errors, time left and the stage that is the limit."""
 
-    def __init__(self, console: Console, *, total_rows: int, done_rows: int, num_actors: dict[str, int]) -> None:
+    def __init__(self, reporter: Reporter, *, total_rows: int, done_rows: int, num_actors: dict[str, int]) -> None:
         """``num_actors``: how many processes share each stage's busy seconds."""
-        self._console = console
+        self._reporter = reporter
         self._total = total_rows
         self._num_actors = num_actors
         self._done = done_rows
@@ -34,8 +34,9 @@ class RunProgress:
         self._bar: Progress | None = None
 
     def __enter__(self) -> RunProgress:
-        if self._console.is_terminal:
-            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console, transient=True)
+        console = self._reporter.console
+        if console.is_terminal and not self._reporter.as_json:
+            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console, transient=True)
             self._task = self._bar.add_task(self.line(), total=self._total, completed=self._done)
             self._bar.start()
         return self
@@ -57,7 +58,7 @@ class RunProgress:
             self._bar.update(self._task, completed=self._done, description=self.line())
         elif now - self._last_line >= PLAIN_EVERY_S:
             self._last_line = now
-            self._console.print(self.line(), markup=False)
+            self._reporter.say(self.line())
 
     def line(self) -> str:
         """``1,024 of 3,000 images, 61 images/s, 3 errors, 0:32 left, limit: classify``."""

@@ -24,6 +24,7 @@ from imgbatch.core.stages import UNIT
 from imgbatch.runtime.actors import ClassifyActor, CommitActor, DecodeActor, read_receipts
 from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import classify_isolated
+from imgbatch.runtime.metrics import RunMetrics
 from imgbatch.runtime.pools import Pools, choose_batch_size
 from imgbatch.runtime.watchdog import watched
 
@@ -37,6 +38,7 @@ class RayEngine:
     def __init__(self, run: Run, pools: Pools) -> None:
         self._run = run
         self._pools = pools
+        self._metrics = RunMetrics(run.run_id)
         configure_ray_data()
 
     @property
@@ -67,7 +69,9 @@ class RayEngine:
         blocks = pipeline.iter_batches(batch_size=None, batch_format="pyarrow")
         try:
             for block in watched(blocks, self._run.config.run.no_progress_s):
-                yield from read_receipts(block)
+                for receipt in read_receipts(block):
+                    self._metrics.add(receipt)
+                    yield receipt
         except RayError as error:
             raise EngineStopped(_root_cause(error)) from error
 
