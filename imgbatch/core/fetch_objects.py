@@ -7,6 +7,7 @@ can use. Both see the same credentials, endpoint and region.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import threading
 from datetime import UTC, datetime, timedelta
@@ -184,7 +185,9 @@ class ObstoreClient:
         endpoint, region = fs.s3.meta.endpoint_url, fs.s3.meta.region_name
         if not endpoint.endswith(".amazonaws.com"):
             return endpoint, region or "us-east-1"
-        region = fs.call_s3("head_bucket", Bucket=bucket).get("BucketRegion") or region
+        # Who may read objects may not be allowed to ask; then the configured region has to be right.
+        with contextlib.suppress(OSError):
+            region = fs.call_s3("head_bucket", Bucket=bucket).get("BucketRegion") or region
         return f"https://s3.{region}.amazonaws.com", region
 
     def _credentials(self) -> Any:
