@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,6 +38,7 @@ def classify(
     assignments: Assignments = None,
 ) -> None:
     """Label every row of a manifest exactly once; the same command again continues where it stopped."""
+    from imgbatch.runtime.interrupts import stop_on_signals
     from imgbatch.runtime.job import classify as run_job
 
     flags = {
@@ -53,8 +53,9 @@ def classify(
         "input.since_run": since_run,
     }
     config = load_config(config_file, assignments or (), flags)
-    _stop_on_sigterm()
-    _report(run_job(config, messages))
+    with stop_on_signals() as stop:
+        result = run_job(config, messages, stop)
+    _report(result)
 
 
 def retry(
@@ -65,11 +66,12 @@ def retry(
     assignments: Assignments = None,
 ) -> None:
     """Classify the rows of a finished run that failed, as a child run that keeps their row_ids."""
+    from imgbatch.runtime.interrupts import stop_on_signals
     from imgbatch.runtime.job import retry as retry_job
 
     config = load_config(config_file, assignments or (), {"output.path": out, "classify.engine": engine})
-    _stop_on_sigterm()
-    result = retry_job(config, run, messages)
+    with stop_on_signals() as stop:
+        result = retry_job(config, run, messages, stop)
     if result is None:
         console.print("nothing to retry: every row has a prediction")
     else:
@@ -94,9 +96,3 @@ def _report(result: RunResult) -> None:
         f'next:    imgbatch query {result.out} "select label, count(*) n from predictions group by 1"', markup=False
     )
 
-
-def _stop_on_sigterm() -> None:
-    def stop(signal_number: int, _: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(signal_number).name)
-
-    signal.signal(signal.SIGTERM, stop)

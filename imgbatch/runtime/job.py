@@ -26,6 +26,7 @@ from imgbatch.core.runs import RunEntry, find_run, heartbeat, list_runs
 from imgbatch.core.views import open_views
 from imgbatch.errors import ErrorBudgetExceeded, Interrupted, Status, UsageError, normalise_message
 from imgbatch.runtime.engine import Engine, EngineStopped
+from imgbatch.runtime.interrupts import StopSwitch
 from imgbatch.runtime.pools import choose_device, choose_pools, this_machine
 from imgbatch.runtime.progress import RunProgress
 from imgbatch.runtime.reporter import Reporter
@@ -58,24 +59,27 @@ class RunResult:
         return self.num_rows - self.counts.get(Status.OK.value, 0)
 
 
-def classify(config: Config, console: Console | None = None) -> RunResult:
+def classify(config: Config, console: Console | None = None, stop: StopSwitch | None = None) -> RunResult:
     """Classify every row of a manifest exactly once; the same configuration again continues or finds it done.
 
     Args:
         console: where progress and messages go; none: nowhere.
+        stop: ends the job after the units in flight when it is turned on.
 
     Raises:
         UsageError: bad input or configuration, or another unfinished run is in the way.
         ErrorBudgetExceeded: too many rows failed, or not one has a prediction.
-        Interrupted: no unit was committed for ``run.no_progress_s``.
+        Interrupted: no unit was committed for ``run.no_progress_s``, or ``stop`` was turned on.
     """
     console = console or Console(quiet=True)
     storage.configure(config.storage)
-    with _device(config) as device:
-        return _work(plan_run(config, device), console)
+    with device_kind(config) as device:
+        return _work(plan_run(config, device), console, stop or StopSwitch())
 
 
-def retry(config: Config, run_id: str | None, console: Console | None = None) -> RunResult | None:
+def retry(
+    config: Config, run_id: str | None, console: Console | None = None, stop: StopSwitch | None = None
+) -> RunResult | None:
     """Classify the rows of a finished run that have no prediction yet, as a child run; none where there are none.
 
     ``config`` gives resources and fetch settings; what changes results comes from the parent's plan.
@@ -102,9 +106,10 @@ def retry(config: Config, run_id: str | None, console: Console | None = None) ->
             "output": settled.output.model_copy(update={"path": out}),
         }
     )
-    with _device(config) as device:
+    with device_kind(config) as device:
         attempt = len(_finished_retries(out, parent)) + 1
-        return _work(plan_retry(config, parent, failed, device, attempt=attempt), console)
+        run = plan_retry(config, parent, failed, device, attempt=attempt)
+        return _work(run, console, stop or StopSwitch())
 
 
 def _newest_root(out: str, run_id: str | None) -> RunEntry:
@@ -138,7 +143,7 @@ def _finished_retries(out: str, parent: RunEntry) -> list[RunEntry]:
 
 
 @contextlib.contextmanager
-def _device(config: Config) -> Iterator[Any]:
+def device_kind(config: Config) -> Iterator[Any]:
     """The device kind. A cluster has to be asked, so it is connected for the block; a Ray of our own starts later."""
     from_cluster = config.classify.engine == "ray" and config.resources.device == "auto"
     if from_cluster:
@@ -152,7 +157,8 @@ def _device(config: Config) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _engine(run: Run) -> Iterator[Engine]:
+def open_engine(run: Run) -> Iterator[Engine]:
+    """The engine that ``classify.engine`` asks for; Ray is connected inside the block."""
     if run.config.classify.engine == "local":
         from imgbatch.runtime.local import LocalEngine
 
@@ -172,12 +178,12 @@ def _engine(run: Run) -> Iterator[Engine]:
             yield ray_engine
 
 
-def _work(run: Run, console: Console) -> RunResult:
+def _work(run: Run, console: Console, stop: StopSwitch) -> RunResult:
     if run.paths.is_finished():
         result = RunResult(run.paths.out, run.run_id, finalize(run)["counts"], already_finished=True, images_per_s=None)
     else:
         with heartbeat(run.paths):
-            result = _classify_pending(run, console)
+            result = _classify_pending(run, console, stop)
     if not result.counts.get(Status.OK.value):
         raise ErrorBudgetExceeded(
             f"run {run.run_id} has not one prediction ({_counted(result.counts)}); see why with "
@@ -186,7 +192,7 @@ def _work(run: Run, console: Console) -> RunResult:
     return result
 
 
-def _classify_pending(run: Run, console: Console) -> RunResult:
+def _classify_pending(run: Run, console: Console, stop: StopSwitch) -> RunResult:
     layout = run.plan.layout
     reporter = Reporter(console, run_id=run.run_id, as_json=run.config.run.log_format == "json")
     reporter.say(f"run {run.run_id}: {layout.num_rows:,} images in {layout.num_units:,} units of {layout.unit_rows:,}")
@@ -198,10 +204,10 @@ def _classify_pending(run: Run, console: Console) -> RunResult:
             if len(pending) < layout.num_units:
                 reporter.say(f"continuing: {layout.num_units - len(pending):,} units are done already")
             check_sample(run)
-            with _engine(run) as engine:
+            with open_engine(run) as engine:
                 log.engine_described(engine.describe())
                 reporter.say(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}")
-                _Passes(run, engine, log, reporter, pending=pending).run_all()
+                _Passes(run, engine, log, reporter, stop, pending=pending).run_all()
                 counts = finalize(run, engine.map_parts)["counts"]
         else:
             counts = finalize(run)["counts"]
@@ -224,8 +230,13 @@ def _counted(counts: dict[str, int]) -> str:
 class _Passes:
     """Pass after pass over the pending units, until there is none."""
 
-    def __init__(self, run: Run, engine: Engine, log: RunLog, reporter: Reporter, *, pending: list[int]) -> None:
+    def __init__(
+        self, run: Run, engine: Engine, log: RunLog, reporter: Reporter, stop: StopSwitch, *, pending: list[int]
+    ) -> None:
         self._run = run
+        self._stop = stop
+        self._in_flight = engine.window
+        """Units that may still come after a stop was asked for."""
         self._engine = engine
         self._log = log
         self._reporter = reporter
@@ -300,6 +311,10 @@ class _Passes:
         self._num_changed += receipt.num_changed
         self._budget.add(receipt)
         failpoint("job.receipt", receipt.unit)
+        if self._stop.is_on:
+            self._in_flight -= 1
+            if self._in_flight <= 0:
+                raise Interrupted("stopped after the units in flight; the same command continues")
 
     def _refuse_to_loop(self, defer: bool) -> None:
         """After a pass that committed nothing: the next one commits what comes, unless nothing good ever came."""
