@@ -95,4 +95,3 @@ def _report(result: RunResult) -> None:
     console.print(
         f'next:    imgbatch query {result.out} "select label, count(*) n from predictions group by 1"', markup=False
     )
-

@@ -1,4 +1,4 @@
-"""Ctrl-C: once finishes the units in flight, twice stops now. SIGTERM, which Ray Jobs follow with SIGKILL, stops now."""
+"""Ctrl-C once finishes the units in flight, twice stops now. SIGTERM, which Ray Jobs follow with SIGKILL, stops now."""
 
 from __future__ import annotations
 
