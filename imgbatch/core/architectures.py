@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 DEFAULT_ARCHITECTURE = "resnet50"
 
 SIMPLE_CNN = "simple_cnn"
+HOG_COLOR = "hog_color"
+"""Hand-made features, which need no weights."""
 
 _NAMES_BY_HEAD: dict[str, tuple[str, ...]] = {
-    "head": (SIMPLE_CNN, "swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b"),
+    "head": (SIMPLE_CNN, HOG_COLOR, "swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b"),
     "fc": (
         *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
         *("wide_resnet50_2", "wide_resnet101_2"),
@@ -51,7 +53,7 @@ _NAMES_BY_HEAD: dict[str, tuple[str, ...]] = {
 _HEADS = {name: head for head, names in _NAMES_BY_HEAD.items() for name in names}
 
 ARCHITECTURES: tuple[str, ...] = tuple(sorted(_HEADS))
-"""Every name that ``--arch`` takes: ``simple_cnn`` and torchvision's classification networks."""
+"""Every name that ``--arch`` takes: ``simple_cnn``, ``hog_color`` and torchvision's classification networks."""
 
 _AUXILIARY_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
@@ -88,6 +90,7 @@ def build_network(arch: str, num_classes: int, *, crop_size: int | None = None, 
     import torch
     from torchvision.models import get_model
 
+    from imgbatch.core.hog_color import MIN_CROP_PX, HogColor
     from imgbatch.core.simple_cnn import SimpleCNN
 
     check_architecture(arch)
@@ -101,10 +104,14 @@ def build_network(arch: str, num_classes: int, *, crop_size: int | None = None, 
         options = {"image_size": crop_size}
     if arch == "maxvit_t" and crop_size not in (None, 224):
         raise UsageError(f"maxvit_t: takes images of 224 px only, not crop_size {crop_size}")
+    if arch == HOG_COLOR and crop_size is not None and crop_size < MIN_CROP_PX:
+        raise UsageError(f"{HOG_COLOR}: crop_size {crop_size} must be at least {MIN_CROP_PX}")
     # regnet computes its widths with tensors, which the meta device cannot.
     with torch.device("meta" if empty and not arch.startswith("regnet_") else "cpu"):
         if arch == SIMPLE_CNN:
             return SimpleCNN(num_classes)
+        if arch == HOG_COLOR:
+            return HogColor(num_classes)
         return get_model(arch, weights=None, num_classes=num_classes, **options)
 
 
@@ -119,6 +126,8 @@ def default_preprocess(arch: str, weights_name: str = "DEFAULT") -> PreprocessSp
     """
     if arch == SIMPLE_CNN:
         return PreprocessSpec(resize_size=64, crop_size=64)
+    if arch == HOG_COLOR:
+        return PreprocessSpec(resize_size=128, crop_size=128, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     transform = published_weights(arch, weights_name).transforms()
     mean, std = tuple(transform.mean), tuple(transform.std)
     if arch in _AUXILIARY_HEADS:
@@ -137,8 +146,8 @@ def published_weights(arch: str, weights_name: str = "DEFAULT") -> Any:
     from torchvision.models import get_model_weights
 
     check_architecture(arch)
-    if arch == SIMPLE_CNN:
-        raise UsageError(f"{SIMPLE_CNN}: there are no published weights; give a file")
+    if arch in (SIMPLE_CNN, HOG_COLOR):
+        raise UsageError(f"{arch}: there are no published weights; give a file")
     members = get_model_weights(arch)
     name = members.DEFAULT.name if weights_name.upper() == "DEFAULT" else weights_name
     if name not in members.__members__:
@@ -150,9 +159,7 @@ def replace_head(network: nn.Module, arch: str, num_classes: int) -> nn.Module:
     """Put a fresh layer of ``num_classes`` logits in place of the last one; changes and returns ``network``."""
     from torch import nn
 
-    parent_name, _, name = head_module_name(arch).rpartition(".")
-    parent = network.get_submodule(parent_name)
-    old = parent.get_submodule(name)
+    old = network.get_submodule(head_module_name(arch))
     weight = old.weight
     assert isinstance(weight, nn.Parameter)
     new: nn.Module
@@ -160,7 +167,13 @@ def replace_head(network: nn.Module, arch: str, num_classes: int) -> nn.Module:
         new = nn.Conv2d(old.in_channels, num_classes, kernel_size=1, device=weight.device, dtype=weight.dtype)
     else:
         new = nn.Linear(weight.shape[1], num_classes, device=weight.device, dtype=weight.dtype)
-    parent.register_module(name, new)
+    return set_head(network, arch, new)
+
+
+def set_head(network: nn.Module, arch: str, head: nn.Module) -> nn.Module:
+    """Make ``head`` the last layer; changes and returns ``network``."""
+    parent_name, _, name = head_module_name(arch).rpartition(".")
+    network.get_submodule(parent_name).register_module(name, head)
     return network
 
 

@@ -1,14 +1,14 @@
-"""What a fine-tuned network has to beat: linear classifiers on the features of a frozen one.
+"""What a fine-tuned network has to beat: simple classifiers on the features of a frozen one, or on hand-made ones.
 
-Each is a plain linear layer, so its bundle is the backbone with that layer as its head and is classified like any
-other model.
+Each becomes the backbone's last layer, so its bundle is classified like any other model.
 
 Legend of shape suffixes: N image, D feature, K class.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,21 @@ from torch.nn import functional
 
 from imgbatch.core.architectures import head_module_name
 from imgbatch.core.description import Task
+from imgbatch.core.forest import FittedForest, fit_forest
 from imgbatch.errors import UsageError
 
-LOGISTIC_REGRESSION, PROTOTYPES = "logistic_regression", "prototypes"
-BASELINES = (LOGISTIC_REGRESSION, PROTOTYPES)
+LOGISTIC_REGRESSION, PROTOTYPES, LINEAR_SVM, RANDOM_FOREST = (
+    "logistic_regression",
+    "prototypes",
+    "linear_svm",
+    "random_forest",
+)
+BASELINES = (LOGISTIC_REGRESSION, PROTOTYPES, LINEAR_SVM, RANDOM_FOREST)
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+_SVM_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+_SVM_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
+_LEAF_IMAGES = (1, 3, 10)
 _SCALES = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 3))
 _MAX_ITERATIONS = 200
 
@@ -33,10 +42,14 @@ class LinearHead:
     weight_KD: Tensor
     bias_K: Tensor
     setting: float
-    """The penalty (logistic_regression) or scale (prototypes) that was best on the validation split."""
+    """The penalty, or scale (prototypes)."""
 
     def logits(self, features_ND: Tensor) -> Tensor:
         return functional.linear(features_ND, self.weight_KD, self.bias_K)
+
+    def scaled(self, factor: float) -> LinearHead:
+        """With logits ``factor`` times as large."""
+        return replace(self, weight_KD=factor * self.weight_KD, bias_K=factor * self.bias_K)
 
     def install(self, network: nn.Module, arch: str) -> None:
         """Make it the head of a network; see :func:`check_linear_head`."""
@@ -57,7 +70,7 @@ def check_linear_head(network: nn.Module, arch: str) -> None:
 
 def fit_head(
     kind: str, train_ND: Tensor, truth_NK: Tensor, validation_ND: Tensor, validation_NK: Tensor, *, task: Task
-) -> LinearHead:
+) -> LinearHead | FittedForest:
     """The ``kind`` of head that has the lowest validation loss among a few settings.
 
     Args:
@@ -65,10 +78,16 @@ def fit_head(
         train_ND: features, float32; likewise ``validation_ND``.
         truth_NK: float32, 1 where an image shows the class; likewise ``validation_NK``.
     """
+    candidates: list[LinearHead | FittedForest] = []
     if kind == PROTOTYPES:
-        candidates = [fit_prototypes(train_ND, truth_NK, task=task, scale=scale) for scale in _SCALES]
+        candidates += [fit_prototypes(train_ND, truth_NK, task=task, scale=scale) for scale in _SCALES]
+    elif kind == LINEAR_SVM:
+        fitted = [fit_svm(train_ND, truth_NK, penalty=penalty) for penalty in _SVM_PENALTIES]
+        candidates += [head.scaled(scale) for head in fitted for scale in _SVM_SCALES]
+    elif kind == RANDOM_FOREST:
+        candidates += [fit_forest(train_ND, truth_NK, task=task, min_images=size) for size in _LEAF_IMAGES]
     else:
-        candidates = [fit_logistic(train_ND, truth_NK, task=task, penalty=penalty) for penalty in _PENALTIES]
+        candidates += [fit_logistic(train_ND, truth_NK, task=task, penalty=penalty) for penalty in _PENALTIES]
     return min(candidates, key=lambda head: float(_loss(head.logits(validation_ND), validation_NK, task)))
 
 
@@ -79,6 +98,25 @@ def fit_logistic(features_ND: Tensor, truth_NK: Tensor, *, task: Task, penalty: 
         penalty: half of it times the squared norm of the weights is added to the mean loss; scikit-learn's C is
             ``1 / (penalty * N)``.
     """
+    return _fit_linear(features_ND, truth_NK, penalty, lambda logits_NK, truth_NK: _loss(logits_NK, truth_NK, task))
+
+
+def fit_svm(features_ND: Tensor, truth_NK: Tensor, *, penalty: float) -> LinearHead:
+    """A linear support vector machine for each class against the rest, by squared hinge loss, as ``LinearSVC``.
+
+    Args:
+        penalty: as for :func:`fit_logistic`.
+    """
+
+    def squared_hinge(logits_NK: Tensor, truth_NK: Tensor) -> Tensor:
+        return functional.relu(1 - (2 * truth_NK - 1) * logits_NK).square().mean(dim=0).sum()
+
+    return _fit_linear(features_ND, truth_NK, penalty, squared_hinge)
+
+
+def _fit_linear(
+    features_ND: Tensor, truth_NK: Tensor, penalty: float, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> LinearHead:
     standard_ND, mean_D, std_D = _standardise(features_ND)
     truth = truth_NK.double()
     weight_KD = torch.zeros(truth.shape[1], features_ND.shape[1], dtype=torch.float64, requires_grad=True)
@@ -87,7 +125,7 @@ def fit_logistic(features_ND: Tensor, truth_NK: Tensor, *, task: Task, penalty: 
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = _loss(functional.linear(standard_ND, weight_KD, bias_K), truth, task)
+        loss = loss_of(functional.linear(standard_ND, weight_KD, bias_K), truth)
         loss = loss + 0.5 * penalty * weight_KD.square().sum()
         loss.backward()
         return loss

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from imgbatch.core.architectures import head_module_name
+from imgbatch.core.forest import refuse_forest
 from imgbatch.core.model import ModelBundle, load_network
 from imgbatch.core.predict import Predictor
 from imgbatch.core.training.images import Normaliser
@@ -27,7 +28,8 @@ class Explainer:
     """A loaded model that says where it looks.
 
     Raises:
-        UsageError: captum is not installed, or the network has no map in space at this ``crop_size``.
+        UsageError: captum is not installed, the model is a random forest, or the network has no map in space at this
+            ``crop_size``.
     """
 
     def __init__(self, bundle: ModelBundle, *, batch_size: int = 8) -> None:
@@ -38,6 +40,7 @@ class Explainer:
         self._bundle = bundle
         self._batch_size = batch_size
         self._network = load_network(bundle)
+        refuse_forest(self._network, bundle.arch, where=f"model {bundle.path}")
         self._normalise = Normaliser(bundle.preprocess, torch.device("cpu"))
         self._is_vit = bundle.arch.startswith("vit_")
         layer = self._last_tokens() if self._is_vit else self._find_layer()

@@ -28,6 +28,7 @@ from imgbatch.core.corruptions import (
     SEVERITIES,
     corrupt,
 )
+from imgbatch.core.forest import refuse_forest
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.metrics.intervals import wilson_interval
 from imgbatch.core.model import ModelBundle, load_bundle, load_network
@@ -136,6 +137,7 @@ class Subject:
         self._bundle = bundle
         self._batch_size = batch_size
         self._network = load_network(bundle).requires_grad_(False)
+        refuse_forest(self._network, bundle.arch, where=f"model {bundle.path}")
         self._normalise = Normaliser(bundle.preprocess, torch.device("cpu"))
         stated = (bundle.thresholds or {}).get("labels", {})
         self._threshold_K = torch.tensor([stated.get(name, DEFAULT_LABEL_THRESHOLD) for name in bundle.class_names])

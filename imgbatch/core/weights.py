@@ -68,6 +68,8 @@ def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def num_head_outputs(arch: str, shapes: Mapping[str, tuple[int, ...]], *, where: str) -> int:
     """How many logits the weights give; raises :class:`UsageError` if they have no head of ``arch``."""
     name = f"{head_module_name(arch)}.weight"
+    if forest := shapes.get(f"{head_module_name(arch)}.shares"):
+        return forest[-1]
     if not shapes.get(name):
         raise UsageError(f"{where}: not weights of {arch} (there is no {name}); give the --arch they were made for")
     return shapes[name][0]
@@ -75,7 +77,8 @@ def num_head_outputs(arch: str, shapes: Mapping[str, tuple[int, ...]], *, where:
 
 def num_head_inputs(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """How many features the head sees, from the shapes of weights that :func:`num_head_outputs` has accepted."""
-    return shapes[f"{head_module_name(arch)}.weight"][1]
+    head = head_module_name(arch)
+    return shapes[f"{head}.importances"][0] if f"{head}.importances" in shapes else shapes[f"{head}.weight"][1]
 
 
 def load_safetensors(uri: str) -> dict[str, Tensor]:
@@ -128,8 +131,11 @@ def fit_network(arch: str, state_dict: Mapping[str, Tensor], *, crop_size: int, 
     Raises:
         UsageError: a weight is missing, left over or of another shape.
     """
+    from imgbatch.core.forest import adopt_forest
+
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     network = build_network(arch, num_head_outputs(arch, shapes, where=where), crop_size=crop_size, empty=True)
+    adopt_forest(network, arch, shapes)
     state_dict = dict(state_dict)
     if arch.startswith("vit_"):
         state_dict = _resize_positions(arch, state_dict, crop_size)

@@ -5,16 +5,17 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
+from sklearn.svm import LinearSVC
 from torch.nn import functional
 
 from imgbatch.core.architectures import build_network
 from imgbatch.core.baselines import (
-    LOGISTIC_REGRESSION,
-    PROTOTYPES,
+    BASELINES,
     check_linear_head,
     fit_head,
     fit_logistic,
     fit_prototypes,
+    fit_svm,
 )
 from imgbatch.errors import UsageError
 
@@ -46,6 +47,17 @@ def test_logistic_regression_is_scikit_learns(features):
     )
 
 
+def test_the_support_vector_machine_is_scikit_learns(features):
+    points_ND, targets_N = features
+    penalty = 0.01
+    head = fit_svm(points_ND, functional.one_hot(targets_N, 3).float(), penalty=penalty)
+    scaled = standardised(points_ND).numpy()
+    # LinearSVC shrinks the bias too; a large scaling makes that as good as nothing.
+    reference = LinearSVC(C=1 / (penalty * 120), intercept_scaling=100, tol=1e-8, max_iter=100_000)
+    reference.fit(scaled, targets_N.numpy())
+    np.testing.assert_allclose(head.logits(points_ND).numpy(), reference.decision_function(scaled), atol=1e-2)
+
+
 def test_prototypes_choose_the_nearest_mean(features):
     points_ND, targets_N = features
     head = fit_prototypes(points_ND, functional.one_hot(targets_N, 3).float(), task="multiclass", scale=1.0)
@@ -54,7 +66,7 @@ def test_prototypes_choose_the_nearest_mean(features):
     np.testing.assert_array_equal(head.logits(points_ND).argmax(dim=1).numpy(), reference.predict(scaled))
 
 
-@pytest.mark.parametrize("kind", [LOGISTIC_REGRESSION, PROTOTYPES])
+@pytest.mark.parametrize("kind", BASELINES)
 def test_a_head_is_chosen_on_the_validation_split(features, kind):
     points_ND, targets_N = features
     truth_NK = functional.one_hot(targets_N, 3).float()
@@ -64,7 +76,7 @@ def test_a_head_is_chosen_on_the_validation_split(features, kind):
     assert right > 0.8
 
 
-@pytest.mark.parametrize("kind", [LOGISTIC_REGRESSION, PROTOTYPES])
+@pytest.mark.parametrize("kind", BASELINES)
 def test_labels_are_told_apart_one_by_one(features, kind):
     points_ND, _ = features
     truth_NK = torch.stack([points_ND[:, 0] > 0, points_ND[:, 3] > -2], dim=1).float()

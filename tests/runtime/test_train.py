@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from imgbatch.config import Config
+from imgbatch.core.baselines import BASELINES
 from imgbatch.core.evaluate import evaluate
 from imgbatch.core.model import load_bundle
 from imgbatch.core.views import open_views
@@ -108,14 +109,32 @@ def test_images_that_were_left_out_are_listed(config, colour_images, write_manif
     assert json.loads(line)["uri"] == str(broken)
 
 
-@pytest.mark.parametrize("baseline", ["logistic_regression", "prototypes"])
+@pytest.mark.parametrize("baseline", BASELINES)
 def test_a_baseline_is_a_model_like_any_other(config, tmp_path, baseline):
     backbone = train(config).bundle
-    flags = {"train__arch": baseline, "train__backbone": "simple_cnn", "train__weights": backbone.path}
+    flags = {"train__arch": baseline, "train__weights": backbone.path}
     result = train(changed(config, output__path=str(tmp_path / baseline), **flags))
     assert result.bundle.arch == "simple_cnn"
     assert result.bundle.provenance["made_by"] == f"imgbatch train ({baseline})"
     assert result.metrics["test"]["top1"] > 0.5
+
+
+@pytest.mark.parametrize("baseline", ["linear_svm", "random_forest"])
+def test_hand_made_features_need_no_weights(config, baseline):
+    flags = {"train__arch": baseline, "train__backbone": "hog_color", "train__task": "multiclass"}
+    result = train(changed(config, **flags))
+    assert result.bundle.arch == "hog_color"
+    assert result.metrics["test"]["top1"] > 0.8
+    with pytest.raises(UsageError, match="crop_size 8 must be at least 16"):
+        train(changed(config, **flags, preprocess__crop_size=8), overwrite=True)
+
+
+def test_a_forest_is_not_trained_further(config, tmp_path):
+    flags = {"train__arch": "random_forest", "train__backbone": "hog_color"}
+    forest = train(changed(config, **flags)).bundle
+    further = {"train__arch": "hog_color", "train__weights": forest.path, "output__path": str(tmp_path / "more")}
+    with pytest.raises(UsageError, match="a random forest has no gradients"):
+        train(changed(config, **further))
 
 
 def test_one_process_has_one_worker(config):

@@ -21,6 +21,7 @@ from imgbatch.core import storage
 from imgbatch.core.architectures import build_network, forward_features, head_module_name
 from imgbatch.core.baselines import LOGISTIC_REGRESSION, fit_head
 from imgbatch.core.failpoints import failpoint
+from imgbatch.core.forest import adopt_forest
 from imgbatch.core.training.augment import derived_seed, mix_pairs
 from imgbatch.core.training.checkpoint import load_last, load_weights, save_best, save_last
 from imgbatch.core.training.images import (
@@ -122,11 +123,15 @@ class Trainer:
 
     def resume(self, state: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """Go on from a checkpoint."""
-        self.network.load_state_dict(state["network"])
+        self._load(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.epoch, self.history = int(state["epoch"]), history
+
+    def _load(self, state_dict: dict[str, Tensor]) -> None:
+        adopt_forest(self.network, self.job.arch, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+        self.network.load_state_dict(state_dict)
 
     def run_epochs(self, report: Report) -> None:
         """The epochs that are left, until the last one or until patience is at its end."""
@@ -167,7 +172,7 @@ class Trainer:
         """
         self.worker.barrier()
         job = self.job
-        self.network.load_state_dict(load_weights(job.paths.best))
+        self._load(load_weights(job.paths.best))
         label_thresholds = None
         if job.task == "multilabel":
             truth_NK = job.splits[VALIDATION].truth

@@ -14,7 +14,13 @@ import numpy as np
 
 from imgbatch.config import Config, TrainConfig
 from imgbatch.core import storage
-from imgbatch.core.architectures import check_architecture, default_preprocess
+from imgbatch.core.architectures import (
+    ARCHITECTURES,
+    DEFAULT_ARCHITECTURE,
+    HOG_COLOR,
+    check_architecture,
+    default_preprocess,
+)
 from imgbatch.core.baselines import BASELINES, check_linear_head
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import DESCRIPTION_FILE, ModelBundle, load_bundle, load_network
@@ -91,12 +97,15 @@ def plan_training(config: Config) -> TrainingPlan:
     if config.output.path is None:
         raise UsageError("output.path: not given; name a directory with -o")
     baseline = train.arch if train.arch in BASELINES else None
-    arch = train.backbone if baseline else train.arch
-    if baseline and train.weights is None:
-        raise UsageError(f"train.weights: {baseline} needs a trained backbone; name its weights with --weights")
-    check_architecture(arch)
-    method = _resolve_method(train, baseline)
     start = _bundle_at(train.weights)
+    arch = _backbone(train, start) if baseline else train.arch
+    check_architecture(arch)
+    if baseline and train.weights is None and arch != HOG_COLOR:
+        raise UsageError(
+            f"train.weights: {baseline} needs a trained backbone; name its weights with --weights, "
+            f"or take hand-made features: --set train.backbone={HOG_COLOR}"
+        )
+    method = _resolve_method(train, baseline)
     if start is not None and start.arch != arch:
         raise UsageError(
             f"train.weights: the model at {start.path} is a {start.arch}, not a {arch}; give --arch for it"
@@ -143,7 +152,7 @@ def initial_network(plan: TrainingPlan) -> nn.Module:
     num_classes = len(plan.labelled.class_names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.config.train.seed)
-        if plan.method == "from_scratch":
+        if plan.weights_identity is None:
             return build_network(plan.arch, num_classes, crop_size=plan.spec.crop_size)
         network = _trained_network(plan)
         if plan.baseline or plan.start is None:
@@ -154,8 +163,12 @@ def initial_network(plan: TrainingPlan) -> nn.Module:
 
 
 def _trained_network(plan: TrainingPlan) -> nn.Module:
+    from imgbatch.core.forest import refuse_forest
+
     if plan.start is not None:
-        return load_network(plan.start)
+        network = load_network(plan.start)
+        refuse_forest(network, plan.arch, where=f"train.weights: the model at {plan.start.path}")
+        return network
     weights = str(plan.config.train.weights)
     state_dict = read_state_dict(weights, plan.arch)
     return fit_network(plan.arch, state_dict, crop_size=plan.spec.crop_size, where=f"--weights {weights}").float()
@@ -203,6 +216,16 @@ def settle_job(plan: TrainingPlan, stores: dict[str, CropStore]) -> tuple[Traini
     if not storage.exists(job.paths.description):
         save_job(job, initial_network(plan).state_dict())
     return job, failed
+
+
+def _backbone(train: TrainConfig, start: ModelBundle | None) -> str:
+    """What the weights are of: as the configuration says, as their bundle says, or as their file's name begins."""
+    if train.backbone != "auto" or train.weights is None:
+        return DEFAULT_ARCHITECTURE if train.backbone == "auto" else train.backbone
+    if start is not None:
+        return start.arch
+    file_name = train.weights.rsplit("/", 1)[-1]
+    return max((arch for arch in ARCHITECTURES if file_name.startswith(arch)), key=len, default=DEFAULT_ARCHITECTURE)
 
 
 def _resolve_method(train: TrainConfig, baseline: str | None) -> str:

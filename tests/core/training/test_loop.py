@@ -148,7 +148,7 @@ def test_a_linear_probe_leaves_the_backbone_alone(colour_config, pretrained):
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize("baseline", ["logistic_regression", "prototypes"])
+@pytest.mark.parametrize("baseline", ["logistic_regression", "prototypes", "linear_svm"])
 def test_baselines_are_fitted_without_an_epoch(colour_config, pretrained, baseline):
     flags = {"train__arch": baseline, "train__backbone": "simple_cnn", "train__weights": pretrained}
     job, outcome = train(changed(colour_config, **flags))
@@ -156,6 +156,17 @@ def test_baselines_are_fitted_without_an_epoch(colour_config, pretrained, baseli
     assert outcome["metrics"]["test"]["top1"] > 0.8
     before, after = load_weights(job.paths.initial), load_weights(job.paths.best)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight", "head.bias"}
+
+
+def test_a_forest_survives_a_killed_training(colour_config, pretrained):
+    config = changed(colour_config, train__arch="random_forest", train__weights=pretrained)
+    config = changed(config, train__backbone="simple_cnn")
+    job, _ = settle(config)
+    with pytest.raises(Stop):
+        run_training(job, ALONE, stop_after(0))
+    _, outcome = train(config, lambda _: pytest.fail("it was fitted already"))
+    assert outcome["metrics"]["test"]["top1"] > 0.8
+    assert "head.shares" in load_weights(job.paths.best)
 
 
 def test_a_loss_that_is_not_finite_is_one_line(colour_config):

@@ -100,6 +100,21 @@ def test_a_bundle_of_other_classes_is_refused(colour_config, start_from):
 
 
 @pytest.mark.parametrize(
+    ("file_name", "backbone"),
+    [("resnet34-b627a593.safetensors", "resnet34"), ("efficientnet_v2_s.safetensors", "efficientnet_v2_s")],
+)
+def test_the_backbone_is_what_the_name_of_its_weights_begins_with(colour_config, tmp_path, file_name, backbone):
+    (tmp_path / file_name).touch()
+    flags = {"train__arch": "linear_svm", "train__weights": str(tmp_path / file_name)}
+    assert plan_training(changed(colour_config, **flags)).arch == backbone
+
+
+def test_the_backbone_is_that_of_the_bundle(colour_config, start_from):
+    config = changed(colour_config, train__arch="random_forest", train__weights=start_from().path)
+    assert plan_training(config).arch == "simple_cnn"
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"input__manifest": None}, "input.manifest: not given"),
