@@ -17,7 +17,10 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
@@ -33,12 +36,17 @@ from imgbatch.core.decode_protocol import (
 )
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.images import Decoded, decode_image
-from imgbatch.errors import Status
+from imgbatch.core.raster_request import RasterRequest
+from imgbatch.errors import RowError, Status
+
+
+class _Decode(Protocol):
+    def __call__(self, data: bytes, *, is_request: bool) -> Decoded | RowError: ...
 
 
 def main(settings: ChildSettings, connection: socket.socket) -> None:
     """Decode until the other end of ``connection`` closes."""
-    _prepare(settings)
+    decode = _prepare(settings)
     connection.sendall(READY)
     _silence_standard_error()
     while unit := _receive_unit(connection, settings):
@@ -49,10 +57,10 @@ def main(settings: ChildSettings, connection: socket.socket) -> None:
             row, size = FRAME.unpack(header)
             if row == END_UNIT:
                 break
-            data = _receive(connection, size)
-            if len(data) < size:
+            data = _receive(connection, abs(size))
+            if len(data) < abs(size):
                 return
-            _decode_row(unit, row, data, settings)
+            _decode_row(unit, row, partial(decode, data, is_request=size < 0), settings.timeout_s)
         connection.sendall(DONE)
 
 
@@ -67,7 +75,7 @@ def _receive_unit(connection: socket.socket, settings: ChildSettings) -> UnitBuf
     return unit
 
 
-def _prepare(settings: ChildSettings) -> None:
+def _prepare(settings: ChildSettings) -> _Decode:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     # Ctrl-C reaches the whole process group; what to do about it is the parent's business.
@@ -78,7 +86,23 @@ def _prepare(settings: ChildSettings) -> None:
     Image.MAX_IMAGE_PIXELS = None
     # Otherwise Pillow imports plugins when the first image asks for them, at that image's expense.
     Image.init()
+    decode_raster = None if settings.max_nodata is None else _raster_decoder(settings, settings.max_nodata)
     _limit_memory(settings.memory_bytes)
+
+    def decode(data: bytes, *, is_request: bool) -> Decoded | RowError:
+        if is_request and decode_raster is not None:
+            return decode_raster(RasterRequest.from_bytes(data))
+        return decode_image(data, settings.spec, max_pixels=settings.max_pixels)
+
+    return decode
+
+
+def _raster_decoder(settings: ChildSettings, max_nodata: float) -> Callable[[RasterRequest], Decoded | RowError]:
+    # Photographs do without GDAL, and without the tenth of a second that importing it takes.
+    from imgbatch.core.rasters import RasterDecoder, gdal_env
+
+    gdal_env().__enter__()
+    return RasterDecoder(settings.spec, max_pixels=settings.max_pixels, max_nodata=max_nodata).decode
 
 
 def _limit_memory(allowance: int) -> None:
@@ -97,11 +121,11 @@ def _silence_standard_error() -> None:
     os.close(descriptor)
 
 
-def _decode_row(unit: UnitBuffer, row: int, data: bytes, settings: ChildSettings) -> None:
+def _decode_row(unit: UnitBuffer, row: int, decode: Callable[[], Decoded | RowError], timeout_s: float) -> None:
     started = time.perf_counter()
     unit.states_N[row] = RowState.STARTED
-    signal.setitimer(signal.ITIMER_REAL, settings.timeout_s)
-    outcome = decode_image(data, settings.spec, max_pixels=settings.max_pixels)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    outcome = decode()
     failpoint("decode.row", row)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if isinstance(outcome, Decoded):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from imgbatch.core.decode_protocol import DONE, END_UNIT, EXIT_OUT_OF_MEMORY, FRAME, OPEN_UNIT, READY, ChildSettings
+from imgbatch.core.raster_request import RasterRequest
 from imgbatch.errors import ImgbatchError, Status
 
 _STARTUP_TIMEOUT_S = 120.0
@@ -76,13 +77,15 @@ class ChildProcess:
         except OSError:
             raise ChildGone from None
 
-    def send_image(self, row: int, data: bytes, progress: Callable[[], object]) -> None:
-        """Send one encoded image, waiting while the socket is full.
+    def send_image(self, row: int, image: bytes | RasterRequest, progress: Callable[[], object]) -> None:
+        """Send one encoded image, or where to read one, waiting while the socket is full.
 
         ``progress`` returns something that changes as the child works. Raises :class:`ChildGone`.
         """
         # Header and image in one call: the child wakes once, and finds both.
-        parts = [FRAME.pack(row, len(data)), data]
+        is_request = isinstance(image, RasterRequest)
+        data = image.to_bytes() if is_request else image
+        parts = [FRAME.pack(row, -len(data) if is_request else len(data)), data]
         sent = self._patiently(partial(self._connection.sendmsg, parts), progress)
         if sent < FRAME.size + len(data):
             rest = memoryview(b"".join(parts))[sent:]

@@ -4,6 +4,7 @@ The parent sends, through a stream socket:
 
     OPEN_UNIT, number of rows, with the descriptor of the unit's memory
     row index, number of bytes, followed by the encoded image
+    row index, number of bytes as a negative number, followed by a raster request
     END_UNIT, 0, which the child answers with DONE
 
 Everything the child learns about a row stands in the shared memory the moment it is known, so that its death loses
@@ -52,6 +53,8 @@ class ChildSettings:
     """Seconds that one image may take."""
     memory_bytes: int
     """What the process may take beyond what it holds when it is ready."""
+    max_nodata: float | None = None
+    """Share of a raster's samples that may be missing; none: there will be no rasters."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

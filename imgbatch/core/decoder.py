@@ -1,8 +1,9 @@
 """Decoding in a child process that can be killed: a poison image costs one row, not the unit.
 
-Encoded bytes go to the child through a socket, whose buffer keeps it busy while the parent fetches; pixels come back
-through memory that both map, so none is copied between processes. The child is a plain new interpreter: a fork would
-inherit the threads and locks of the worker, and ``multiprocessing`` would re-run its ``__main__``.
+Encoded bytes, or which part of which raster to read, go to the child through a socket, whose buffer keeps it busy
+while the parent fetches; pixels come back through memory that both map, so none is copied between processes. The
+child is a plain new interpreter: a fork would inherit the threads and locks of the worker, and ``multiprocessing``
+would re-run its ``__main__``.
 
 Legend of shape suffixes: N rows of the unit, H height, W width, C channel.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from imgbatch.config import DecodeConfig
 from imgbatch.core.decode_process import ChildGone, ChildProcess
 from imgbatch.core.decode_protocol import ChildSettings, RowState, UnitBuffer, create_unit_file
+from imgbatch.core.raster_request import RasterRequest
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import ImgbatchError, RowError, Stage, Status, row_error
 
@@ -26,6 +28,9 @@ from imgbatch.errors import ImgbatchError, RowError, Stage, Status, row_error
 # earlier images left behind becomes the row's fault. A timeout is the row's own, and would cost as long again.
 _MAX_ATTEMPTS = {Status.TIMEOUT: 1, Status.OUT_OF_MEMORY: 2, Status.DECODER_CRASH: 2}
 _MAX_IDLE_DEATHS = 3
+
+Payload = bytes | RasterRequest | RowError
+"""An encoded image, where to read one, or why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +56,11 @@ class Decoder:
     second try in a fresh child.
     """
 
-    def __init__(self, spec: PreprocessSpec, config: DecodeConfig) -> None:
+    def __init__(self, spec: PreprocessSpec, config: DecodeConfig, *, max_nodata: float | None = None) -> None:
+        """``max_nodata``: rasters will be asked for; see ``config.GeoConfig.max_nodata``."""
         self._spec = spec
-        self._settings = ChildSettings(spec, config.max_pixels, config.timeout_s, config.memory_mb * 2**20)
+        memory_bytes = config.memory_mb * 2**20
+        self._settings = ChildSettings(spec, config.max_pixels, config.timeout_s, memory_bytes, max_nodata)
         self._child: ChildProcess | None = None
 
     def __enter__(self) -> Decoder:
@@ -73,8 +80,8 @@ class Decoder:
             self._child.kill()
             self._child = None
 
-    def decode(self, payloads: Iterable[bytes | RowError], num_rows: int) -> DecodedUnit:
-        """Decode a unit of ``num_rows`` encoded images; a payload that is an error already stays that error.
+    def decode(self, payloads: Iterable[Payload], num_rows: int) -> DecodedUnit:
+        """Decode a unit of ``num_rows`` images; a payload that is an error already stays that error.
 
         Payloads are taken one by one, a little ahead of the child: as many as the socket holds.
 
@@ -99,13 +106,13 @@ class Decoder:
         finally:
             os.close(descriptor)
 
-    def _converse(self, descriptor: int, unit: _UnitInFlight, payloads: Iterator[tuple[int, bytes | RowError]]) -> bool:
+    def _converse(self, descriptor: int, unit: _UnitInFlight, payloads: Iterator[tuple[int, Payload]]) -> bool:
         """Send a child all that is still to decode and wait until it is through; false: it died."""
         child = self._child = self._child or ChildProcess(self._settings)
         try:
             child.open_unit(descriptor, unit.num_rows)
-            for row, data in unit.unfinished():
-                child.send_image(row, data, unit.progress)
+            for row, image in unit.unfinished():
+                child.send_image(row, image, unit.progress)
             for row, payload in payloads:
                 if isinstance(payload, RowError):
                     unit.errors[row] = payload
@@ -135,15 +142,15 @@ class _UnitInFlight:
         self.num_rows = num_rows
         self.errors: list[RowError | None] = [None] * num_rows
         self._buffer = buffer
-        self._pending: deque[tuple[int, bytes]] = deque()
+        self._pending: deque[tuple[int, bytes | RasterRequest]] = deque()
         self._deaths: Counter[int] = Counter()
 
-    def add(self, row: int, data: bytes) -> None:
-        """Keep ``data`` until the child is through with it."""
+    def add(self, row: int, image: bytes | RasterRequest) -> None:
+        """Keep ``image`` until the child is through with it."""
         self._forget_finished()
-        self._pending.append((row, data))
+        self._pending.append((row, image))
 
-    def unfinished(self) -> list[tuple[int, bytes]]:
+    def unfinished(self) -> list[tuple[int, bytes | RasterRequest]]:
         """What a fresh child has to be sent again."""
         self._forget_finished()
         return list(self._pending)

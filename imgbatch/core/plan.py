@@ -18,18 +18,20 @@ import pyarrow as pa
 
 from imgbatch.config import Config, parse_config
 from imgbatch.core import storage
+from imgbatch.core.bands import require_rasterio
 from imgbatch.core.database import spilling
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.incremental import unlabelled_rows
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import ModelBundle, count_features, load_bundle
 from imgbatch.core.partitions import Partition, PartitionCheck, parse_partitions
+from imgbatch.core.row_decoder import reads_rasters
 from imgbatch.core.rows import RowsReader, normalise_columns, select_rows, write_rows
 from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, utc_now
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.units import UnitLayout, choose_unit_rows
 from imgbatch.errors import NothingToDo, UsageError
-from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, SCHEMA_VERSION, WINDOW
+from imgbatch.schema import ETAG, IMAGE_ID, ROW_ID, SCHEMA_VERSION
 
 DeviceKind = Literal["cpu", "cuda"]
 ProbabilityMode = Literal["all", "top_k", "none"]
@@ -128,15 +130,14 @@ def open_inputs(config: Config) -> tuple[Manifest, ModelBundle, PreprocessSpec]:
     if config.output.path is None:
         raise UsageError("output.path: not given; name a directory with -o")
     manifest = open_manifest(config.input.manifest)
-    for name in (WINDOW, BANDS):
-        if name in manifest.schema.names:
-            raise UsageError(f"manifest {manifest.path}: column {name!r}: parts of rasters cannot be read yet; drop it")
     bundle = load_bundle(config.model.path)
     overrides = config.preprocess
     try:
         spec = bundle.preprocess.overridden(**overrides.model_dump())
     except ValueError as error:
         raise UsageError(f"preprocess: {error}") from error
+    if reads_rasters(manifest.schema.names, spec):
+        require_rasterio()
     return manifest, bundle, spec
 
 
@@ -183,6 +184,8 @@ def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: 
         "parent": parent.run_id,
         "attempt": attempt,
         "rows": rows_digest,
+        **_etag_fields(config, manifest),
+        **_raster_fields(config, manifest, spec),
         **_result_fields(config, bundle, spec, device, "torch"),
     }
     out = parent.paths.out
@@ -345,7 +348,22 @@ def result_fields(
     config: Config, manifest: Manifest, bundle: ModelBundle, spec: PreprocessSpec, device: str
 ) -> dict[str, Any]:
     """Everything that changes a result of a run: what its fingerprint is taken of."""
-    return {"manifest": manifest.content_identity(), **_result_fields(config, bundle, spec, device, "torch")}
+    return {
+        "manifest": manifest.content_identity(),
+        **_etag_fields(config, manifest),
+        **_raster_fields(config, manifest, spec),
+        **_result_fields(config, bundle, spec, device, "torch"),
+    }
+
+
+def _etag_fields(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """Kept out of the fingerprint where the manifest does not know what the objects were."""
+    return {"input.if_changed": config.input.if_changed} if ETAG in manifest.schema.names else {}
+
+
+def _raster_fields(config: Config, manifest: Manifest, spec: PreprocessSpec) -> dict[str, Any]:
+    """Kept out of the fingerprint of photographs, which they do not change."""
+    return {"geo.max_nodata": config.geo.max_nodata} if reads_rasters(manifest.schema.names, spec) else {}
 
 
 def _result_fields(

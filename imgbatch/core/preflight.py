@@ -11,7 +11,6 @@ from imgbatch.core.plan import Run
 from imgbatch.core.rows import RowsReader
 from imgbatch.core.stages import DecodeStage
 from imgbatch.errors import ErrorBudgetExceeded, Stage
-from imgbatch.schema import ROW_ID, URI
 
 SAMPLE_ROWS = 16
 
@@ -32,7 +31,7 @@ def check_sample(run: Run) -> None:
         positions = np.unique(np.linspace(0, layout.num_rows - 1, SAMPLE_ROWS).astype(int))
         for index, rows in itertools.groupby(positions.tolist(), key=lambda row: layout.unit_of_row(row).index):
             unit = layout.unit(index)
-            chosen = reader.read(unit, [ROW_ID, URI]).take([row - unit.first_row for row in rows])
+            chosen = reader.read(unit, decode.columns).take([row - unit.first_row for row in rows])
             failures += decode.decode_rows(chosen).errors
     reader.close()
     failed = [error for error in failures if error is not None and error.stage == Stage.FETCH]

@@ -9,49 +9,62 @@ Blocks are Arrow tables, one per unit, so that an engine can pass them between p
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
 from imgbatch.core import results, storage
-from imgbatch.core.decoder import DecodedUnit, Decoder
-from imgbatch.core.fetch import Fetcher
+from imgbatch.core.decoder import DecodedUnit
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.plan import Run
 from imgbatch.core.results import LabelRules, Receipt, prediction_columns, unit_table
-from imgbatch.core.rows import EmbeddedImages, RowsReader
-from imgbatch.errors import RowError, Stage, Status, row_error
-from imgbatch.schema import ROW_ID, UNIT_SCHEMA, URI
+from imgbatch.core.row_decoder import RowDecoder, image_columns
+from imgbatch.core.rows import RowsReader
+from imgbatch.errors import RowError, Stage, Status
+from imgbatch.schema import ROW_ID, UNIT_SCHEMA
 
 UNIT = "unit"
 PIXELS = "pixels"
-DECODE_COLUMNS = (UNIT, "started_at", "fetch_s", "decode_s")
+DECODE_COLUMNS = (UNIT, "started_at", "num_changed", "fetch_s", "decode_s")
 """What a block carries beside its rows, the same in each: the unit, and what it took so far."""
 _SECONDS = ("fetch_s", "decode_s", "classify_s")
 
 
 class DecodeStage:
-    """Fetches and decodes units. Holds a child process: close it, or use it as a context manager."""
+    """Fetches and decodes units. Holds a child process: close it, or use it as a context manager.
+
+    Several threads may call it: while one unit is decoded, the first files of the next are on their way.
+    """
 
     def __init__(self, run: Run) -> None:
         storage.configure(run.config.storage)
         self._run = run
         self._rows = RowsReader(run.paths)
-        self._fetcher = Fetcher(run.config.fetch)
-        self._decoder = Decoder(run.spec, run.config.decode)
-        self._embedded = EmbeddedImages(open_manifest(str(run.config.input.manifest))) if run.plan.has_bytes else None
+        self.columns = image_columns(self._rows.schema.names)
+        """What :meth:`decode_rows` needs of a row."""
+        embedded = open_manifest(str(run.config.input.manifest)) if run.plan.has_bytes else None
+        self._decoder = RowDecoder(run.spec, run.config, columns=self.columns, embedded=embedded)
+        self._reading, self._decoding = threading.Lock(), threading.Lock()
+        self._reported_changed = 0
 
     def __call__(self, unit_index: int) -> pa.Table:
         """The unit's decoded block: row_id, pixels (uint8 NHWC, one fixed-size cell per row) and errors."""
         started_at = time.time()
         unit = self._run.plan.layout.unit(unit_index)
-        rows = self._rows.read(unit, [ROW_ID, URI])
-        fetched_before = self._fetcher.fetch_s
-        decoded = self.decode_rows(rows)
+        with self._reading:
+            rows = self._rows.read(unit, self.columns)
+        payloads = self._decoder.request(rows)
+        with self._decoding:
+            fetched_before = self._decoder.fetch_s
+            decoded = self._decoder.decode_requested(payloads, rows.num_rows)
+            fetch_s = self._decoder.fetch_s - fetched_before
+            num_changed = self._decoder.num_changed - self._reported_changed
+            self._reported_changed += num_changed
         failpoint("decode.after_unit", unit_index)
         pixels = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(self._run.spec.pixel_bytes), unit.num_rows, [None, pa.py_buffer(decoded.pixels_NHWC)]
@@ -65,24 +78,19 @@ class DecodeStage:
                 **_error_columns(decoded.errors),
                 UNIT: _constant(unit.index, unit.num_rows, pa.int32()),
                 "started_at": _constant(started_at, unit.num_rows, pa.float64()),
-                "fetch_s": _constant(self._fetcher.fetch_s - fetched_before, unit.num_rows, pa.float64()),
+                "num_changed": _constant(num_changed, unit.num_rows, pa.int32()),
+                "fetch_s": _constant(fetch_s, unit.num_rows, pa.float64()),
                 "decode_s": _constant(decoded.decode_s, unit.num_rows, pa.float64()),
             }
         )
 
     def decode_rows(self, rows: pa.Table) -> DecodedUnit:
-        """Any rows with ``row_id`` and ``uri``, fetched and decoded."""
-        return self._decoder.decode(self._payloads(rows), rows.num_rows)
-
-    def _payloads(self, rows: pa.Table) -> Iterable[bytes | RowError]:
-        if self._embedded is None:
-            return self._fetcher.fetch(rows[URI].to_pylist())
-        missing = row_error(Status.EMPTY, Stage.FETCH, "the bytes column is null")
-        return (data if data is not None else missing for data in self._embedded.read(rows[ROW_ID].to_pylist()))
+        """Any rows with :attr:`columns`, fetched and decoded."""
+        with self._decoding:
+            return self._decoder.decode(rows)
 
     def close(self) -> None:
         self._decoder.close()
-        self._fetcher.close()
         self._rows.close()
 
     def __enter__(self) -> DecodeStage:
@@ -172,7 +180,8 @@ class CommitStage:
         failpoint("commit.after", unit_index)
         seconds = {name.removesuffix("_s"): block[name][0].as_py() for name in _SECONDS}
         seconds["commit"] = time.perf_counter() - started
-        return replace(receipt, seconds=seconds, started_at=block["started_at"][0].as_py())
+        started_at, num_changed = (block[name][0].as_py() for name in ("started_at", "num_changed"))
+        return replace(receipt, seconds=seconds, started_at=started_at, num_changed=num_changed)
 
     def close(self) -> None:
         self._rows.close()

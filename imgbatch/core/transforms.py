@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from imgbatch.core.bands import BandSpec
+
 Interpolation = Literal["bilinear", "bicubic"]
 ResizeMode = Literal["shorter_side", "stretch"]
 
@@ -58,6 +60,8 @@ class PreprocessSpec:
     are kept."""
     median_size: int = 0
     """Side of the median filter that takes noise out of the decoded image, px, one of ``MEDIAN_SIZES``; 0: none."""
+    bands: BandSpec | None = None
+    """Of a model of rasters: its channels, one per band. None: RGB."""
 
     def __post_init__(self) -> None:
         if self.crop_size < 1 or self.resize_size < self.crop_size:
@@ -68,6 +72,8 @@ class PreprocessSpec:
             raise ValueError("mean and std need one value per channel each")
         if self.median_size not in MEDIAN_SIZES:
             raise ValueError(f"median_size must be one of {', '.join(map(str, MEDIAN_SIZES))}, not {self.median_size}")
+        if self.bands is not None and len(self.bands.indices) != len(self.mean):
+            raise ValueError(f"{len(self.bands.indices)} bands, but mean and std of {len(self.mean)}")
 
     @property
     def num_channels(self) -> int:
@@ -118,8 +124,9 @@ class PreprocessSpec:
         """One line, as ``model inspect`` prints it."""
         median = f"median({self.median_size}) | " if self.median_size else ""
         resize = "resize" if self.resize_mode == "shorter_side" else self.resize_mode
+        decode = self.bands.describe() if self.bands else "decode"
         return (
-            f"decode | {median}{resize}({self.resize_size}, {self.interpolation}) | center_crop({self.crop_size}) "
+            f"{decode} | {median}{resize}({self.resize_size}, {self.interpolation}) | center_crop({self.crop_size}) "
             f"| normalise({_numbers(self.mean)}; {_numbers(self.std)})"
         )
 
@@ -127,7 +134,7 @@ class PreprocessSpec:
         """Plain values, as model.json holds them."""
         values = asdict(self)
         # Left out where they do nothing, so that models from before these keys keep their model_id.
-        for key in ("resize_mode", "median_size"):
+        for key in ("resize_mode", "median_size", "bands"):
             if values[key] == PreprocessSpec.__dataclass_fields__[key].default:
                 del values[key]
         return values
@@ -139,6 +146,8 @@ class PreprocessSpec:
         decode: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.pop("decode", {}).items()
         }
+        if values.get("bands") is not None:
+            values["bands"] = BandSpec.from_dict(values["bands"])
         values["mean"], values["std"] = tuple(values["mean"]), tuple(values["std"])
         return cls(**values, decode=DecodePolicy(**decode))
 

@@ -118,12 +118,18 @@ def test_the_manifests_content_is_part_of_the_run(photo_config: Config, photos: 
     assert plan_run(config, "cpu").run_id != first.run_id
 
 
-def test_what_cannot_be_done_is_refused(photo_config: Config, tmp_path: Path) -> None:
+def test_rasters_need_the_extra_that_reads_them(
+    photo_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     window = pa.array([{"col_off": 0, "row_off": 0, "width": 1, "height": 1}])
     manifest = tmp_path / "window.parquet"
     pq.write_table(pa.table({"uri": ["a.tif"], "window": window}), manifest)
-    with pytest.raises(UsageError, match="'window'"):
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(UsageError, match=r"imgbatch\[geo\]"):
         plan_run(changed(photo_config, input__manifest=str(manifest)), "cpu")
+
+
+def test_what_cannot_be_done_is_refused(photo_config: Config) -> None:
     for partition_by, words in [(("colour",), "no column 'colour'"), (("price",), "'price' is float")]:
         with pytest.raises(UsageError, match=words):
             plan_run(changed(photo_config, output__partition_by=partition_by), "cpu")

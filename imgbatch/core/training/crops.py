@@ -1,6 +1,6 @@
 """Images decoded once, kept as uint8 crops on disk and mapped by every process that needs them.
 
-    STORE/rows.parquet     row_id and uri, one row group per part
+    STORE/rows.parquet     row_id, uri and what else says where the images are, one row group per part
     STORE/part-00000.npy   the part's crops, uint8 NHWC, zeros where a row failed
     STORE/part-00000.json  which rows failed and why; written last, so a part is whole or absent
 
@@ -23,12 +23,9 @@ import pyarrow.parquet as pq
 
 from imgbatch.config import Config
 from imgbatch.core import storage
-from imgbatch.core.decoder import Decoder
-from imgbatch.core.fetch import Fetcher
 from imgbatch.core.manifest import Manifest, open_manifest
-from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.row_decoder import RowDecoder, image_columns
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.errors import RowError, Stage, Status, row_error
 from imgbatch.schema import ROW_ID, URI
 
 _PART_BYTES = 64 * 2**20
@@ -127,16 +124,20 @@ def create_store(
     directory = storage.join(parent, f"crops-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     store = CropStore(directory, spec, len(row_ids_N))
     if not storage.exists(store.rows_file):
-        table = pa.table({ROW_ID: row_ids_N, URI: _uris(manifest, row_ids_N)})
+        table = _rows_of(manifest, row_ids_N)
         with storage.staged_file(store.rows_file) as staged:
             pq.write_table(table, staged, row_group_size=store.part_rows)
     return store
 
 
-def _uris(manifest: Manifest, row_ids_N: np.ndarray) -> pa.Array:
-    if URI not in manifest.schema.names:
-        return pa.nulls(len(row_ids_N), pa.string())
-    return pa.concat_tables(manifest.iter_batches([URI]))[URI].take(pa.array(row_ids_N)).combine_chunks()
+def _rows_of(manifest: Manifest, row_ids_N: np.ndarray) -> pa.Table:
+    """row_id and the columns that say where the images are; ``uri`` is null for embedded ones without."""
+    rows = pa.table({ROW_ID: row_ids_N})
+    names = image_columns(manifest.schema.names)
+    if names:
+        found = pa.concat_tables(manifest.iter_batches(names)).take(pa.array(row_ids_N)).combine_chunks()
+        rows = pa.table({ROW_ID: row_ids_N, **{name: found[name] for name in names}})
+    return rows if URI in names else rows.append_column(URI, pa.nulls(len(row_ids_N), pa.string()))
 
 
 class CropDecoder:
@@ -145,16 +146,15 @@ class CropDecoder:
     def __init__(self, store: CropStore, config: Config) -> None:
         storage.configure(config.storage)
         self._store = store
-        self._fetcher = Fetcher(config.fetch)
-        self._decoder = Decoder(store.spec, config.decode)
         manifest = open_manifest(str(config.input.manifest))
-        self._embedded = EmbeddedImages(manifest) if manifest.has_bytes else None
+        embedded = manifest if manifest.has_bytes else None
+        self._decoder = RowDecoder(store.spec, config, columns=image_columns(manifest.schema.names), embedded=embedded)
 
     def decode_part(self, part: int) -> dict[str, Any]:
         """Decode and store one part; returns its report, which lists the images that failed."""
         with storage.open_input(self._store.rows_file) as file:
             rows = pq.ParquetFile(file).read_row_group(part)
-        decoded = self._decoder.decode(self._payloads(rows), rows.num_rows)
+        decoded = self._decoder.decode(rows)
         failed = [
             {"row_id": row_id, "uri": uri, "status": error.status.value, "message": error.message}
             for row_id, uri, error in zip(rows[ROW_ID].to_pylist(), rows[URI].to_pylist(), decoded.errors, strict=True)
@@ -166,15 +166,8 @@ class CropDecoder:
         storage.write_json(self._store.report_file(part), report)
         return report
 
-    def _payloads(self, rows: pa.Table) -> Any:
-        if self._embedded is None:
-            return self._fetcher.fetch(rows[URI].to_pylist())
-        missing: RowError = row_error(Status.EMPTY, Stage.FETCH, "the bytes column is null")
-        return (data if data is not None else missing for data in self._embedded.read(rows[ROW_ID].to_pylist()))
-
     def close(self) -> None:
         self._decoder.close()
-        self._fetcher.close()
 
     def __enter__(self) -> CropDecoder:
         return self

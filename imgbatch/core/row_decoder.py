@@ -1,0 +1,142 @@
+"""From rows of a manifest to crops, whether the images are files, embedded bytes or parts of rasters."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+
+import pyarrow as pa
+
+from imgbatch.config import Config
+from imgbatch.core import storage
+from imgbatch.core.bands import require_rasterio
+from imgbatch.core.decoder import DecodedUnit, Decoder, Payload
+from imgbatch.core.fetch import Fetcher
+from imgbatch.core.manifest import Manifest
+from imgbatch.core.raster_request import RasterRequest, Window
+from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import RowError, Stage, Status, row_error
+from imgbatch.schema import BANDS, ETAG, ROW_ID, URI, WINDOW
+
+_NO_BYTES = row_error(Status.EMPTY, Stage.FETCH, "the bytes column is null")
+
+
+def image_columns(names: Iterable[str]) -> list[str]:
+    """Those of a table's columns that say where a row's image is, and what it was when it was listed."""
+    return [name for name in names if name in (ROW_ID, URI, ETAG, WINDOW, BANDS)]
+
+
+def reads_rasters(names: Iterable[str], spec: PreprocessSpec) -> bool:
+    """Whether rows with these columns are, for this model, to be read as rasters: by rasterio, without fetching."""
+    return spec.bands is not None or not {WINDOW, BANDS}.isdisjoint(names)
+
+
+class RowDecoder:
+    """Rows of a manifest in, their crops out. Holds a child process: close it, or use it as a context manager.
+
+    A row is a raster where the model states its bands, or where the row has a ``window`` or ``bands``. Any other is
+    fetched whole and decoded as a photograph.
+
+    Args:
+        config: its sections ``fetch``, ``decode`` and ``geo``.
+        columns: of the rows to come.
+        embedded: the manifest whose ``bytes`` hold the images; none: they are behind ``uri``.
+
+    Raises:
+        UsageError: there will be rasters, and the extra ``geo`` is not installed.
+    """
+
+    def __init__(
+        self, spec: PreprocessSpec, config: Config, *, columns: Iterable[str], embedded: Manifest | None = None
+    ) -> None:
+        self._only_rasters = spec.bands is not None
+        self._has_rasters = reads_rasters(columns, spec)
+        if self._has_rasters:
+            require_rasterio()
+        self._fetcher = Fetcher(config.fetch, if_changed=config.input.if_changed)
+        self._decoder = Decoder(spec, config.decode, max_nodata=config.geo.max_nodata if self._has_rasters else None)
+        self._embedded = EmbeddedImages(embedded) if embedded is not None else None
+
+    def __enter__(self) -> RowDecoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child and give up what is in flight; for good."""
+        self._decoder.close()
+        self._fetcher.close()
+
+    @property
+    def fetch_s(self) -> float:
+        """Seconds waited for files, in all."""
+        return self._fetcher.fetch_s
+
+    @property
+    def num_changed(self) -> int:
+        """Objects that were not what the manifest lists, in all."""
+        return self._fetcher.num_changed
+
+    def request(self, rows: pa.Table) -> Iterable[Payload]:
+        """What to decode of rows with the columns of :func:`image_columns`; the first files are on their way."""
+        return self._mixed(rows) if self._has_rasters else self._whole(rows)
+
+    def decode(self, rows: pa.Table) -> DecodedUnit:
+        """Rows with the columns of :func:`image_columns`, fetched and decoded."""
+        return self.decode_requested(self.request(rows), rows.num_rows)
+
+    def decode_requested(self, payloads: Iterable[Payload], num_rows: int) -> DecodedUnit:
+        """What :meth:`request` gave for ``num_rows`` rows, decoded; for one thread at a time."""
+        return self._decoder.decode(payloads, num_rows)
+
+    def _whole(self, rows: pa.Table) -> Iterable[bytes | RowError]:
+        if self._embedded is None:
+            return self._fetcher.fetch(rows[URI].to_pylist(), _etags(rows))
+        images = self._embedded.read(rows[ROW_ID].to_pylist())
+        return (data if data is not None else _NO_BYTES for data in images)
+
+    def _mixed(self, rows: pa.Table) -> Iterator[Payload]:
+        windows, bands = (_cells(rows, name) for name in (WINDOW, BANDS))
+        is_raster = [self._only_rasters or part is not None or bool(b) for part, b in zip(windows, bands, strict=True)]
+        # Everything that has bytes, in order: what is embedded, and photographs among rasters.
+        photographs = rows.filter(pa.array([not raster for raster in is_raster], pa.bool_()))
+        whole = iter(self._whole(rows if self._embedded else photographs))
+        found: dict[str | None, RowError | None] = {}
+        for uri, part, row_bands, raster in zip(_cells(rows, URI), windows, bands, is_raster, strict=True):
+            data = next(whole) if self._embedded or not raster else None
+            if not raster or isinstance(data, RowError):
+                yield data
+                continue
+            if data is None and uri not in found:
+                found[uri] = _look_up(uri)
+            window = Window(**part) if part is not None else None
+            row_bands = tuple(row_bands) if row_bands else None
+            error = found.get(uri) if data is None else None
+            yield error or RasterRequest(None if data is not None else uri, window, row_bands, data)
+
+
+def _etags(rows: pa.Table) -> Sequence[str | None] | None:
+    known = ETAG in rows.column_names and pa.types.is_string(rows.schema.field(ETAG).type)
+    return rows[ETAG].to_pylist() if known else None
+
+
+def _cells(rows: pa.Table, name: str) -> Sequence:
+    return rows[name].to_pylist() if name in rows.column_names else [None] * rows.num_rows
+
+
+def _look_up(uri: str | None) -> RowError | None:
+    """Why there is no raster to open, if there is none; one in an object store is looked for by the decoder."""
+    if not uri:
+        return row_error(Status.NOT_FOUND, Stage.FETCH, "the uri is empty")
+    if not storage.is_local(uri):
+        return None if storage.is_s3(uri) else row_error(Status.REFUSED, Stage.FETCH, "neither a local file nor s3://")
+    try:
+        mode = storage.local_path(uri).stat().st_mode
+    except PermissionError as error:
+        return row_error(Status.FORBIDDEN, Stage.FETCH, f"{type(error).__name__}: {error}")
+    except OSError as error:
+        return row_error(Status.NOT_FOUND, Stage.FETCH, f"{type(error).__name__}: {error}")
+    # Anything else may hang whoever opens it, as a named pipe does.
+    return None if stat.S_ISREG(mode) else row_error(Status.REFUSED, Stage.FETCH, "not a regular file")

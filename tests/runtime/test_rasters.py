@@ -1,0 +1,108 @@
+"""Tiles of rasters through the whole job: every row once, errors as rows, and rerun is resume."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import rasterio
+from PIL import Image
+
+from imgbatch.config import Config, load_config
+from imgbatch.core.decoder import Decoder
+from imgbatch.core.raster_request import RasterRequest
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.verify import verify
+from imgbatch.errors import Status
+from imgbatch.runtime.job import classify
+from imgbatch.schema import WINDOW_TYPE
+from tests.conftest import changed
+from tests.rasters import noise, write_raster
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Path:
+    """160 x 160 px, three bands of 8 bits."""
+    return write_raster(tmp_path / "scene.tif", noise(3, 160, 160, dtype="uint8", high=255), tiled=True)
+
+
+@pytest.fixture
+def tile_config(tmp_path: Path, scene: Path, photos: list[Path], tiny_model) -> Config:
+    """25 tiles of a scene, four rows that cannot be read, and three photographs without a window."""
+    offsets = [(x, y) for y in range(0, 160, 32) for x in range(0, 160, 32)]
+    windows = [{"col_off": x, "row_off": y, "width": 32, "height": 32} for x, y in offsets]
+    bad = {"col_off": 150, "row_off": 0, "width": 32, "height": 32}
+    (tmp_path / "text.tif").write_text("no raster")
+    rows = [(str(scene), window, None) for window in windows]
+    rows += [(str(scene), bad, None), (str(tmp_path / "gone.tif"), windows[0], None)]
+    rows += [(str(tmp_path / "text.tif"), windows[0], None), (str(scene), windows[0], [1, 2])]
+    rows += [(str(photo), None, None) for photo in photos[:3]]
+    table = pa.table(
+        {
+            "uri": [uri for uri, _, _ in rows],
+            "window": pa.array([window for _, window, _ in rows], WINDOW_TYPE),
+            "bands": pa.array([bands for _, _, bands in rows], pa.list_(pa.int32())),
+            "image_id": [f"image {index}" for index in range(len(rows))],
+        }
+    )
+    pq.write_table(table, tmp_path / "tiles.parquet")
+    return load_config(
+        flags={
+            "input.manifest": str(tmp_path / "tiles.parquet"),
+            "model.path": tiny_model.path,
+            "output.path": str(tmp_path / "out"),
+            "classify.engine": "local",
+            "classify.unit_rows": 8,
+            "errors.max_rate": 1.0,
+            "resources.device": "cpu",
+        }
+    )
+
+
+def test_every_tile_comes_out_once_and_what_cannot_be_read_says_why(tile_config):
+    result = classify(tile_config)
+    out = Path(str(tile_config.output.path))
+    assert verify(str(out)).ok
+    predictions, errors = pq.read_table(out / "predictions"), pq.read_table(out / "errors")
+    assert predictions.num_rows == 28
+    assert dict(zip(errors["image_id"].to_pylist(), errors["status"].to_pylist(), strict=True)) == {
+        "image 25": "BAD_WINDOW",
+        "image 26": "NOT_FOUND",
+        "image 27": "NOT_AN_IMAGE",
+        "image 28": "UNSUPPORTED_FORMAT",
+    }
+    assert predictions["window"][24].as_py() == {"col_off": 128, "row_off": 128, "width": 32, "height": 32}
+    assert (result.num_rows, result.num_errors) == (32, 4)
+    assert classify(tile_config).already_finished
+
+
+def test_how_much_may_be_missing_decides_the_run(tile_config):
+    first = classify(tile_config)
+    assert classify(changed(tile_config, geo__max_nodata=0.9)).run_id != first.run_id
+
+
+def test_a_tile_gives_the_label_of_the_same_pixels_as_a_photograph(tile_config, scene, tmp_path):
+
+    with rasterio.open(scene) as opened:
+        tile_HWC = opened.read(window=((32, 64), (0, 32))).transpose(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(tile_HWC)).save(tmp_path / "tile.png")
+    pq.write_table(pa.table({"uri": [str(tmp_path / "tile.png")]}), tmp_path / "photo.parquet")
+    classify(tile_config)
+    photo = str(tmp_path / "photo.parquet")
+    classify(changed(tile_config, input__manifest=photo, output__path=str(tmp_path / "photo")))
+    tiles, whole = (pq.read_table(tmp_path / name / "predictions") for name in ("out", "photo"))
+    np.testing.assert_allclose(tiles["probabilities"][5].as_py(), whole["probabilities"][0].as_py(), atol=1e-6)
+
+
+def test_a_raster_that_never_answers_costs_its_own_row(scene, tmp_path):
+    os.mkfifo(tmp_path / "pipe.tif")
+    requests = [RasterRequest(str(scene)), RasterRequest(str(tmp_path / "pipe.tif")), RasterRequest(str(scene))]
+    config = load_config(None, ["decode.timeout_s=1"]).decode
+    with Decoder(PreprocessSpec(resize_size=32, crop_size=32), config, max_nodata=0.5) as decoder:
+        unit = decoder.decode(requests, 3)
+    assert [error and error.status for error in unit.errors] == [None, Status.TIMEOUT, None]
+    assert unit.widths.tolist() == [160, 0, 160]
