@@ -1,0 +1,98 @@
+"""``imgbatch repair``: damaged output files written anew, from unit files where they were kept, else by classifying
+the rows again that they held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from imgbatch.config import Config
+from imgbatch.core import storage
+from imgbatch.core.plan import Run, open_inputs, open_run, read_plan
+from imgbatch.core.repair import Damage, find_damage, missing_units, rebuild
+from imgbatch.core.runs import RunEntry, heartbeat
+from imgbatch.core.verify import run_chain
+from imgbatch.errors import ImgbatchError, UsageError, normalise_message
+from imgbatch.runtime.engine import EngineStopped
+from imgbatch.runtime.job import open_engine
+
+
+@dataclass(frozen=True)
+class RepairedRun:
+    """What was done about one run."""
+
+    run_id: str
+    files: list[str]
+    """Written anew, relative to the output."""
+    num_strays: int
+    """Files removed because they were not the run's."""
+    num_units_classified: int
+    """Units whose file had not been kept."""
+
+
+def repair(config: Config, run_id: str | None, console: Console | None = None) -> list[RepairedRun]:
+    """Repair a run of ``output.path`` and its retries; none: the newest that is no retry.
+
+    ``config`` gives resources and fetch settings; what changes results comes from each run's plan.
+
+    Raises:
+        UsageError: the run is unfinished, or its model or manifest is not what it was.
+        ImgbatchError: rows that were classified again came out otherwise than then.
+    """
+    console = console or Console(quiet=True)
+    storage.configure(config.storage)
+    root, *retries = run_chain(str(config.output.path), run_id)
+    if not root.finished:
+        raise UsageError(f"run {root.run_id} is unfinished; its classify command continues it")
+    repaired = []
+    for entry in [root, *(entry for entry in retries if entry.finished)]:
+        if damage := find_damage(entry.paths):
+            run = _open(config, entry)
+            with heartbeat(run.paths):
+                repaired.append(_repair(run, damage, console))
+    return repaired
+
+
+def _open(config: Config, entry: RunEntry) -> Run:
+    settled = read_plan(entry).config
+    updates = {name: getattr(config, name) for name in ("resources", "fetch", "run", "storage", "ray")}
+    updates["classify"] = settled.classify.model_copy(update={"engine": config.classify.engine})
+    updates["output"] = settled.output.model_copy(update={"path": entry.paths.out})
+    config = settled.model_copy(update=updates)
+    manifest, bundle, spec = open_inputs(config)
+    planned = entry.plan["fields"]
+    for name, identity in (("model", bundle.model_id), ("manifest", manifest.content_identity())):
+        if planned[name] != identity:
+            raise UsageError(
+                f"run {entry.run_id}: its {name} is not what it was; put it back, or classify anew with --new-run"
+            )
+    return open_run(entry.paths, config, bundle, spec)
+
+
+def _repair(run: Run, damage: Damage, console: Console) -> RepairedRun:
+    missing = missing_units(run, damage.units)
+    if missing:
+        console.print(f"run {run.run_id}: {len(missing):,} units have no file any more and are classified again")
+        _classify(run, missing)
+    try:
+        rebuild(run, damage)
+    except ImgbatchError as error:
+        if not missing:
+            raise
+        raise ImgbatchError(
+            f"{error}: some images came out otherwise than then; classify the manifest anew with --new-run"
+        ) from error
+    finally:
+        if not run.plan.config.output.keep_units:
+            storage.remove(run.paths.units)
+    return RepairedRun(run.run_id, [file.path for file in damage.files], len(damage.strays), len(missing))
+
+
+def _classify(run: Run, units: list[int]) -> None:
+    try:
+        with open_engine(run) as engine:
+            for _ in engine.classify_units(units, defer=False):
+                pass
+    except EngineStopped as error:
+        raise ImgbatchError(f"{normalise_message(error)}; run the same command again to continue") from error

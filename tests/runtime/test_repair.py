@@ -1,0 +1,148 @@
+"""Damaged outputs put right, with and without the unit files of then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.cli import run as command
+from imgbatch.config import Config
+from imgbatch.core import storage
+from imgbatch.core.model import ModelBundle
+from imgbatch.core.runs import RunPaths
+from imgbatch.core.verify import verify
+from imgbatch.errors import ImgbatchError, UsageError
+from imgbatch.runtime.job import RunResult, classify, retry
+from imgbatch.runtime.repair import repair
+from tests.conftest import changed
+
+
+@pytest.fixture
+def config(photo_config: Config) -> Config:
+    return changed(photo_config, output__partition_by=("shop",))
+
+
+def output_files(result: RunResult) -> dict[str, bytes]:
+    out = Path(result.out)
+    return {str(path.relative_to(out)): path.read_bytes() for kind in ("predictions", "errors")
+            for path in (out / kind).rglob("*.parquet")}  # fmt: skip
+
+
+def damage(result: RunResult) -> list[str]:
+    """Damage one file and lose another; returns their names."""
+    damaged = next(Path(result.out, "errors").rglob("*.parquet"))
+    damaged.write_bytes(damaged.read_bytes()[:-4] + b"gone")
+    lost = next(Path(result.out, "predictions").rglob("shop=north/*.parquet"))
+    lost.unlink()
+    assert not verify(result.out).ok
+    return sorted(str(path.relative_to(result.out)) for path in (damaged, lost))
+
+
+def test_from_kept_units_the_bytes_are_those_of_then(config: Config) -> None:
+    config = changed(config, output__keep_units=True)
+    result = classify(config)
+    before = output_files(result)
+    units = sorted(path.name for path in Path(RunPaths(result.out, result.run_id).units).iterdir())
+    names = damage(result)
+    (done,) = repair(config, None)
+    assert (done.run_id, sorted(done.files), done.num_units_classified) == (result.run_id, names, 0)
+    assert output_files(result) == before
+    assert verify(result.out).ok
+    assert sorted(path.name for path in Path(RunPaths(result.out, result.run_id).units).iterdir()) == units
+
+
+def test_without_units_only_what_is_needed_is_classified_again(config: Config) -> None:
+    result = classify(config)
+    before = output_files(result)
+    lost = next(Path(result.out, "predictions").rglob("shop=north/*.parquet"))
+    lost.unlink()
+    (done,) = repair(config, None)
+    assert done.num_units_classified == 3, "rows 0 to 39 lie in units 0 to 2"
+    assert output_files(result) == before
+    assert verify(result.out).ok
+    assert not Path(RunPaths(result.out, result.run_id).units).exists()
+
+
+def test_a_file_that_is_not_the_runs_is_removed(config: Config) -> None:
+    result = classify(config)
+    stray = Path(result.out, "predictions", f"run_id={result.run_id}", "part-00009.parquet")
+    stray.write_bytes(b"left by somebody")
+    (done,) = repair(config, None)
+    assert (done.files, done.num_strays) == ([], 1)
+    assert not stray.exists()
+    assert verify(result.out).ok
+
+
+def test_nothing_to_repair(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    result = classify(config)
+    assert repair(config, None) == []
+    assert command(["repair", result.out, "--engine", "local"]) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+
+
+def test_the_command_says_what_it_did(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    result = classify(config)
+    names = damage(result)
+    assert command(["repair", result.out, "--engine", "local", "--run", result.run_id]) == 0
+    printed = capsys.readouterr().out
+    assert f"run {result.run_id}: 2 files written anew, 8 units classified again, 0 stray files" in printed
+    assert all(name in printed for name in names)
+
+
+def test_retries_are_repaired_too(config: Config, photos: list[Path], tmp_path: Path) -> None:
+    late = tmp_path / "late.jpg"
+    manifest = tmp_path / "late.parquet"
+    pq.write_table(pa.table({"uri": [str(photos[1]), str(late)], "shop": ["a", "b"]}), manifest)
+    config = changed(config, input__manifest=str(manifest))
+    root = classify(config)
+    late.write_bytes(photos[2].read_bytes())
+    child = retry(config, None)
+    assert child is not None
+    next(Path(root.out, "predictions", f"run_id={child.run_id}").rglob("*.parquet")).unlink()
+    (done,) = repair(config, None)
+    assert done.run_id == child.run_id
+    assert verify(root.out).ok
+
+
+def test_rows_that_come_out_otherwise_are_one_line(config: Config, photos: list[Path], tmp_path: Path) -> None:
+    moving = tmp_path / "moving.jpg"
+    moving.write_bytes(photos[1].read_bytes())
+    manifest = tmp_path / "moving.parquet"
+    pq.write_table(pa.table({"uri": [str(moving), str(photos[2])], "shop": ["a", "a"]}), manifest)
+    config = changed(config, input__manifest=str(manifest))
+    result = classify(config)
+    next(Path(result.out, "predictions").rglob("*.parquet")).unlink()
+    moving.unlink()
+    with pytest.raises(ImgbatchError, match=r"1 rows where finalize\.json has 2: some images came out otherwise"):
+        repair(config, None)
+    moving.write_bytes(photos[1].read_bytes())
+    assert len(repair(config, None)) == 1
+    assert verify(result.out).ok
+
+
+def test_another_model_cannot_repair(config: Config, make_bundle: Callable[..., ModelBundle]) -> None:
+    bundle = make_bundle(seed=1)
+    config = changed(config, model__path=bundle.path)
+    result = classify(config)
+    damage(result)
+    make_bundle(seed=2)
+    with pytest.raises(UsageError, match="its model is not what it was"):
+        repair(config, None)
+
+
+def test_without_its_records_nothing_can_be_told(config: Config) -> None:
+    result = classify(config)
+    storage.remove(RunPaths(result.out, result.run_id).finalize)
+    with pytest.raises(UsageError, match=r"finalize\.json cannot be read"):
+        repair(config, None)
+
+
+def test_an_unfinished_run_is_continued_instead(config: Config) -> None:
+    result = classify(config)
+    storage.remove(RunPaths(result.out, result.run_id).success)
+    with pytest.raises(UsageError, match="is unfinished; its classify command continues it"):
+        repair(config, None)
