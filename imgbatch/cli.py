@@ -19,6 +19,7 @@ from imgbatch.commands import (
     model,
     output,
     plan,
+    repair,
     report,
     review,
     train,
@@ -47,6 +48,7 @@ app.command("classify")(classify.classify)
 app.command("retry")(classify.retry)
 app.command("status")(output.status)
 app.command("verify")(output.verify)
+app.command("repair")(repair.repair)
 app.command("query")(output.query)
 app.command("compact")(output.compact)
 app.command("clean")(output.clean)

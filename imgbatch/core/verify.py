@@ -46,9 +46,7 @@ def verify(out: str, run_id: str | None = None) -> VerifyResult:
     Args:
         run_id: a run; none: the newest that is no retry.
     """
-    root = _root(out, run_id)
-    runs = list_runs(out)
-    chain = [root, *_descendants(root, runs)]
+    chain = run_chain(out, run_id)
     checks: list[Check] = []
     counts: dict[str, dict[str, int]] = {}
     for run in chain:
@@ -64,12 +62,18 @@ def verify(out: str, run_id: str | None = None) -> VerifyResult:
     return VerifyResult(checks, counts)
 
 
+def run_chain(out: str, run_id: str | None = None) -> list[RunEntry]:
+    """A run and its retries; none: the newest that is no retry. Raises :class:`UsageError` where there is none."""
+    root = _root(out, run_id)
+    return [root, *_descendants(root, list_runs(out))]
+
+
 def _root(out: str, run_id: str | None) -> RunEntry:
     if run_id is not None:
         return find_run(out, run_id)
     roots = [run for run in list_runs(out) if run.parent is None and not run.abandoned]
     if not roots:
-        raise UsageError(f"{out}: no run there to verify")
+        raise UsageError(f"{out}: no run there")
     return roots[-1]
 
 
