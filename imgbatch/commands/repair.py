@@ -28,8 +28,8 @@ def repair(
         console.print("nothing to repair: every file is as files.json records it")
     for done in repaired:
         console.print(
-            f"run {done.run_id}: {len(done.files):,} files written anew, {done.num_units_classified:,} units classified "
-            f"again, {done.num_strays:,} stray files removed",
+            f"run {done.run_id}: {len(done.files):,} files written anew, {done.num_units_classified:,} units "
+            f"classified again, {done.num_strays:,} stray files removed",
             markup=False,
         )
         for path in done.files:

@@ -1,0 +1,214 @@
+"""Whatever is killed, and whenever: through the local engine, in processes that really die."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.core import storage
+from imgbatch.core.failpoints import POINTS
+from imgbatch.core.model import ModelBundle, load_bundle
+from imgbatch.errors import ExitCode
+from tests.faults.conftest import UNIT_ROWS, Job, assert_exactly_once, outcomes, output_bytes
+from tests.faults.drivers import KILLED, Driver
+
+NOT_IN_THIS_DRIVER = {"decode.row", "train.step", "finalize.after_units"}
+"""Passed by the decoding child, by training, and only where unit files are not kept."""
+LATER_PASSAGES = ["job.receipt=kill@4", "fetch.file=kill@50", "classify.forward=kill@5", "commit.before=kill@3"]
+NAMES = ["plan.json", "unit-00000003.parquet", "finalize.json", "_SUCCESS"]
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def committed(job: Job) -> set[int]:
+    return job.paths.committed_units(8)
+
+
+@pytest.mark.parametrize("failpoint", [
+    *(f"{point}=kill" for point in POINTS if point not in NOT_IN_THIS_DRIVER),
+    *LATER_PASSAGES,
+    *(f"storage.create[{name}]=kill" for name in NAMES),
+    "finalize.mid_file[errors]=kill",
+    "finalize.mid_file=kill@3",
+])  # fmt: skip
+def test_a_driver_killed_anywhere_and_run_again(failpoint: str, job: Job, oracle: Job) -> None:
+    assert job.run(failpoint) == KILLED
+    assert job.run() == ExitCode.DONE
+    assert_exactly_once(job, oracle)
+
+
+def test_a_driver_killed_while_it_removes_the_units(job: Job, oracle: Job) -> None:
+    assert job.run("finalize.after_units=kill", output__keep_units=False) == KILLED
+    assert job.run(output__keep_units=False) == ExitCode.DONE
+    assert_exactly_once(job, oracle)
+
+
+def test_a_driver_killed_again_and_again(job: Job, oracle: Job) -> None:
+    for failpoint in ("commit.after=kill@2", "commit.before=kill@2", "finalize.after_layout=kill",
+                      "finalize.mid_file=kill@2", "finalize.after_record=kill"):  # fmt: skip
+        assert job.run(failpoint) == KILLED
+    assert job.run() == ExitCode.DONE
+    assert_exactly_once(job, oracle)
+
+
+def test_two_drivers_at_once(job: Job, oracle: Job, start: Callable[..., Driver]) -> None:
+    """Both look for another driver before either shows itself; the first writer of a unit wins."""
+    drivers = [start("heartbeat.checked=delay:1", output__keep_units=False) for _ in range(2)]
+    assert [driver.wait() for driver in drivers] == [ExitCode.DONE, ExitCode.DONE]
+    assert_exactly_once(job, oracle)
+
+
+def test_a_second_driver_is_refused_while_the_first_shows_itself(job: Job, start: Callable[..., Driver]) -> None:
+    first = start("job.receipt=hang@2")
+    wait_until(lambda: job.out.exists() and len(committed(job)) == 2)
+    assert job.run() == ExitCode.USAGE
+    assert f"another driver works on it (process {first.pid}" in job.last_line()
+
+
+def test_a_zombie_that_wakes_up_after_finalize(job: Job, oracle: Job, start: Callable[..., Driver]) -> None:
+    """A driver stands still in the middle of a commit, as on a machine that was paused, while another finishes."""
+    zombie = start("storage.create[unit-00000002.parquet]=stop", output__keep_units=False)
+    wait_until(lambda: job.out.exists() and is_stopped(zombie.pid))
+    storage.remove(job.paths.heartbeat)  # a minute without a sign of life would do the same
+    assert job.run(output__keep_units=False) == ExitCode.DONE
+    before = output_bytes(job)
+    os.kill(zombie.pid, signal.SIGCONT)
+    assert zombie.wait() == ExitCode.DONE
+    assert output_bytes(job) == before
+    assert_exactly_once(job, oracle)
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+
+def other_manifest(job: Job, _: Callable[..., ModelBundle]) -> Job:
+    table = pq.read_table(job.manifest)
+    path = job.folder / "other.parquet"
+    pq.write_table(table.set_column(3, "price", pc.add(table["price"], pa.scalar(1.0, pa.float32()))), path)
+    return replace(job, manifest=path)
+
+
+def other_model(job: Job, make_bundle: Callable[..., ModelBundle]) -> Job:
+    bundle = load_bundle(job.model)
+    return replace(job, model=make_bundle(seed=1, class_names=bundle.class_names, preprocess=bundle.preprocess).path)
+
+
+def other_setting(job: Job, _: Callable[..., ModelBundle]) -> Job:
+    return replace(job, settings=job.settings | {"decode.max_pixels": 5000})
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [(other_manifest, "manifest: "), (other_model, "model: "), (other_setting, "decode.max_pixels: ")],
+)
+def test_what_changed_between_two_commands_is_named(
+    change: Callable[..., Job], field: str, job: Job, make_bundle: Callable[..., ModelBundle]
+) -> None:
+    assert job.run("commit.after=kill@2") == KILLED
+    units = committed(job)
+    assert change(job, make_bundle).run() == ExitCode.USAGE
+    assert "is unfinished and was started with other settings" in job.last_line()
+    assert field in job.last_line()
+    assert committed(job) == units
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KB; :func:`enlarge` makes room."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)], capture_output=True)
+    if tried.returncode:
+        pytest.skip(f"no disk can be mounted here: {tried.stderr.decode().strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def enlarge(mount: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_room_is_all_it_takes(job: Job, oracle: Job, small_disk: Path) -> None:
+    job = replace(job, out=small_disk / "out")
+    assert job.run() == ExitCode.FAILED
+    assert "No space left on device" in job.last_line()
+    assert "Traceback" not in job.log.read_text()
+    enlarge(small_disk)
+    assert job.run() == ExitCode.DONE
+    assert_exactly_once(job, oracle)
+
+
+@pytest.mark.parametrize("action", ["kill", "raise", "hang"])
+def test_an_image_that_the_decoder_does_not_survive_costs_its_row(action: str, job: Job) -> None:
+    """The 4th row of every unit: a crash, an exception that nothing catches, and a hang."""
+    assert job.run(f"decode.row[3]={action}", decode__timeout_s=0.5) == ExitCode.DONE
+    status = "TIMEOUT" if action == "hang" else "DECODER_CRASH"
+    expected = dict.fromkeys(range(120), "OK") | dict.fromkeys(range(5, 120, 20), "TRUNCATED")
+    expected |= dict.fromkeys(range(3, 120, UNIT_ROWS), status)
+    assert statuses(job) == expected
+
+
+def statuses(job: Job) -> dict[int, str]:
+    return {row[0]: row[2] for row in outcomes(job)}  # type: ignore[misc]
+
+
+def test_a_unit_that_nobody_survives_ends_row_by_row(job: Job) -> None:
+    """Whoever touches row 32 dies: unit 2 in both passes, then, in isolation, the row alone."""
+    assert job.run("classify.unit[32]=raise") == ExitCode.DONE
+    assert {row for row, status in statuses(job).items() if status == "CLASSIFY_FAILED"} == {32}
+
+
+def test_a_batch_whose_forward_fails_is_tried_again_in_halves(job: Job, oracle: Job) -> None:
+    assert job.run("classify.forward=raise@3") == ExitCode.DONE
+    assert_exactly_once(job, oracle)
+
+
+@pytest.mark.parametrize(
+    ("signals", "units"),
+    [
+        ([signal.SIGINT], {0, 1, 2, 3}),
+        ([signal.SIGINT, signal.SIGINT], {0, 1, 2}),
+        ([signal.SIGTERM], {0, 1, 2}),
+    ],
+    ids=["once", "twice", "term"],
+)
+def test_interrupted(
+    signals: list[signal.Signals], units: set[int], job: Job, oracle: Job, start: Callable[..., Driver]
+) -> None:
+    """Ctrl-C finishes the unit in flight; a second one, and SIGTERM, do not."""
+    driver = start(f"classify.unit[48]=delay:{2 if units == {0, 1, 2, 3} else 60}")
+    wait_until(lambda: job.out.exists() and committed(job) == {0, 1, 2})
+    for number, sent in enumerate(signals, start=1):
+        os.kill(driver.pid, sent)
+        if number < len(signals):
+            wait_until(lambda: "Ctrl-C again stops now" in job.log.read_text())
+    assert driver.wait(30) == ExitCode.INTERRUPTED
+    assert "the same command continues" in job.last_line()
+    assert committed(job) == units
+    assert job.run() == ExitCode.DONE
+    assert_exactly_once(job, oracle)
+
+
+def test_a_run_that_was_copied_is_whole(job: Job, oracle: Job) -> None:
+    """Nothing in an output depends on where it stands."""
+    assert job.run() == ExitCode.DONE
+    moved = replace(job, out=job.folder / "moved")
+    shutil.move(job.out, moved.out)
+    assert_exactly_once(moved, oracle)
