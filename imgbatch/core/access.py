@@ -1,0 +1,38 @@
+"""What a manifest may make this process read: schemes, and directories for local files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from imgbatch.config import FetchConfig
+from imgbatch.core import storage
+
+
+class Refused(Exception):
+    """Not to be read, whatever is there; trying again changes nothing."""
+
+
+def check_scheme(uri: str, config: FetchConfig) -> str:
+    """The scheme of a URI, ``file`` for plain paths; raises :class:`Refused` where ``fetch.schemes`` lacks it."""
+    scheme = "file" if storage.is_local(uri) else urlsplit(uri).scheme
+    if scheme not in config.schemes:
+        raise Refused(f"{scheme}:// is not among {', '.join(config.schemes)} (fetch.schemes)")
+    return scheme
+
+
+def allowed_path(uri: str, config: FetchConfig) -> Path:
+    """The path of a local URI; where ``fetch.roots`` are set, with symbolic links followed.
+
+    Raises:
+        Refused: local files are not allowed, or this one lies outside every root.
+    """
+    check_scheme(uri, config)
+    path = storage.local_path(uri)
+    if not config.roots:
+        return path
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(os.path.realpath(root)) for root in config.roots):
+        raise Refused("outside the directories that images may lie in (fetch.roots)")
+    return real
