@@ -80,6 +80,12 @@ class FetchConfig(Section):
     """A larger file is ``TOO_LARGE``."""
     client: Literal["auto", "s3fs", "obstore"] = "auto"
     """What gets objects from S3; auto: obstore where it is installed, which takes less CPU."""
+    schemes: tuple[Literal["file", "s3", "https"], ...] = ("file", "s3")
+    """What URIs may begin with; ``file`` stands for plain paths too. Anything else is ``REFUSED``."""
+    roots: tuple[str, ...] = ()
+    """Directories that local images must lie in, symbolic links followed; none: any."""
+    private_addresses: bool = False
+    """Whether https may go to private, loopback and link-local addresses."""
 
 
 class DecodeConfig(Section):

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, repeat
 from typing import TypeGuard
-from urllib.parse import urlsplit
 
 from imgbatch.config import FetchConfig, IfChanged
 from imgbatch.core import storage
+from imgbatch.core.access import Refused, allowed_path, check_scheme
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.fetch_objects import ObjectClient, ObjectTooLarge, RequestFailed, choose_client, open_client
+from imgbatch.core.https import HttpsReader
 from imgbatch.core.retry import backoff_s
 from imgbatch.errors import RowError, Stage, Status, row_error
-
-ALLOWED_SCHEMES = ("file", "s3")
 
 _TRANSIENT_ERRNO = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EHOSTUNREACH, errno.EIO, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
@@ -50,6 +49,7 @@ class Fetcher:
         self._if_changed = if_changed
         self._executor: ThreadPoolExecutor | None = None
         self._client: ObjectClient | None = None
+        self._https: HttpsReader | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self.fetch_s = 0.0
@@ -112,7 +112,7 @@ class Fetcher:
         with self._lock:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(self._config.in_flight, thread_name_prefix="fetch")
-        return self._executor.submit(self._fetch_one, lambda: self._read_object(uri, etag))
+        return self._executor.submit(self._fetch_one, lambda: self._read_remote(uri, etag))
 
     def _fetch_one(self, read: Callable[[], bytes]) -> Fetched:
         attempt = 0
@@ -123,6 +123,8 @@ class Fetcher:
                 return read()
             except _Rejected as rejected:
                 return row_error(rejected.status, Stage.FETCH, rejected, attempt)
+            except Refused as refused:
+                return row_error(Status.REFUSED, Stage.FETCH, refused, attempt)
             except Exception as error:
                 status, may_pass = _judge(error)
                 out_of_tries = not may_pass or attempt > self._config.retries
@@ -132,7 +134,7 @@ class Fetcher:
     def _read_local(self, uri: str) -> bytes:
         if not uri:
             raise _Rejected(Status.NOT_FOUND, "the uri is empty")
-        path = storage.local_path(uri)
+        path = allowed_path(uri, self._config)
         # Looked at before it is opened, because opening a named pipe waits for a writer.
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
@@ -144,10 +146,17 @@ class Fetcher:
         with path.open("rb", buffering=0) as file:
             return file.read()
 
+    def _read_remote(self, uri: str, etag: str | None) -> bytes:
+        if check_scheme(uri, self._config) != "https":
+            return self._read_object(uri, etag)
+        with self._lock:
+            reader = self._https = self._https or HttpsReader(self._config)
+        try:
+            return reader.read(uri)
+        except ObjectTooLarge as error:
+            raise self._too_large(f"{error.size} bytes, more") from error
+
     def _read_object(self, uri: str, etag: str | None) -> bytes:
-        parts = urlsplit(uri, allow_fragments=False)
-        if parts.scheme not in ALLOWED_SCHEMES:
-            raise _Rejected(Status.REFUSED, f"{parts.scheme}:// is not among {', '.join(ALLOWED_SCHEMES)}")
         # A key may hold a question mark.
         bucket, _, key = uri.partition("://")[2].partition("/")
         if not bucket or not key:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
-from imgbatch.config import Config
+from imgbatch.config import Config, FetchConfig
 from imgbatch.core import storage
+from imgbatch.core.access import Refused, allowed_path
 from imgbatch.core.bands import require_rasterio
 from imgbatch.core.decoder import DecodedUnit, Decoder, Payload
 from imgbatch.core.fetch import Fetcher
@@ -54,6 +55,7 @@ class RowDecoder:
         self._has_rasters = reads_rasters(columns, spec)
         if self._has_rasters:
             require_rasterio()
+        self._access = config.fetch
         self._fetcher = Fetcher(config.fetch, if_changed=config.input.if_changed)
         self._decoder = Decoder(spec, config.decode, max_nodata=config.geo.max_nodata if self._has_rasters else None)
         self._embedded = EmbeddedImages(embedded) if embedded is not None else None
@@ -110,7 +112,7 @@ class RowDecoder:
                 yield data
                 continue
             if data is None and uri not in found:
-                found[uri] = _look_up(uri)
+                found[uri] = _look_up(uri, self._access)
             window = Window(**part) if part is not None else None
             row_bands = tuple(row_bands) if row_bands else None
             error = found.get(uri) if data is None else None
@@ -126,14 +128,16 @@ def _cells(rows: pa.Table, name: str) -> Sequence:
     return rows[name].to_pylist() if name in rows.column_names else [None] * rows.num_rows
 
 
-def _look_up(uri: str | None) -> RowError | None:
+def _look_up(uri: str | None, access: FetchConfig) -> RowError | None:
     """Why there is no raster to open, if there is none; one in an object store is looked for by the decoder."""
     if not uri:
         return row_error(Status.NOT_FOUND, Stage.FETCH, "the uri is empty")
     if not storage.is_local(uri):
         return None if storage.is_s3(uri) else row_error(Status.REFUSED, Stage.FETCH, "neither a local file nor s3://")
     try:
-        mode = storage.local_path(uri).stat().st_mode
+        mode = allowed_path(uri, access).stat().st_mode
+    except Refused as refused:
+        return row_error(Status.REFUSED, Stage.FETCH, refused)
     except PermissionError as error:
         return row_error(Status.FORBIDDEN, Stage.FETCH, f"{type(error).__name__}: {error}")
     except OSError as error:
