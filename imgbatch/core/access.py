@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from imgbatch.config import FetchConfig
 from imgbatch.core import storage
@@ -16,7 +15,7 @@ class Refused(Exception):
 
 def check_scheme(uri: str, config: FetchConfig) -> str:
     """The scheme of a URI, ``file`` for plain paths; raises :class:`Refused` where ``fetch.schemes`` lacks it."""
-    scheme = "file" if storage.is_local(uri) else urlsplit(uri).scheme
+    scheme = "file" if storage.is_local(uri) else uri.partition("://")[0].lower()
     if scheme not in config.schemes:
         raise Refused(f"{scheme}:// is not among {', '.join(config.schemes)} (fetch.schemes)")
     return scheme

@@ -92,13 +92,14 @@ class HttpsReader:
             connection.sock = self._context.wrap_socket(plain.dup(), server_hostname=host)
             yield connection
         except Exception:
-            if out_of_time.is_set():
-                raise TimeoutError(f"{host}: no whole answer in {timeout_s:g} s (fetch.timeout_s)") from None
-            raise
+            if not out_of_time.is_set():
+                raise
         finally:
             timer.cancel()
             connection.close()
             plain.close()
+        if out_of_time.is_set():
+            raise TimeoutError(f"{host}: no whole answer in {timeout_s:g} s (fetch.timeout_s)")
 
     def _answer(self, response: http.client.HTTPResponse) -> bytes | str:
         if response.status in _REDIRECTS and (location := response.getheader("Location")):
