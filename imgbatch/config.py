@@ -6,6 +6,7 @@ stored with the run. Where a value is ``auto``, what it became is stored too (``
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -380,7 +381,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         first = error.errors()[0]
         # pydantic appends the branch of a union to the location; a person knows only section.key.
         key = ".".join(str(part) for part in first["loc"][:2])
-        given = "" if first["type"] == "extra_forbidden" else f" (given: {normalise_message(repr(first['input']))})"
+        given = "" if first["type"] == "extra_forbidden" else f" (given: {normalise_message(reprlib.repr(first['input']))})"
         reason = (
             f"unknown key; one of {', '.join(_known_keys(first['loc']))}"
             if first["type"] == "extra_forbidden"
@@ -407,7 +408,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UsageError(f"configuration file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         detail = " ".join(str(error).split())
         raise UsageError(f"configuration file {path}: not valid YAML: {detail}") from error
     if tree is None:

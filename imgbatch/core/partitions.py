@@ -19,6 +19,7 @@ MAX_VALUE_CHARS = 200
 MAX_PARTITIONS = 10_000
 _SAFE_CHARS = " !$&'()+,;@^`~"
 _BUCKET = re.compile(r"bucket:(\d+)")
+_UNFIT_NAME = re.compile(r"[/\\=%\x00-\x1f\x7f]|^\.")
 _DUCKDB_TYPES = (
     (pa.types.is_string, "varchar"),
     (pa.types.is_integer, "bigint"),
@@ -61,6 +62,8 @@ def _parse(entry: str, rows_schema: pa.Schema) -> Partition:
         raise UsageError(
             f"output.partition_by: the manifest has no column {entry!r}; also possible: date, label, bucket:N"
         )
+    if _UNFIT_NAME.search(entry):
+        raise UsageError(f"output.partition_by: column {entry!r} cannot name a directory; rename it")
     arrow_type = rows_schema.field(entry).type
     for is_type, duckdb_type in _DUCKDB_TYPES:
         if is_type(arrow_type):
