@@ -381,13 +381,20 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         first = error.errors()[0]
         # pydantic appends the branch of a union to the location; a person knows only section.key.
         key = ".".join(str(part) for part in first["loc"][:2])
-        given = "" if first["type"] == "extra_forbidden" else f" (given: {normalise_message(reprlib.repr(first['input']))})"
+        given = "" if first["type"] == "extra_forbidden" else f" (given: {_shown(first['input'])})"
         reason = (
             f"unknown key; one of {', '.join(_known_keys(first['loc']))}"
             if first["type"] == "extra_forbidden"
             else _lowered(first["msg"].removeprefix("Value error, "))
         )
         raise UsageError(f"configuration: {key}: {reason}{given}") from error
+
+
+def _shown(value: Any) -> str:
+    # Bounded in depth and width: lists of YAML that hold each other can be larger than any memory, written out.
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return normalise_message(short.repr(value))
 
 
 def _lowered(text: str) -> str:
