@@ -28,6 +28,7 @@ from imgbatch.core.partitions import partition_paths
 from imgbatch.core.plan import Run
 from imgbatch.core.readers import write_readers
 from imgbatch.core.rows import RowsReader
+from imgbatch.core.secrets import without_secrets
 from imgbatch.core.units import Unit
 from imgbatch.errors import ImgbatchError, Status
 from imgbatch.schema import (
@@ -254,7 +255,7 @@ def _output_rows(run: Run, kind: str, rows: pa.Table, results: pa.Table) -> pa.T
 
 def _join(rows: pa.Table, outcome: pa.Table, run: Run | None) -> pa.Table:
     identity = [ROW_ID, IMAGE_ID, URI]
-    table = rows.select(identity)
+    table = rows.select(identity).set_column(2, rows.schema.field(URI), without_secrets(rows[URI]))
     for name in outcome.column_names:
         table = table.append_column(outcome.schema.field(name), outcome[name])
     if run is not None:

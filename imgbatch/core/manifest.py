@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from imgbatch.core import storage
 from imgbatch.core.parquet import BATCH_ROWS, ParquetDataset, RowGroup, open_dataset, read_footer
+from imgbatch.core.secrets import without_secrets
 from imgbatch.errors import UsageError
 from imgbatch.schema import (
     BANDS,
@@ -104,7 +105,7 @@ class Manifest:
         """The ``image_id`` of each row, null where there is none.
 
         It is the manifest's own column, or else the uri, with ``#col_off,row_off,width,height`` appended where
-        there is a window; for embedded images without a uri it is the row_id.
+        there is a window; for embedded images without a uri it is the row_id. A signature in the uri is left out.
 
         Args:
             table: rows from :meth:`iter_batches`.
@@ -112,7 +113,8 @@ class Manifest:
         """
         if IMAGE_ID in self.schema.names:
             return table[IMAGE_ID]
-        ids = table[URI] if URI in self.schema.names else pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
+        no_ids = pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
+        ids = without_secrets(table[URI]) if URI in self.schema.names else no_ids
         if WINDOW in self.schema.names:
             window = table[WINDOW].combine_chunks()
             numbers = [pc.struct_field(window, field.name).cast(pa.string()) for field in WINDOW_TYPE]
