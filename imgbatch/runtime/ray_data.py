@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import pyarrow as pa
 import ray
@@ -34,6 +35,10 @@ FINITE_RETRIES = {"max_restarts": 3, "max_task_retries": 3}
 
 class RayEngine:
     """Runs the stages in actor pools of the connected Ray."""
+
+    decode_actor: ClassVar[type] = DecodeActor
+    classify_actor: ClassVar[type] = ClassifyActor
+    """What the pools are made of; a simulation puts others in their place."""
 
     def __init__(self, run: Run, pools: Pools) -> None:
         self._run = run
@@ -83,7 +88,7 @@ class RayEngine:
         return (
             ray.data.from_arrow([pa.table({UNIT: pa.array([unit], pa.int32())}) for unit in units])
             .map_batches(
-                DecodeActor,
+                self.decode_actor,
                 fn_constructor_kwargs={"run": run},
                 # Two calls at once, of which one decodes while the other's first files are on their way.
                 compute=ActorPoolStrategy(
@@ -99,7 +104,7 @@ class RayEngine:
                 **FINITE_RETRIES,
             )
             .map_batches(
-                ClassifyActor,
+                self.classify_actor,
                 fn_constructor_kwargs={"run": run, "batch_size": batch_size, "num_threads": threads},
                 compute=ActorPoolStrategy(size=pools.classify_actors, max_tasks_in_flight_per_actor=2),
                 num_cpus=pools.classify_cpus,

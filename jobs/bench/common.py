@@ -27,6 +27,25 @@ def find_photographs(folder: Path | None, scratch: Path, *, num_drawn: int = 200
     return paths
 
 
+def save_trivial_model(path: Path, num_classes: int = 10) -> str:
+    """A bundle of three convolutions at 64 px with random weights, so that the pipeline and not the network counts."""
+    import torch
+
+    from imgbatch.core.architectures import SIMPLE_CNN, build_network
+    from imgbatch.core.model import save_bundle
+    from imgbatch.core.transforms import PreprocessSpec
+
+    torch.manual_seed(0)
+    return save_bundle(
+        str(path),
+        arch=SIMPLE_CNN,
+        task="multiclass",
+        class_names=[f"class {index}" for index in range(num_classes)],
+        preprocess=PreprocessSpec(resize_size=72, crop_size=64),
+        state_dict=build_network(SIMPLE_CNN, num_classes).state_dict(),
+    ).path
+
+
 def describe_machine() -> str:
     """One line: cores, processor, memory, load, versions."""
     model = next(

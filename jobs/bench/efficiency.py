@@ -32,7 +32,7 @@ from imgbatch.config import load_config
 from imgbatch.core.plan import plan_run
 from imgbatch.core.stages import ClassifyStage, CommitStage, DecodeStage
 from imgbatch.runtime.pools import this_machine
-from jobs.bench.common import describe_machine, find_photographs, spread
+from jobs.bench.common import describe_machine, find_photographs, save_trivial_model, spread
 
 UNIT_ROWS = 128
 STAGE_UNITS = 4
@@ -53,7 +53,7 @@ def main() -> None:
         repeated = [photographs[index % len(photographs)] for index in range(arguments.images)]
         ids = [str(index) for index in range(arguments.images)]
         pq.write_table(pa.table({"uri": [str(path) for path in repeated], "image_id": ids}), manifest)
-        model = arguments.model or _trivial_model(scratch / "model")
+        model = arguments.model or save_trivial_model(scratch / "model")
         print(f"{arguments.images:,} images, {len(photographs)} of them different; {describe_machine()}\n")
         rounds = []
         for number in range(arguments.repeats):
@@ -61,24 +61,6 @@ def main() -> None:
             pipeline = run_pipeline(manifest, model, scratch / f"run{number}")
             rounds.append((stages, pipeline))
         report(rounds)
-
-
-def _trivial_model(path: Path) -> str:
-    import torch
-
-    from imgbatch.core.architectures import SIMPLE_CNN, build_network
-    from imgbatch.core.model import save_bundle
-    from imgbatch.core.transforms import PreprocessSpec
-
-    torch.manual_seed(0)
-    return save_bundle(
-        str(path),
-        arch=SIMPLE_CNN,
-        task="multiclass",
-        class_names=[f"class {index}" for index in range(10)],
-        preprocess=PreprocessSpec(resize_size=72, crop_size=64),
-        state_dict=build_network(SIMPLE_CNN, 10).state_dict(),
-    ).path
 
 
 def measure_stages(manifest: str, model: str, out: Path) -> dict[str, float]:

@@ -1,0 +1,144 @@
+"""The whole job without images: planner, scheduler, unit files, finalize and verify, on as many rows as wanted.
+
+    python -m jobs.bench.scale [--rows 1000000] [--unit-rows 8192] [--classes 10]
+
+Decode and model are put out of the way: a block holds no pixels and every image gets the same probabilities; what is
+left is what the engine, the driver and the storage cost. Prints seconds and rates of each step, the driver's peak
+memory (VmHWM) after each, and how many objects a step left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from imgbatch.config import load_config
+from imgbatch.core import storage
+from imgbatch.core.finalize import finalize
+from imgbatch.core.plan import Run, plan_run
+from imgbatch.core.results import LabelRules, prediction_columns, unit_table
+from imgbatch.core.rows import RowsReader
+from imgbatch.core.stages import DECODE_COLUMNS, UNIT
+from imgbatch.core.verify import verify
+from imgbatch.runtime.job import MAX_PASS_UNITS
+from imgbatch.runtime.pools import choose_pools, this_machine
+from imgbatch.runtime.ray_data import RayEngine
+from imgbatch.runtime.session import ray_session
+from imgbatch.schema import ROW_ID
+from jobs.bench.common import describe_machine, save_trivial_model
+from jobs.bench.plan import write_manifest
+
+
+class NoDecode:
+    """Reads the unit's row_ids and nothing else."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        unit = self._run.plan.layout.unit(block[UNIT][0].as_py())
+        reader = RowsReader(self._run.paths)
+        rows = reader.read(unit, [ROW_ID])
+        reader.close()
+        constants = {
+            UNIT: pa.scalar(unit.index, pa.int32()),
+            "started_at": time.time(),
+            "fetch_s": 0.0,
+            "decode_s": 0.0,
+        }
+        for name in DECODE_COLUMNS:
+            rows = rows.append_column(name, pa.repeat(constants[name], unit.num_rows))
+        return rows
+
+
+class NoModel:
+    """Says the same of every image."""
+
+    def __init__(self, run: Run, batch_size: int, num_threads: int | None) -> None:
+        del batch_size, num_threads
+        names = run.bundle.class_names
+        self._rules = LabelRules(names, run.bundle.task, run.plan.probabilities, run.plan.config.output.top_k)
+        self._probs_K = np.full(len(names), 1 / len(names), np.float32)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        size_N = np.full(block.num_rows, 224, np.int32)
+        probs_NK = np.tile(self._probs_K, (block.num_rows, 1))
+        row_ids = block[ROW_ID].combine_chunks()
+        table = unit_table(row_ids, [None] * block.num_rows, size_N, size_N, prediction_columns(probs_NK, self._rules))
+        for name in DECODE_COLUMNS:
+            table = table.append_column(name, block[name])
+        return table.append_column("classify_s", pa.repeat(0.0, block.num_rows))
+
+
+class SimulatedEngine(RayEngine):
+    """The real scheduler with idle actors."""
+
+    decode_actor = NoDecode
+    classify_actor = NoModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--unit-rows", type=int, default=8192)
+    parser.add_argument("--classes", type=int, default=10)
+    arguments = parser.parse_args()
+    print(f"{arguments.rows:,} rows in units of {arguments.unit_rows:,}; {describe_machine()}\n")
+    print("| step | seconds | rate | driver's peak, MB | objects |\n| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as name:
+        simulate(Path(name), arguments.rows, arguments.unit_rows, arguments.classes)
+
+
+def simulate(scratch: Path, num_rows: int, unit_rows: int, num_classes: int) -> None:
+    """Every step once, a line each."""
+    manifest = scratch / "manifest.parquet"
+    write_manifest(manifest, num_rows)
+    flags = {
+        "input.manifest": str(manifest),
+        "model.path": save_trivial_model(scratch / "model", num_classes),
+        "output.path": str(scratch / "out"),
+        "classify.unit_rows": unit_rows,
+        "resources.device": "cpu",
+    }
+    with _step("plan", num_rows, "rows/s", scratch / "out"):
+        run = plan_run(load_config(flags=flags), "cpu")
+    pools = choose_pools(run.config.resources, "cpu", this_machine())
+    with ray_session(run.config, pools):
+        engine = SimulatedEngine(run, pools)
+        num_units = run.plan.layout.num_units
+        with _step("classify (nothing)", num_units, "units/s", scratch / "out"):
+            while pending := run.pending_units()[:MAX_PASS_UNITS]:
+                for _ in engine.classify_units(pending, defer=False):
+                    pass
+        with _step("see what is left", num_units, "units/s", scratch / "out"):
+            run.pending_units()
+        with _step("finalize", num_rows, "rows/s", scratch / "out"):
+            finalize(run, engine.map_parts)
+    with _step("verify", num_rows, "rows/s", scratch / "out"):
+        result = verify(run.paths.out)
+    if not result.ok:
+        raise SystemExit(f"verify: {[check for check in result.checks if not check.ok]}")
+
+
+@contextmanager
+def _step(name: str, count: int, unit: str, out: Path) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    elapsed = time.perf_counter() - started
+    peak_kb = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    objects = len(storage.list_files(str(out)))
+    print(
+        f"| {name} | {elapsed:,.1f} | {count / elapsed:,.0f} {unit} | {peak_kb / 1000:,.0f} | {objects:,} |", flush=True
+    )
+
+
+if __name__ == "__main__":
+    main()
