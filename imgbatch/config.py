@@ -105,6 +105,16 @@ class GeoConfig(Section):
 
     max_nodata: float = Field(0.5, ge=0, le=1)
     """Share of a tile's samples that may be missing (nodata, mask, alpha) before it is an ``EMPTY`` row."""
+    bands: Literal["all"] | tuple[PositiveInt, ...] | None = None
+    """Training: the bands that the model will see, from 1, in this order; none: RGB, but all bands where the manifest
+    has windows or bands of its own."""
+    stretch: Literal["percentile", "deviation", "physical"] = "percentile"
+    """Training: what becomes 0 and 255 in each band: its 2nd and 98th percentile, two standard deviations around its
+    mean, or ``value_range``."""
+    value_range: tuple[float, float] | None = None
+    """Of ``physical``: the values, after the raster's scale and offset, that become 0 and 255 in every band."""
+    sample_tiles: PositiveInt = 256
+    """Training: tiles that the bands' statistics are taken from."""
 
 
 class ClassifyConfig(Section):
@@ -212,7 +222,10 @@ class AugmentConfig(Section):
     flip: Literal["none", "horizontal", "all"] = "horizontal"
     """``all``: both ways and quarter turns, for images without an upside (satellite, microscope)."""
     color_jitter: float = Field(0.0, ge=0, le=1)
-    """Strength of changes of brightness, contrast and saturation; a quarter of it of hue."""
+    """Strength of changes of brightness, contrast and saturation, a quarter of it of hue; of rasters' bands: of the
+    brightness of each."""
+    band_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a band of a raster is replaced by its mean."""
     rand_augment: Annotated[int, Field(ge=0, le=30)] = 0
     """Magnitude of two operations of RandAugment; 0: none."""
     erasing: float = Field(0.0, ge=0, le=1)

@@ -111,6 +111,53 @@ def check(
         )
 
 
+@app.command()
+def stats(
+    manifest: Annotated[
+        str, typer.Argument(metavar="MANIFEST", help="A Parquet file or a directory of them.", show_default=False)
+    ],
+    bands: Annotated[
+        str | None, typer.Option(metavar="BAND,...", help="Bands from 1, like 4,3,2.", show_default="all but alpha")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Tiles to read.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the bands of rasters hold over a sample of the tiles: range, percentiles, mean, missing values.
+
+    Training takes the same statistics itself (geo.bands, geo.stretch) and stores them in the model.
+    """
+    import numpy as np
+
+    from imgbatch.config import Config
+    from imgbatch.core.band_statistics import sample_bands
+    from imgbatch.core.manifest import open_manifest
+
+    opened = open_manifest(manifest)
+    wanted = _parse_bands(bands) if bands is not None else None
+    sampled = sample_bands(opened, np.arange(opened.num_rows), wanted, num_tiles=sample, config=Config())
+    described = sampled.describe()
+    if as_json:
+        print_json({"tiles": sampled.num_tiles, "failed": list(sampled.failed), "bands": described})
+        return
+    table = Table(*described[0], box=SIMPLE)
+    for row in described:
+        table.add_row(*("" if number is None else f"{number:,.6g}" for number in row.values()))
+    console.print(table)
+    console.print(f"{sampled.num_tiles:,} tiles read, {len(sampled.failed):,} not", markup=False)
+    for failure in sampled.failed[:_MAX_SAMPLE_SHOWN]:
+        console.print(f"  {failure}", markup=False)
+
+
+def _parse_bands(text: str) -> tuple[int, ...]:
+    try:
+        bands = tuple(int(band) for band in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--bands {text}: expected numbers from 1, like 4,3,2") from error
+    if min(bands) < 1:
+        raise UsageError(f"--bands {text}: bands are counted from 1")
+    return bands
+
+
 def _parse_columns(assignments: list[str]) -> dict[str, str]:
     columns: dict[str, str] = {}
     for assignment in assignments:

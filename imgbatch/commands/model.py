@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from imgbatch.commands.common import AsJson, console, print_json
+from imgbatch.errors import UsageError
 
 app = typer.Typer(help="Make and inspect model bundles.", no_args_is_help=True)
 
@@ -32,6 +33,13 @@ def init(
     crop_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the centre crop, px.", show_default="as published")
     ] = None,
+    bands: Annotated[
+        int | None,
+        typer.Option(min=1, help="Take so many bands of rasters; RGB weights are adapted.", show_default="RGB"),
+    ] = None,
+    value_range: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="With --bands: the values that become 0 and 255.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a different model that is there.")] = False,
 ) -> None:
     """Make a model bundle from weights and class names."""
@@ -45,11 +53,21 @@ def init(
         task=task,
         resize_size=resize_size,
         crop_size=crop_size,
+        num_bands=bands,
+        value_range=_parse_range(value_range) if value_range is not None else None,
         overwrite=overwrite,
     )
     console.print(
         f"{bundle.path}: {bundle.arch}, {bundle.num_classes} classes, model_id {bundle.model_id}", markup=False
     )
+
+
+def _parse_range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(number) for number in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--value-range {text}: expected two numbers, like 0,10000") from error
+    return low, high
 
 
 @app.command()

@@ -66,6 +66,32 @@ def check_architecture(arch: str) -> None:
         raise UsageError(f"--arch {arch}: unknown architecture; one of {', '.join(near)}")
 
 
+_FIRST_CONVOLUTIONS = {
+    "alexnet": "features.0",
+    "densenet": "features.conv0",
+    "googlenet": "conv1.conv",
+    "inception_v3": "Conv2d_1a_3x3.conv",
+    "maxvit": "stem.0.0",
+    "mnasnet": "layers.0",
+    "regnet": "stem.0",
+    "resnet": "conv1",
+    "resnext": "conv1",
+    "shufflenet": "conv1.0",
+    SIMPLE_CNN: "features.0",
+    "squeezenet": "features.0",
+    "vgg": "features.0",
+    "vit": "conv_proj",
+    "wide_resnet": "conv1",
+}
+"""By family: the layer that sees the image's channels; ``features.0.0`` in all others."""
+
+
+def first_convolution_name(arch: str) -> str:
+    """The dotted name of the layer that sees the image; its weight is ``[D, C, h, w]``."""
+    check_architecture(arch)
+    return next((name for family, name in _FIRST_CONVOLUTIONS.items() if arch.startswith(family)), "features.0.0")
+
+
 def head_module_name(arch: str) -> str:
     """The dotted name of the layer that gives the logits; its weight is ``[K, D]`` (or ``[K, D, 1, 1]``)."""
     check_architecture(arch)
@@ -77,11 +103,14 @@ def auxiliary_prefixes(arch: str) -> tuple[str, ...]:
     return _AUXILIARY_HEADS.get(arch, ())
 
 
-def build_network(arch: str, num_classes: int, *, crop_size: int | None = None, empty: bool = False) -> nn.Module:
+def build_network(
+    arch: str, num_classes: int, *, crop_size: int | None = None, num_channels: int = 3, empty: bool = False
+) -> nn.Module:
     """The network with fresh weights, in training mode.
 
     Args:
         crop_size: side of the images it will see, px; only ``vit_*`` depend on it (default: as published).
+        num_channels: of those images, 3 as published.
         empty: leave the weights out (on the meta device), for weights that are assigned at once.
 
     Raises:
@@ -104,15 +133,35 @@ def build_network(arch: str, num_classes: int, *, crop_size: int | None = None, 
         options = {"image_size": crop_size}
     if arch == "maxvit_t" and crop_size not in (None, 224):
         raise UsageError(f"maxvit_t: takes images of 224 px only, not crop_size {crop_size}")
+    if arch == HOG_COLOR and num_channels != 3:
+        raise UsageError(f"{HOG_COLOR}: describes RGB, not {num_channels} bands; take another --arch")
     if arch == HOG_COLOR and crop_size is not None and crop_size < MIN_CROP_PX:
         raise UsageError(f"{HOG_COLOR}: crop_size {crop_size} must be at least {MIN_CROP_PX}")
     # regnet computes its widths with tensors, which the meta device cannot.
     with torch.device("meta" if empty and not arch.startswith("regnet_") else "cpu"):
-        if arch == SIMPLE_CNN:
-            return SimpleCNN(num_classes)
         if arch == HOG_COLOR:
             return HogColor(num_classes)
-        return get_model(arch, weights=None, num_classes=num_classes, **options)
+        if arch == SIMPLE_CNN:
+            network: nn.Module = SimpleCNN(num_classes)
+        else:
+            network = get_model(arch, weights=None, num_classes=num_classes, **options)
+        return network if num_channels == 3 else _replace_first_convolution(network, arch, num_channels)
+
+
+def _replace_first_convolution(network: nn.Module, arch: str, num_channels: int) -> nn.Module:
+    """A fresh first layer for so many channels; its outputs spread as those of the old one do."""
+    from torch import nn
+
+    parent_name, _, name = first_convolution_name(arch).rpartition(".")
+    parent = network.get_submodule(parent_name)
+    old = parent.get_submodule(name)
+    assert isinstance(old, nn.Conv2d)
+    size: Any = (old.kernel_size, old.stride, old.padding)
+    new = nn.Conv2d(num_channels, old.out_channels, *size, bias=old.bias is not None)
+    if not old.weight.is_meta:
+        nn.init.normal_(new.weight, std=float(old.weight.detach().std()) * (old.in_channels / num_channels) ** 0.5)
+    parent.register_module(name, new)
+    return network
 
 
 def default_preprocess(arch: str, weights_name: str = "DEFAULT") -> PreprocessSpec:

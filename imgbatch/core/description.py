@@ -99,8 +99,8 @@ def _check_preprocess(values: Any, where: str) -> PreprocessSpec:
         raise UsageError(f"{where}: preprocess: resize_mode must be one of {', '.join(get_args(ResizeMode))}")
     if not all(_is_number(value) for value in spec.mean) or not all(_is_number(v) and v > 0 for v in spec.std):
         raise UsageError(f"{where}: preprocess: mean and std must be numbers, std above 0")
-    if spec.num_channels != 3:
-        raise UsageError(f"{where}: preprocess: {spec.num_channels} channels; only RGB images are classified")
+    if spec.num_channels != 3 and spec.bands is None:
+        raise UsageError(f"{where}: preprocess: {spec.num_channels} channels, but no bands; RGB has 3")
     _check_decode_policy(spec.decode, where)
     return spec
 

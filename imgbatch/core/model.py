@@ -14,21 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from imgbatch.core import storage
 from imgbatch.core.architectures import check_architecture, default_preprocess, published_weights
+from imgbatch.core.bands import BandSpec
 from imgbatch.core.classes import check_class_names, read_class_names
 from imgbatch.core.description import FORMAT_VERSION, Task, check_description, read_description
 from imgbatch.core.model_card import build_model_card
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.weights import (
+    adapt_channels,
     expand_binary_head,
     fit_network,
     load_safetensors,
     num_head_inputs,
     num_head_outputs,
+    num_image_channels,
     published_name,
     read_header,
     read_state_dict,
@@ -117,7 +120,16 @@ def load_bundle(path: str) -> ModelBundle:
     num_outputs = num_head_outputs(bundle.arch, shapes, where=storage.join(path, WEIGHTS_FILE))
     if num_outputs != bundle.num_classes:
         raise UsageError(f"{where}: {bundle.num_classes} class names, but the weights' head has {num_outputs} outputs")
+    _check_channels(bundle.arch, shapes, bundle.preprocess, where)
     return bundle
+
+
+def _check_channels(arch: str, shapes: Mapping[str, tuple[int, ...]], preprocess: PreprocessSpec, where: str) -> None:
+    num_channels = num_image_channels(arch, shapes)
+    if num_channels != preprocess.num_channels:
+        raise UsageError(
+            f"{where}: the weights take {num_channels} channels, but preprocessing gives {preprocess.num_channels}"
+        )
 
 
 def load_metrics(path: str) -> dict[str, Any]:
@@ -188,6 +200,7 @@ def save_bundle(
     num_outputs = num_head_outputs(arch, shapes, where=path)
     if num_outputs != len(class_names):
         raise UsageError(f"{path}: {len(class_names)} class names, but the weights' head has {num_outputs} outputs")
+    _check_channels(arch, shapes, preprocess, path)
     weights = safetensors.torch.save(tensors)
     values = {
         "arch": arch,
@@ -247,6 +260,8 @@ def init_bundle(
     task: Task = "multiclass",
     resize_size: int | None = None,
     crop_size: int | None = None,
+    num_bands: int | None = None,
+    value_range: tuple[float, float] | None = None,
     overwrite: bool = False,
 ) -> ModelBundle:
     """Make a bundle from weights that somebody trained.
@@ -257,6 +272,9 @@ def init_bundle(
         classes: ``imagenet1k``, or a file: see ``classes.read_class_names``.
         resize_size: px, in place of what the architecture is published with; see ``PreprocessSpec.with_sizes``.
         crop_size: px, likewise.
+        num_bands: for rasters, bands 1 to this; weights for RGB are adapted (see ``weights.adapt_channels``), and
+            every band is normalised by the mean of what red, green and blue are.
+        value_range: of a raster's values: what becomes 0 and what becomes 255; goes with ``num_bands``.
         overwrite: replace a different model that is there.
 
     Raises:
@@ -269,6 +287,9 @@ def init_bundle(
     except ValueError as error:
         raise UsageError(f"--resize-size, --crop-size: {error}") from error
     state_dict = read_state_dict(weights, arch)
+    if num_bands is not None or value_range is not None:
+        preprocess = _with_bands(preprocess, num_bands, value_range)
+        state_dict = adapt_channels(arch, state_dict, preprocess.num_channels)
     where = f"--weights {weights}"
     num_outputs = num_head_outputs(arch, {n: tuple(t.shape) for n, t in state_dict.items()}, where=where)
     if task == "binary" and num_outputs == 1:
@@ -292,6 +313,20 @@ def init_bundle(
         },
         overwrite=overwrite,
     )
+
+
+def _with_bands(
+    preprocess: PreprocessSpec, num_bands: int | None, value_range: tuple[float, float] | None
+) -> PreprocessSpec:
+    if num_bands is None or value_range is None:
+        raise UsageError("--bands and --value-range belong together: how many bands, and which values become 0 and 255")
+    low, high = value_range
+    mean, std = (sum(per_channel) / len(per_channel) for per_channel in (preprocess.mean, preprocess.std))
+    try:
+        bands = BandSpec(tuple(range(1, num_bands + 1)), (low,) * num_bands, (high,) * num_bands)
+    except ValueError as error:
+        raise UsageError(f"--bands {num_bands} --value-range {low:g},{high:g}: {error}") from error
+    return replace(preprocess, mean=(mean,) * num_bands, std=(std,) * num_bands, bands=bands)
 
 
 def _origin(weights: str, arch: str) -> str:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from imgbatch.config import Config, FetchConfig
 from imgbatch.core import storage
-from imgbatch.core.access import Refused, allowed_path
+from imgbatch.core.access import Refused, allowed_path, check_scheme
 from imgbatch.core.bands import require_rasterio
 from imgbatch.core.decoder import DecodedUnit, Decoder, Payload
 from imgbatch.core.fetch import Fetcher
@@ -56,6 +56,7 @@ class RowDecoder:
         if self._has_rasters:
             require_rasterio()
         self._access = config.fetch
+        self._fetch_config = config.fetch
         self._fetcher = Fetcher(config.fetch, if_changed=config.input.if_changed)
         self._decoder = Decoder(spec, config.decode, max_nodata=config.geo.max_nodata if self._has_rasters else None)
         self._embedded = EmbeddedImages(embedded) if embedded is not None else None
@@ -105,18 +106,20 @@ class RowDecoder:
         # Everything that has bytes, in order: what is embedded, and photographs among rasters.
         photographs = rows.filter(pa.array([not raster for raster in is_raster], pa.bool_()))
         whole = iter(self._whole(rows if self._embedded else photographs))
-        found: dict[str | None, RowError | None] = {}
+        found: dict[str | None, str | RowError] = {}
         for uri, part, row_bands, raster in zip(_cells(rows, URI), windows, bands, is_raster, strict=True):
             data = next(whole) if self._embedded or not raster else None
             if not raster or isinstance(data, RowError):
                 yield data
                 continue
             if data is None and uri not in found:
-                found[uri] = _look_up(uri, self._access)
+                found[uri] = find_raster(uri, self._fetch_config)
+            place = None if data is not None else found[uri]
+            if isinstance(place, RowError):
+                yield place
+                continue
             window = Window(**part) if part is not None else None
-            row_bands = tuple(row_bands) if row_bands else None
-            error = found.get(uri) if data is None else None
-            yield error or RasterRequest(None if data is not None else uri, window, row_bands, data)
+            yield RasterRequest(place, window, tuple(row_bands) if row_bands else None, data)
 
 
 def _etags(rows: pa.Table) -> Sequence[str | None] | None:
@@ -128,19 +131,26 @@ def _cells(rows: pa.Table, name: str) -> Sequence:
     return rows[name].to_pylist() if name in rows.column_names else [None] * rows.num_rows
 
 
-def _look_up(uri: str | None, access: FetchConfig) -> RowError | None:
-    """Why there is no raster to open, if there is none; one in an object store is looked for by the decoder."""
+def find_raster(uri: str | None, config: FetchConfig) -> str | RowError:
+    """Where a raster is to be opened, or why it is not: what is not allowed, not there, or no plain file.
+
+    One in an object store is looked for by whoever opens it.
+    """
     if not uri:
         return row_error(Status.NOT_FOUND, Stage.FETCH, "the uri is empty")
-    if not storage.is_local(uri):
-        return None if storage.is_s3(uri) else row_error(Status.REFUSED, Stage.FETCH, "neither a local file nor s3://")
     try:
-        mode = allowed_path(uri, access).stat().st_mode
-    except Refused as refused:
-        return row_error(Status.REFUSED, Stage.FETCH, refused)
+        if storage.is_s3(uri):
+            check_scheme(uri, config)
+            return uri
+        if not storage.is_local(uri):
+            return row_error(Status.REFUSED, Stage.FETCH, "rasters are read from local files and s3:// only")
+        path = allowed_path(uri, config)
+        mode = path.stat().st_mode
+    except Refused as error:
+        return row_error(Status.REFUSED, Stage.FETCH, error)
     except PermissionError as error:
         return row_error(Status.FORBIDDEN, Stage.FETCH, f"{type(error).__name__}: {error}")
     except OSError as error:
         return row_error(Status.NOT_FOUND, Stage.FETCH, f"{type(error).__name__}: {error}")
     # Anything else may hang whoever opens it, as a named pipe does.
-    return None if stat.S_ISREG(mode) else row_error(Status.REFUSED, Stage.FETCH, "not a regular file")
+    return str(path) if stat.S_ISREG(mode) else row_error(Status.REFUSED, Stage.FETCH, "not a regular file")

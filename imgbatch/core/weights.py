@@ -17,7 +17,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from imgbatch.core import storage
-from imgbatch.core.architectures import auxiliary_prefixes, build_network, head_module_name, published_weights
+from imgbatch.core.architectures import (
+    auxiliary_prefixes,
+    build_network,
+    first_convolution_name,
+    head_module_name,
+    published_weights,
+)
 from imgbatch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,6 +87,30 @@ def num_head_inputs(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return shapes[f"{head}.importances"][0] if f"{head}.importances" in shapes else shapes[f"{head}.weight"][1]
 
 
+def num_image_channels(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many channels the first layer takes; 3 where the weights have no such layer."""
+    shape = shapes.get(f"{first_convolution_name(arch)}.weight", ())
+    return shape[1] if len(shape) == 4 else 3
+
+
+def adapt_channels(arch: str, state_dict: Mapping[str, Tensor], num_channels: int) -> dict[str, Tensor]:
+    """Weights for RGB made weights for ``num_channels``; those for as many already stay as they are.
+
+    The filters of red, green and blue are repeated over the channels in turn and scaled by ``3 / num_channels``, so
+    that an image of equal channels gives what it gave in grey (as timm's ``adapt_input_conv``, Wightman). One channel
+    gets their sum.
+    """
+    name = f"{first_convolution_name(arch)}.weight"
+    weight_DChw = state_dict.get(name)
+    if weight_DChw is None or weight_DChw.ndim != 4 or weight_DChw.shape[1] == num_channels:
+        return dict(state_dict)
+    given = weight_DChw.shape[1]
+    if num_channels == 1:
+        return {**state_dict, name: weight_DChw.sum(dim=1, keepdim=True)}
+    repeated = weight_DChw.repeat(1, -(-num_channels // given), 1, 1)[:, :num_channels]
+    return {**state_dict, name: (repeated * (given / num_channels)).contiguous()}
+
+
 def load_safetensors(uri: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file: mapped from a local disk, read whole from elsewhere."""
     import safetensors.torch
@@ -134,7 +164,13 @@ def fit_network(arch: str, state_dict: Mapping[str, Tensor], *, crop_size: int, 
     from imgbatch.core.forest import adopt_forest
 
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    network = build_network(arch, num_head_outputs(arch, shapes, where=where), crop_size=crop_size, empty=True)
+    network = build_network(
+        arch,
+        num_head_outputs(arch, shapes, where=where),
+        crop_size=crop_size,
+        num_channels=num_image_channels(arch, shapes),
+        empty=True,
+    )
     adopt_forest(network, arch, shapes)
     state_dict = dict(state_dict)
     if arch.startswith("vit_"):

@@ -3,11 +3,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from imgbatch.cli import run
 from imgbatch.core.manifest import open_manifest
+from tests.rasters import noise, write_raster
 
 
 @pytest.fixture
@@ -110,3 +114,27 @@ def test_check_shows_and_ends_with_its_code(tmp_path: Path, photos: Path, capsys
 def test_check_of_nothing_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["manifest", "check", str(tmp_path / "m.parquet")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_stats_prints_what_the_bands_hold(tmp_path, capsys):
+    samples = noise(2, 16, 16)
+    path = write_raster(tmp_path / "scene.tif", samples)
+    pq.write_table(pa.table({"uri": [str(path)]}), tmp_path / "m.parquet")
+    assert run(["manifest", "stats", str(tmp_path / "m.parquet"), "--bands", "2", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["tiles"] == 1
+    assert printed["bands"][0] == pytest.approx(
+        {
+            "band": 2,
+            "missing": 0,
+            "min": samples[1].min(),
+            "p2": np.percentile(samples[1], 2),
+            "mean": samples[1].mean(),
+            "std": samples[1].std(),
+            "p98": np.percentile(samples[1], 98),
+            "max": samples[1].max(),
+        }
+    )
+    assert run(["manifest", "stats", str(tmp_path / "m.parquet")]) == 0
+    assert "1 tiles read, 0 not" in capsys.readouterr().out
+    assert run(["manifest", "stats", str(tmp_path / "m.parquet"), "--bands", "0"]) == 2

@@ -14,11 +14,13 @@ from PIL import Image
 
 from imgbatch.config import Config, load_config
 from imgbatch.core.decoder import Decoder
+from imgbatch.core.manifest_build import BuildOptions, build_manifest
 from imgbatch.core.raster_request import RasterRequest
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.verify import verify
-from imgbatch.errors import Status
+from imgbatch.errors import Status, UsageError
 from imgbatch.runtime.job import classify
+from imgbatch.runtime.train import train
 from imgbatch.schema import WINDOW_TYPE
 from tests.conftest import changed
 from tests.rasters import noise, write_raster
@@ -106,3 +108,62 @@ def test_a_raster_that_never_answers_costs_its_own_row(scene, tmp_path):
         unit = decoder.decode(requests, 3)
     assert [error and error.status for error in unit.errors] == [None, Status.TIMEOUT, None]
     assert unit.widths.tolist() == [160, 0, 160]
+
+
+CLASSES = ("field", "water")
+
+
+@pytest.fixture
+def chips(tmp_path: Path) -> Path:
+    """Folders of five-band chips, as EuroSAT has them: water is dark in the last band; a manifest of them."""
+    for name in CLASSES:
+        (tmp_path / "chips" / name).mkdir(parents=True)
+        for index in range(16):
+            samples = noise(5, 20, 20, high=3000, seed=index)
+            samples[4] += 6000 if name == "field" else 0
+            write_raster(tmp_path / "chips" / name / f"{name}_{index}.tif", samples)
+    options = BuildOptions(targets_from="folder", split_shares={"train": 0.6, "validation": 0.4})
+    build_manifest([str(tmp_path / "chips")], str(tmp_path / "chips.parquet"), options)
+    return tmp_path / "chips.parquet"
+
+
+@pytest.fixture
+def chip_config(chips: Path, tmp_path: Path) -> Config:
+    return load_config(
+        None,
+        ["geo.bands=[5, 1, 4, 2]", "augment.flip=all", "augment.color_jitter=0.2", "augment.band_dropout=0.1"],
+        {
+            "input.manifest": str(chips),
+            "output.path": str(tmp_path / "model"),
+            "classify.engine": "local",
+            "resources.device": "cpu",
+            "preprocess.resize_size": 16,
+            "preprocess.crop_size": 16,
+            "train.arch": "simple_cnn",
+            "train.epochs": 6,
+            "train.batch_size": 8,
+            "train.learning_rate": 0.01,
+        },
+    )
+
+
+def test_a_model_of_bands_is_trained_on_chips_and_labels_them(chip_config, tmp_path):
+    trained = train(chip_config)
+    bands = trained.bundle.preprocess.bands
+    assert bands is not None
+    assert bands.indices == (5, 1, 4, 2)
+    assert bands.high[0] > 6000 > 3000 > bands.high[1]
+    assert trained.metrics["validation"]["top1"] == 1.0
+    labels = changed(chip_config, model__path=str(tmp_path / "model"), output__path=str(tmp_path / "out"))
+    result = classify(labels)
+    assert verify(str(tmp_path / "out")).ok
+    assert result.num_errors == 0
+    table = pq.read_table(tmp_path / "out" / "predictions")
+    right = sum(a == b for a, b in zip(table["label"].to_pylist(), table["target"].to_pylist(), strict=True))
+    assert right >= 31
+    assert train(chip_config).already_finished
+
+
+def test_colour_augmentations_of_rgb_are_refused_for_bands(chip_config):
+    with pytest.raises(UsageError, match=r"augment\.rand_augment"):
+        train(changed(chip_config, augment__rand_augment=5))

@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from imgbatch.config import AugmentConfig
 from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import UsageError
 
 _RATIO = (3 / 4, 4 / 3)
 """Width to height of random crops (Szegedy et al., 2015; torchvision's default)."""
@@ -55,10 +56,34 @@ def build_augmentation(config: AugmentConfig, spec: PreprocessSpec) -> v2.Transf
         steps.append(v2.RandAugment(magnitude=config.rand_augment, interpolation=interpolation))
     if config.color_jitter:
         strength = config.color_jitter
-        steps.append(v2.ColorJitter(strength, strength, strength, strength / 4))
+        if spec.bands is None:
+            steps.append(v2.ColorJitter(strength, strength, strength, strength / 4))
+        else:
+            steps.append(v2.Lambda(partial(_brighten_bands, strength=strength)))
+    if config.band_dropout:
+        means_C = torch.tensor([round(255 * mean) for mean in spec.mean], dtype=torch.uint8)
+        steps.append(v2.Lambda(partial(_drop_bands, probability=config.band_dropout, means_C=means_C)))
     if config.erasing:
         steps.append(v2.RandomErasing(config.erasing, value=[round(255 * mean) for mean in spec.mean]))
     return v2.Compose(steps)
+
+
+def check_augmentation(config: AugmentConfig, spec: PreprocessSpec) -> None:
+    """Raise :class:`UsageError` where an augmentation needs RGB and the model sees other bands."""
+    if config.rand_augment and spec.bands is not None:
+        raise UsageError("augment.rand_augment: works on RGB only; bands have flip, color_jitter and band_dropout")
+
+
+def _brighten_bands(image_CHW: Tensor, *, strength: float) -> Tensor:
+    """Every band made brighter or darker by a factor of its own."""
+    factors_C = 1 + strength * (2 * torch.rand(len(image_CHW)) - 1)
+    return (image_CHW * factors_C[:, None, None]).round().clamp(0, 255).to(torch.uint8)
+
+
+def _drop_bands(image_CHW: Tensor, *, probability: float, means_C: Tensor) -> Tensor:
+    """Every band replaced by its mean with a probability, as if the sensor had lost it."""
+    dropped_C = torch.rand(len(image_CHW)) < probability
+    return torch.where(dropped_C[:, None, None], means_C[:, None, None], image_CHW)
 
 
 def augment_image(image_CHW: Tensor, augmentation: v2.Transform, *, seed: int, epoch: int, row_id: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from imgbatch.core.bands import visible_rgb
 from imgbatch.core.training.augment import augment_image, build_augmentation
 from imgbatch.core.training.crops import Crops
 from imgbatch.core.training.job import TrainingJob
@@ -87,11 +88,12 @@ def iter_evaluation_batches(job: TrainingJob, split: str, worker: Worker, batch_
 
 
 def sample_augmented(job: TrainingJob, *, num_images: int = 8, num_variants: int = 8) -> tuple[np.ndarray, list[str]]:
-    """Some training images as the first epochs will show them: uint8 NHWC, image by image, and the class of each."""
+    """Some training images as the first epochs will show them: uint8 NHWC RGB, by image, and the class of each."""
     images = job.splits[TRAIN]
     chosen = np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int)
     augmented = AugmentedImages(job)
     shown = [augmented[epoch, int(index)][0] for index in chosen for epoch in range(1, num_variants + 1)]
     truth_NK = images.dense_truth(len(job.class_names))[chosen]
     names = [" + ".join(np.array(job.class_names)[row > 0]) for row in truth_NK]
-    return torch.stack(shown).permute(0, 2, 3, 1).numpy(), [name for name in names for _ in range(num_variants)]
+    shown_NHWC = torch.stack(shown).permute(0, 2, 3, 1).numpy()
+    return visible_rgb(shown_NHWC), [name for name in names for _ in range(num_variants)]

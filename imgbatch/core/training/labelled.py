@@ -18,7 +18,7 @@ from imgbatch.core.classes import check_class_names
 from imgbatch.core.description import Task
 from imgbatch.core.manifest import Manifest
 from imgbatch.errors import UsageError
-from imgbatch.schema import BANDS, SPLIT, TARGET, TARGETS, WINDOW
+from imgbatch.schema import SPLIT, TARGET, TARGETS
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
@@ -156,9 +156,6 @@ def describe_counts(labelled: Labelled) -> dict[str, Any]:
 
 def _target_column(manifest: Manifest, task: str, where: str) -> str:
     names = manifest.schema.names
-    for unsupported in (WINDOW, BANDS):
-        if unsupported in names:
-            raise UsageError(f"{where}: column {unsupported!r}: parts of rasters cannot be read yet; drop it")
     wanted = {"auto": (TARGETS, TARGET), "multilabel": (TARGETS,)}.get(task, (TARGET,))
     column = next((name for name in wanted if name in names), None)
     if column is None:

@@ -93,7 +93,10 @@ class Trainer:
     def __init__(self, job: TrainingJob, worker: Worker) -> None:
         self.job, self.worker = job, worker
         self.head = head_module_name(job.arch)
-        network = build_network(job.arch, len(job.class_names), crop_size=job.spec.crop_size)
+        spec = job.spec
+        network = build_network(
+            job.arch, len(job.class_names), crop_size=spec.crop_size, num_channels=spec.num_channels
+        )
         network.load_state_dict(load_weights(job.paths.initial))
         self.network = network.to(worker.device).to(memory_format=torch.channels_last)
         self.normalise = Normaliser(job.spec, worker.device)

@@ -21,17 +21,19 @@ from imgbatch.core.architectures import (
     check_architecture,
     default_preprocess,
 )
+from imgbatch.core.band_statistics import sample_bands
 from imgbatch.core.baselines import BASELINES, check_linear_head
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import DESCRIPTION_FILE, ModelBundle, load_bundle, load_network
-from imgbatch.core.training.augment import room_spec
+from imgbatch.core.training.augment import check_augmentation, room_spec
 from imgbatch.core.training.crops import CropStore, FailedImage, create_store
 from imgbatch.core.training.job import JobPaths, TrainingJob, save_job
 from imgbatch.core.training.labelled import TRAIN, Labelled, check_class_counts, read_labelled
 from imgbatch.core.training.measure import check_metric
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.core.weights import fit_network, published_name, read_state_dict
+from imgbatch.core.weights import adapt_channels, fit_network, published_name, read_state_dict
 from imgbatch.errors import ErrorBudgetExceeded, UsageError
+from imgbatch.schema import BANDS, WINDOW
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +88,7 @@ class TrainingPlan:
 
 
 def plan_training(config: Config) -> TrainingPlan:
-    """Check everything that can be checked without looking at an image.
+    """Check everything that can be checked without looking at an image, but for the statistics of rasters' bands.
 
     Raises:
         UsageError: one line that names the option, column or class at fault.
@@ -125,6 +127,10 @@ def plan_training(config: Config) -> TrainingPlan:
         spec = spec.overridden(**config.preprocess.model_dump())
     except ValueError as error:
         raise UsageError(f"preprocess: {error}") from error
+    if start is None and reads_bands(config, manifest):
+        spec = measured_spec(config, manifest, labelled.splits[TRAIN].row_ids_N, spec)
+    if spec.bands is not None:
+        check_augmentation(config.augment, spec)
     identity = manifest.content_identity()
     weights_identity = _weights_identity(train.weights, start)
     return TrainingPlan(
@@ -143,6 +149,19 @@ def plan_training(config: Config) -> TrainingPlan:
     )
 
 
+def reads_bands(config: Config, manifest: Manifest) -> bool:
+    """Whether a model is to be trained on the bands of rasters rather than on RGB."""
+    return config.geo.bands is not None or not {WINDOW, BANDS}.isdisjoint(manifest.schema.names)
+
+
+def measured_spec(config: Config, manifest: Manifest, train_rows_N: np.ndarray, spec: PreprocessSpec) -> PreprocessSpec:
+    """``spec`` for the bands that the configuration asks for, with statistics of a sample of the training tiles."""
+    wanted = config.geo.bands
+    bands = None if wanted in (None, "all") else tuple(wanted)
+    sample = sample_bands(manifest, train_rows_N, bands, num_tiles=config.geo.sample_tiles, config=config)
+    return sample.preprocess(spec, config.geo)
+
+
 def initial_network(plan: TrainingPlan) -> nn.Module:
     """The network before the first step, float32: as the weights and the seed say."""
     import torch
@@ -153,7 +172,9 @@ def initial_network(plan: TrainingPlan) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.config.train.seed)
         if plan.weights_identity is None:
-            return build_network(plan.arch, num_classes, crop_size=plan.spec.crop_size)
+            return build_network(
+                plan.arch, num_classes, crop_size=plan.spec.crop_size, num_channels=plan.spec.num_channels
+            )
         network = _trained_network(plan)
         if plan.baseline or plan.start is None:
             replace_head(network, plan.arch, num_classes)
@@ -170,7 +191,7 @@ def _trained_network(plan: TrainingPlan) -> nn.Module:
         refuse_forest(network, plan.arch, where=f"train.weights: the model at {plan.start.path}")
         return network
     weights = str(plan.config.train.weights)
-    state_dict = read_state_dict(weights, plan.arch)
+    state_dict = adapt_channels(plan.arch, read_state_dict(weights, plan.arch), plan.spec.num_channels)
     return fit_network(plan.arch, state_dict, crop_size=plan.spec.crop_size, where=f"--weights {weights}").float()
 
 

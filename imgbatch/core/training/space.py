@@ -21,7 +21,13 @@ def needed_bytes(plan: TrainingPlan, stores: dict[str, CropStore]) -> int:
         len(store.missing_parts()) * min(store.part_rows, store.num_rows) * store.spec.pixel_bytes
         for store in stores.values()
     )
-    network = build_network(plan.arch, len(plan.labelled.class_names), crop_size=plan.spec.crop_size, empty=True)
+    network = build_network(
+        plan.arch,
+        len(plan.labelled.class_names),
+        crop_size=plan.spec.crop_size,
+        num_channels=plan.spec.num_channels,
+        empty=True,
+    )
     return crops + _CHECKPOINT_COPIES * 4 * sum(parameter.numel() for parameter in network.parameters())
 
 

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.config import Config, GeoConfig, load_config
+from imgbatch.core.band_statistics import BandSample, sample_bands
+from imgbatch.core.manifest import Manifest, open_manifest
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import UsageError
+from imgbatch.schema import WINDOW_TYPE
+from tests.rasters import noise, write_raster
+
+GEO = GeoConfig()
+
+
+def tiles_of(path: Path, folder: Path, side: int) -> Manifest:
+    """A manifest of four tiles of ``path``, and of one that is not there."""
+    windows = [{"col_off": x, "row_off": y, "width": side, "height": side} for y in (0, side) for x in (0, side)]
+    uris = [str(path)] * 4 + [str(folder / "gone.tif")]
+    pq.write_table(
+        pa.table({"uri": uris, "window": pa.array([*windows, windows[0]], WINDOW_TYPE)}), folder / "tiles.parquet"
+    )
+    return open_manifest(str(folder / "tiles.parquet"))
+
+
+def test_the_values_of_every_band_are_sampled_and_a_tile_that_is_gone_is_said(tmp_path):
+    samples = noise(3, 64, 64)
+    samples[1] = 7
+    samples[2, :, :16] = 0
+    path = write_raster(tmp_path / "scene.tif", samples, nodata=0, scales=(0.1, 1.0, 1.0), offsets=(0.0, 0.0, -5.0))
+    manifest = tiles_of(path, tmp_path, 32)
+    sample = sample_bands(manifest, np.arange(5), None, num_tiles=256, config=Config())
+    assert (sample.bands, sample.num_tiles, sample.values_NC.shape) == ((1, 2, 3), 4, (4096, 3))
+    assert [failure.partition(": ")[0] for failure in sample.failed] == [str(tmp_path / "gone.tif")]
+    first, second, third = sample.describe()
+    values = samples[0] * 0.1
+    assert first["mean"] == pytest.approx(values.mean(), rel=1e-5)
+    assert first["std"] == pytest.approx(values.std(), rel=1e-5)
+    assert (first["p2"], first["p98"]) == pytest.approx(tuple(np.percentile(values, (2, 98))), rel=1e-5)
+    assert (second["min"], second["max"], second["std"]) == (7, 7, 0)
+    assert (third["missing"], third["max"]) == (0.25, samples[2].max() - 5)
+
+
+def test_the_bands_asked_for_are_sampled_in_their_order(tmp_path):
+    samples = noise(3, 32, 32)
+    manifest = tiles_of(write_raster(tmp_path / "scene.tif", samples), tmp_path, 16)
+    sample = sample_bands(manifest, np.arange(4), (3, 1), num_tiles=2, config=Config())
+    assert sample.num_tiles == 2
+    np.testing.assert_array_equal(sample.values_NC[:256], samples[[2, 0], :16, :16].reshape(2, -1).T)
+
+
+def test_where_nothing_can_be_read_the_first_reason_is_given(tmp_path):
+    manifest = tiles_of(write_raster(tmp_path / "scene.tif", noise(1, 32, 32)), tmp_path, 16)
+    with pytest.raises(UsageError, match=r"none of 1 tiles can be read, like .*gone\.tif: "):
+        sample_bands(manifest, np.array([4]), None, num_tiles=9, config=Config())
+
+
+@pytest.fixture
+def sample() -> BandSample:
+    values = np.stack([np.arange(1001), np.arange(1001) * 10], axis=1).astype(np.float32)
+    return BandSample((4, 2), values, 1, ())
+
+
+@pytest.mark.parametrize(
+    ("geo", "low", "high"),
+    [
+        (GEO, (20, 200), (980, 9800)),
+        (GeoConfig(stretch="deviation"), (500 - 2 * 288.96367, 10 * (500 - 2 * 288.96367)), (1077.927, 10779.27)),
+        (GeoConfig(stretch="physical", value_range=(0, 2000)), (0, 0), (2000, 2000)),
+    ],
+)
+def test_a_stretch_is_stated_in_the_spec_and_its_outcome_normalised(sample, geo, low, high):
+    spec = sample.preprocess(PreprocessSpec(resize_size=32, crop_size=32), geo)
+    assert spec.bands is not None
+    assert (spec.bands.indices, spec.bands.stretch) == ((4, 2), geo.stretch)
+    assert spec.bands.low == pytest.approx(low, rel=1e-4)
+    assert spec.bands.high == pytest.approx(high, rel=1e-4)
+    scaled = np.clip((sample.values_NC - np.array(low)) / (np.array(high) - np.array(low)), 0, 1)
+    assert spec.mean == pytest.approx(tuple(scaled.mean(axis=0)), abs=1e-4)
+    assert spec.std == pytest.approx(tuple(scaled.std(axis=0)), abs=1e-4)
+    assert PreprocessSpec.from_dict(spec.to_dict()) == spec
+    assert spec.describe().startswith(f"bands(4: {spec.bands.low[0]:g} to {spec.bands.high[0]:g}, 2: ")
+
+
+def test_a_band_of_one_value_is_refused(sample):
+    flat = BandSample((1, 2), np.column_stack([np.ones(9), np.arange(9)]).astype(np.float32), 1, ())
+    with pytest.raises(UsageError, match="band 1 has no two different values"):
+        flat.preprocess(PreprocessSpec(), GEO)
+    with pytest.raises(UsageError, match=r"geo\.value_range"):
+        sample.preprocess(PreprocessSpec(), load_config(None, ["geo.stretch=physical"]).geo)
