@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 
@@ -14,12 +18,26 @@ from imgbatch.runtime.metrics import WaitMetric
 RECEIPT = "receipt"
 
 
+def _dies_visibly(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Table], pa.Table]:
+    """``sys.exit`` counts as a wish of the actor, after which Ray waits for it for ever; a death is tried again."""
+
+    @functools.wraps(call)
+    def called(self: Any, block: pa.Table) -> pa.Table:
+        try:
+            return call(self, block)
+        except SystemExit:
+            os._exit(1)
+
+    return called
+
+
 class DecodeActor:
     """CPU pool: fetches and decodes. Does not import torch."""
 
     def __init__(self, run: Run) -> None:
         self._decode = DecodeStage(run)
 
+    @_dies_visibly
     def __call__(self, block: pa.Table) -> pa.Table:
         return self._decode(block[UNIT][0].as_py())
 
@@ -31,6 +49,7 @@ class ClassifyActor:
         self._classify = ClassifyStage(run, batch_size=batch_size, num_threads=num_threads)
         self._waiting = WaitMetric(run.run_id)
 
+    @_dies_visibly
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._waiting:
             return self._classify(block)
@@ -42,6 +61,7 @@ class CommitActor:
     def __init__(self, run: Run, defer: bool) -> None:
         self._commit = CommitStage(run, defer=defer)
 
+    @_dies_visibly
     def __call__(self, block: pa.Table) -> pa.Table:
         return pa.table({RECEIPT: [json.dumps(self._commit(block).to_dict())]})
 
