@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from botocore.exceptions import ClientError
+from botocore.utils import parse_timestamp
 
 from imgbatch.config import StorageConfig
 from imgbatch.core.retry import backoff_s, http_status
@@ -69,7 +70,24 @@ def open_filesystem(settings: StorageConfig, *, attempts: int = _ATTEMPTS) -> An
         **({"profile": settings.profile} if settings.profile else {}),
     )
     fs.retries = min(attempts, _BODY_ATTEMPTS)
+    fs.session = _session(settings.profile)
     return fs
+
+
+def _session(profile: str | None) -> Any:
+    """A session that takes the dates of a listing apart quickly: botocore's own way is half the work of a page."""
+    from aiobotocore.session import AioSession
+
+    session = AioSession(profile=profile)
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_timestamp)
+    return session
+
+
+def _parse_timestamp(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return parse_timestamp(text)
 
 
 def unquoted_etag(etag: str | None) -> str:
