@@ -144,9 +144,9 @@ def main() -> None:
 
         repeats, pids = arguments.repeats, arguments.server_pids
         compare("fetching", {name: candidate(uris, name, decodes=False) for name in CLIENTS}, repeats, pids)
-        from_store = {name: candidate(uris, name, decodes=True) for name in CLIENTS}
-        on_disk = {"local disk": candidate(local, "auto", decodes=True)}
-        compare("fetching and decoding", {**on_disk, **from_store}, repeats, pids)
+        places = {"local disk": candidate(local, "auto", decodes=True)}
+        places.update({name: candidate(uris, name, decodes=True) for name in CLIENTS})
+        compare("fetching and decoding", places, repeats, pids)
 
 
 if __name__ == "__main__":
