@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -144,7 +145,6 @@ def assert_finalize_repeats(job: Job) -> None:
     paths = job.paths
     for name in (paths.success, paths.files):
         storage.remove(name)
-    config = load_config(assignments=job.arguments()[8::2])
     flags = {"input.manifest": str(job.manifest), "model.path": job.model, "output.path": str(job.out)}
     config = load_config(assignments=job.arguments()[8::2], flags=flags)
     _, bundle, spec = open_inputs(config)
@@ -157,3 +157,10 @@ def output_bytes(job: Job) -> dict[str, bytes]:
     files = [path for kind in ("predictions", "errors") for path in (job.out / kind).rglob("*") if path.is_file()]
     files += [Path(job.paths.files), Path(job.paths.success)]
     return {str(path.relative_to(job.out)): path.read_bytes() for path in files}
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

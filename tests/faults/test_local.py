@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,20 +19,13 @@ from imgbatch.core import storage
 from imgbatch.core.failpoints import POINTS
 from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.errors import ExitCode
-from tests.faults.conftest import UNIT_ROWS, Job, assert_exactly_once, outcomes, output_bytes
+from tests.faults.conftest import UNIT_ROWS, Job, assert_exactly_once, outcomes, output_bytes, wait_until
 from tests.faults.drivers import KILLED, Driver
 
 NOT_IN_THIS_DRIVER = {"decode.row", "train.step", "finalize.after_units"}
 """Passed by the decoding child, by training, and only where unit files are not kept."""
 LATER_PASSAGES = ["job.receipt=kill@4", "fetch.file=kill@50", "classify.forward=kill@5", "commit.before=kill@3"]
 NAMES = ["plan.json", "unit-00000003.parquet", "finalize.json", "_SUCCESS"]
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def committed(job: Job) -> set[int]:

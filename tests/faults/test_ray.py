@@ -1,0 +1,172 @@
+"""What only Ray can lose: actors, nodes, the head. The installed command, on a Ray or a cluster of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from imgbatch.core import storage
+from imgbatch.core.failpoints import VARIABLE
+from imgbatch.errors import ExitCode
+from tests.faults.conftest import Job, assert_exactly_once, outcomes, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.soak]
+
+COMMAND = str(Path(sys.executable).with_name("imgbatch"))
+ON_RAY = {
+    "classify.engine": "ray",
+    "resources.decode_actors": 2,
+    "resources.classify_actors": 1,
+    "run.no_progress_s": 120,
+}
+BOUNDED_S = 300.0
+STORE_BYTES = 300 * 10**6
+
+
+@pytest.fixture
+def ray_job(job: Job) -> Job:
+    return replace(job, settings=job.settings | ON_RAY)
+
+
+@contextlib.contextmanager
+def started(job: Job, failpoints: str = "", address: str = "", **changed: object) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, each failpoint acting once; it and whatever it started are ended with the block."""
+    environment = os.environ | job.environment(failpoints, once=True) | {"RAY_ADDRESS": address}
+    with job.log.open("ab") as log:
+        process = subprocess.Popen([COMMAND, *job.arguments(**changed)], stdout=log, stderr=log, env=environment)
+    try:
+        yield process
+    finally:
+        for left in [*_descendants(process.pid), *([psutil.Process(process.pid)] if process.poll() is None else [])]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def units_done(job: Job) -> int:
+    return len(job.paths.committed_units(8)) if list(job.out.glob("runs/*/plan.json")) else 0
+
+
+def test_actors_that_die_cost_no_row(ray_job: Job, oracle: Job) -> None:
+    """In the middle of a unit, of a batch and of a commit, by SIGKILL and by ``sys.exit``, all in one run."""
+    deaths = ["decode.after_unit=kill@2", "classify.forward=kill@3", "commit.before=kill@2", "classify.unit[96]=exit",
+              "storage.create[unit-00000005.parquet]=kill", "commit.after[6]=kill"]  # fmt: skip
+    with started(ray_job, ";".join(deaths)) as process:
+        assert process.wait(BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()
+    assert len(list((ray_job.folder / "markers").iterdir())) == len(deaths)
+    assert_exactly_once(ray_job, oracle)
+
+
+def test_a_row_that_kills_whoever_touches_it_ends_alone(ray_job: Job, oracle: Job) -> None:
+    environment = os.environ | ray_job.environment("classify.unit[32]=kill")
+    command = [COMMAND, *ray_job.arguments()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2 * BOUNDED_S, check=False)
+    assert done.returncode == ExitCode.DONE, done.stderr
+    assert "unit 2: classified row by row" in done.stderr
+    expected = [(*row[:2], "CLASSIFY_FAILED", None, row[4]) if row[0] == 32 else row for row in outcomes(oracle)]
+    assert outcomes(ray_job) == expected
+
+
+def test_a_head_that_dies_ends_the_driver_and_the_run_goes_on_elsewhere(ray_job: Job, oracle: Job) -> None:
+    with started(ray_job, "classify.unit[48]=hang", run__no_progress_s=60) as process:
+        wait_until(lambda: units_done(ray_job) >= 2, 120)
+        for child in _descendants(process.pid):
+            if "gcs_server" in child.name():
+                child.kill()
+        assert process.wait(BOUNDED_S) != 0
+    storage.remove(ray_job.paths.heartbeat)
+    assert job_on_one_process(ray_job).run() == ExitCode.DONE
+    assert_exactly_once(ray_job, oracle)
+
+
+def job_on_one_process(job: Job) -> Job:
+    return replace(job, settings=job.settings | {"classify.engine": "local"})
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without a core to work on, which looks after its nodes every second."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    health = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+    head = {
+        "num_cpus": 0,
+        "node_ip_address": "127.0.0.2",
+        "object_store_memory": STORE_BYTES,
+        "include_dashboard": False,
+        "_system_config": health,
+    }
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster
+    cluster.shutdown()
+
+
+def add_node(cluster: Any, address: str, failpoints: str = "") -> Any:
+    """A node of three cores; ``failpoints`` act in every process on it."""
+    environment = {VARIABLE: failpoints}
+    return cluster.add_node(num_cpus=3, node_ip_address=address, object_store_memory=STORE_BYTES, env_vars=environment)
+
+
+def raylet_of(node: Any) -> psutil.Process:
+    (started,) = node.all_processes["raylet"]
+    return psutil.Process(started.process.pid)
+
+
+def kill_node(node: Any) -> None:
+    """The raylet and its workers, by SIGKILL."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        raylet = raylet_of(node)
+        for victim in [raylet, *raylet.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+
+
+SLOWLY = "classify.unit[48]=delay:15;classify.unit[64]=delay:5"
+"""On the node that goes away, so that there is work on it when it does."""
+
+
+def test_a_node_that_dies_costs_no_row(ray_job: Job, oracle: Job, cluster: Any) -> None:
+    first = add_node(cluster, "127.0.0.3", SLOWLY)
+    with started(ray_job, address=cluster.address) as process:
+        wait_until(lambda: units_done(ray_job) >= 1, 180)
+        add_node(cluster, "127.0.0.4")
+        kill_node(first)
+        assert process.wait(BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()
+    assert_exactly_once(ray_job, oracle)
+
+
+def test_a_node_that_is_drained_costs_no_row(ray_job: Job, oracle: Job, cluster: Any) -> None:
+    """As before a preemption: the node is told to finish, and is gone ten seconds later."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    first = add_node(cluster, "127.0.0.3", SLOWLY)
+    with started(ray_job, address=cluster.address) as process:
+        wait_until(lambda: units_done(ray_job) >= 1, 180)
+        add_node(cluster, "127.0.0.4")
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int((time.time() + 10) * 1000)
+        accepted, why_not = GcsClient(address=cluster.address).drain_node(first.node_id, reason, "", deadline_ms)
+        assert accepted, why_not
+        time.sleep(10)
+        kill_node(first)
+        assert process.wait(BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()
+    assert_exactly_once(ray_job, oracle)
