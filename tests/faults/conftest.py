@@ -133,8 +133,8 @@ def assert_exactly_once(job: Job, oracle: Job) -> None:
     assert max(abs(a - b) for (a,), (b,) in zip(ours, theirs, strict=True)) < 1e-5  # type: ignore[operator]
     result = verify(str(job.out))
     assert result.ok, [check for check in result.checks if not check.ok]
-    leftovers = [path for path in job.out.rglob("*") if path.name.endswith(".tmp") and "units" not in path.parts]
-    assert leftovers == []
+    assert all(path.endswith(".parquet") for path in output_bytes(job) if path.startswith(("predictions", "errors")))
+    assert Path(job.paths.query_sql).exists()
     if Path(job.paths.units).exists():
         assert_finalize_repeats(job)
 

@@ -24,21 +24,31 @@ from tests.faults.drivers import KILLED, Driver
 
 NOT_IN_THIS_DRIVER = {"decode.row", "train.step", "finalize.after_units"}
 """Passed by the decoding child, by training, and only where unit files are not kept."""
-LATER_PASSAGES = ["job.receipt=kill@4", "fetch.file=kill@50", "classify.forward=kill@5", "commit.before=kill@3"]
-NAMES = ["plan.json", "unit-00000003.parquet", "finalize.json", "_SUCCESS"]
+OTHER_PASSAGES = [
+    "job.receipt=kill@4",
+    "fetch.file=kill@50",
+    "classify.forward=kill@5",
+    "commit.before=kill@3",
+    "storage.create[plan.json]=kill",
+    "storage.create[unit-00000003.parquet]=kill",
+    "storage.create[finalize.json]=kill",
+    "storage.create[_SUCCESS]=kill",
+    "finalize.mid_file[errors]=kill",
+    "finalize.mid_file=kill@3",
+]
 
 
 def committed(job: Job) -> set[int]:
     return job.paths.committed_units(8)
 
 
-@pytest.mark.parametrize("failpoint", [
-    *(f"{point}=kill" for point in POINTS if point not in NOT_IN_THIS_DRIVER),
-    *LATER_PASSAGES,
-    *(f"storage.create[{name}]=kill" for name in NAMES),
-    "finalize.mid_file[errors]=kill",
-    "finalize.mid_file=kill@3",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "failpoint",
+    [
+        *(f"{point}=kill" for point in POINTS if point not in NOT_IN_THIS_DRIVER),
+        *(pytest.param(text, marks=pytest.mark.soak) for text in OTHER_PASSAGES),
+    ],
+)
 def test_a_driver_killed_anywhere_and_run_again(failpoint: str, job: Job, oracle: Job) -> None:
     assert job.run(failpoint) == KILLED
     assert job.run() == ExitCode.DONE
