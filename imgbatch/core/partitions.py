@@ -108,6 +108,17 @@ def encode_value(value: object) -> str:
     return encoded
 
 
+def check_class_names(partitions: Iterable[Partition], class_names: Iterable[str]) -> None:
+    """Raise :class:`UsageError` if the output is partitioned by label and a class cannot name a directory."""
+    if any(partition.source == "label" for partition in partitions):
+        for name in class_names:
+            if len(encode_value(name)) > MAX_VALUE_CHARS:
+                raise UsageError(
+                    f"output.partition_by: label: the class {name[:40]!r}… is longer than {MAX_VALUE_CHARS} characters as "
+                    f"a directory name; partition by something else"
+                )
+
+
 class PartitionCheck:
     """Watches a manifest's partition values as the run is planned, so that no night ends at a bad directory name."""
 

@@ -24,7 +24,7 @@ from imgbatch.core.failpoints import failpoint
 from imgbatch.core.incremental import unlabelled_rows
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import ModelBundle, count_features, load_bundle
-from imgbatch.core.partitions import Partition, PartitionCheck, parse_partitions
+from imgbatch.core.partitions import Partition, PartitionCheck, check_class_names, parse_partitions
 from imgbatch.core.row_decoder import reads_rasters
 from imgbatch.core.rows import RowsReader, normalise_columns, select_rows, write_rows
 from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, utc_now
@@ -217,6 +217,7 @@ def open_run(paths: RunPaths, config: Config, bundle: ModelBundle, spec: Preproc
     plan = RunPlan.from_json(storage.read_json(paths.plan))
     reader = RowsReader(paths)
     partitions = parse_partitions(plan.config.output.partition_by, reader.schema)
+    check_class_names(partitions, bundle.class_names)
     reader.close()
     return Run(paths, plan, config, bundle, spec, partitions)
 
