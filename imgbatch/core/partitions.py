@@ -114,8 +114,8 @@ def check_class_names(partitions: Iterable[Partition], class_names: Iterable[str
         for name in class_names:
             if len(encode_value(name)) > MAX_VALUE_CHARS:
                 raise UsageError(
-                    f"output.partition_by: label: the class {name[:40]!r}… is longer than {MAX_VALUE_CHARS} characters as "
-                    f"a directory name; partition by something else"
+                    f"output.partition_by: label: the class {name[:40]!r}… is longer than {MAX_VALUE_CHARS} characters "
+                    f"as a directory name; partition by something else"
                 )
 
 
