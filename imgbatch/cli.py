@@ -22,6 +22,7 @@ from imgbatch.commands import (
     repair,
     report,
     review,
+    submit,
     train,
 )
 from imgbatch.commands.common import messages, with_settings
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(manifest.app, name="manifest")
 app.add_typer(model.app, name="model")
 app.add_typer(review.app, name="review")
+app.add_typer(submit.jobs, name="jobs")
 app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.command("classify")(classify.classify)
@@ -59,7 +61,8 @@ app.command("compare")(evaluate.compare)
 app.command("explain")(explain.explain)
 app.command("attack")(attack.attack)
 app.command("report")(report.report)
-for group in (app, manifest.app, model.app, review.app):
+app.command("submit")(submit.submit)
+for group in (app, manifest.app, model.app, review.app, submit.jobs):
     for registered in group.registered_commands:
         if registered.callback is not None:
             registered.callback = with_settings(registered.callback)

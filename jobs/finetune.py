@@ -1,4 +1,4 @@
-"""Fine-tuning as a job for a cluster: ``ray job submit --working-dir . -- python -m jobs.finetune -c recipe.yaml ...``.
+"""Fine-tuning for a plain ``ray job submit --working-dir . -- python jobs/finetune.py ...``.
 
 Takes the options of ``imgbatch train``.
 """

@@ -1,0 +1,193 @@
+"""``imgbatch submit`` and ``imgbatch jobs``: any command on a cluster, from a machine that is none of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imgbatch.commands.common import AsJson, console, messages, print_json, print_table
+from imgbatch.config import load_config
+from imgbatch.errors import Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from imgbatch.runtime.package import Package
+
+Address = Annotated[
+    str,
+    typer.Option("--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard."),
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `imgbatch jobs list` shows it.")]
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+"""Where a tunnel to the dashboard ends: it listens on the head's loopback only."""
+NOT_SUBMITTED = ("submit", "jobs", "demo")
+
+jobs = typer.Typer(
+    help="Jobs on a cluster: list, follow and stop them.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that this imgbatch understands, and the paths in it."""
+
+    words: tuple[str, ...]
+    config_file: Path | None
+    read: tuple[str, ...]
+    written: tuple[str, ...]
+
+
+def submit(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="As after `imgbatch` on the cluster.")],
+    address: Address = DEFAULT_ADDRESS,
+    working_dir: Annotated[
+        Path, typer.Option("--working-dir", help="What the job takes along, and where its relative paths begin.")
+    ] = Path(),
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show what the job prints until it ends.")] = True,
+) -> None:
+    """Run an imgbatch command on a Ray cluster: the job's output here, its exit code as ours."""
+    parsed = parse_command(command)
+    from imgbatch.runtime.package import collect_package
+    from imgbatch.runtime.submit import JobServer
+
+    package = collect_package(working_dir, parsed.config_file)
+    check_paths(parsed, package)
+    server = JobServer(address)
+    server.check_versions(package)
+    job_id = server.submit(_with_config(parsed.words, package.config), package)
+    messages.print(f"job {job_id} on {server.address}", markup=False)
+    if wait:
+        _follow(server, job_id)
+    else:
+        messages.print(_how_to_follow(server.address, job_id), markup=False)
+
+
+@jobs.command("list")
+def list_jobs(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """The jobs that the cluster remembers, the newest first."""
+    from dataclasses import asdict
+
+    from imgbatch.runtime.submit import JobServer
+
+    found = JobServer(address).jobs()
+    if as_json:
+        print_json([asdict(job) for job in found])
+        return
+    rows = [
+        (
+            job.job_id,
+            job.status,
+            datetime.fromtimestamp(job.started).isoformat(" ", "seconds") if job.started else "",
+            str(timedelta(seconds=round(job.seconds))) if job.seconds is not None else "",
+            job.command,
+        )
+        for job in found
+    ]
+    print_table(("job", "status", "started", "took", "command"), rows)
+
+
+@jobs.command("logs")
+def logs(
+    job: JobId,
+    address: Address = DEFAULT_ADDRESS,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends, with its exit code.")] = False,
+) -> None:
+    """What a job has printed."""
+    from imgbatch.runtime.submit import JobServer
+
+    server = JobServer(address)
+    if follow:
+        _follow(server, job)
+    else:
+        _write(server.logs(job))
+
+
+@jobs.command("stop")
+def stop(job: JobId, address: Address = DEFAULT_ADDRESS) -> None:
+    """Stop a job; what it has committed stays, and the same command continues."""
+    from imgbatch.runtime.submit import JobServer
+
+    console.print(f"{job}: {JobServer(address).stop(job)}", markup=False)
+
+
+def parse_command(words: list[str]) -> Command:
+    """``words`` as the cluster's imgbatch would read them; raises as it would."""
+    from imgbatch.cli import app as whole
+
+    command: Any = typer.main.get_command(whole)
+    rest = [word for word in words if word != "--debug"]
+    path: list[str] = []
+    while rest and rest[0] in getattr(command, "commands", {}):
+        path.append(rest.pop(0))
+        command = command.commands[path[-1]]
+    if hasattr(command, "commands") or path[0] in NOT_SUBMITTED:
+        raise UsageError(f"submit: {' '.join(words[:2])!r} is no command that a cluster runs (see imgbatch --help)")
+    given = command.make_context(path[-1], list(rest)).params
+    config = load_config(given.get("config_file"), given.get("assignments") or ())
+    read = (given.get("model") or config.model.path, given.get("manifest") or config.input.manifest)
+    out = given.get("out") or given.get("output") or config.output.path
+    written = (out, given.get("new_model"), given.get("directory"))
+    return Command(
+        words=tuple(words),
+        config_file=given.get("config_file"),
+        read=tuple(path for path in read if path),
+        written=tuple(path for path in written if path),
+    )
+
+
+def check_paths(command: Command, package: Package) -> None:
+    """Raises :class:`UsageError` for paths that mean something here and nothing, or something else, on the nodes."""
+    for path in command.written:
+        if _is_relative(path):
+            raise UsageError(
+                f"{path}: would be written into a working directory that every node has for itself; "
+                f"give a path that all nodes share, like s3://BUCKET/{path}"
+            )
+    for path in command.read:
+        if _is_relative(path) and path not in package:
+            raise UsageError(f"{path}: not among the files that the job takes along; give a path that all nodes share")
+
+
+def _is_relative(path: str) -> bool:
+    return "://" not in path and not Path(path).is_absolute()
+
+
+def _with_config(words: tuple[str, ...], config: str | None) -> list[str]:
+    """``words`` with the configuration file where the job finds it."""
+    if config is None:
+        return list(words)
+    replaced = list(words)
+    for index, word in enumerate(words):
+        if word in ("-c", "--config"):
+            replaced[index + 1] = config
+        elif word.startswith("--config="):
+            replaced[index] = f"--config={config}"
+        elif word.startswith("-c") and not word.startswith("--"):
+            replaced[index] = f"-c{config}"
+    return replaced
+
+
+def _follow(server: Any, job_id: str) -> None:
+    try:
+        server.follow(job_id, _write)
+    except KeyboardInterrupt:
+        raise Interrupted(f"detached, the job goes on; {_how_to_follow(server.address, job_id)}") from None
+    code = server.exit_code(job_id)
+    if code:
+        messages.print(f"imgbatch: job {job_id} ended with exit code {code}", markup=False)
+        raise typer.Exit(code)
+
+
+def _how_to_follow(address: str, job_id: str) -> str:
+    where = f"--address {address}"
+    return f"follow: imgbatch jobs logs -f {job_id} {where}; stop: imgbatch jobs stop {job_id} {where}"
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
