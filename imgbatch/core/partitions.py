@@ -108,9 +108,9 @@ def encode_value(value: object) -> str:
     return encoded
 
 
-def check_class_names(partitions: Iterable[Partition], class_names: Iterable[str]) -> None:
+def check_class_names(partition_by: Sequence[str], class_names: Iterable[str]) -> None:
     """Raise :class:`UsageError` if the output is partitioned by label and a class cannot name a directory."""
-    if any(partition.source == "label" for partition in partitions):
+    if "label" in partition_by:
         for name in class_names:
             if len(encode_value(name)) > MAX_VALUE_CHARS:
                 raise UsageError(

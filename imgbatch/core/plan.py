@@ -217,7 +217,6 @@ def open_run(paths: RunPaths, config: Config, bundle: ModelBundle, spec: Preproc
     plan = RunPlan.from_json(storage.read_json(paths.plan))
     reader = RowsReader(paths)
     partitions = parse_partitions(plan.config.output.partition_by, reader.schema)
-    check_class_names(partitions, bundle.class_names)
     reader.close()
     return Run(paths, plan, config, bundle, spec, partitions)
 
@@ -305,6 +304,7 @@ def _new_plan(
     parent: str | None,
     device: DeviceKind,
 ) -> RunPlan:
+    check_class_names(config.output.partition_by, bundle.class_names)
     return RunPlan(
         run_id=run_id,
         fingerprint=fingerprint_of(fields),
