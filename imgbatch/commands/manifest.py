@@ -112,6 +112,62 @@ def check(
 
 
 @app.command()
+def tile(
+    scenes: Annotated[
+        list[str],
+        typer.Argument(metavar="SCENE...", help="GeoTIFFs: folders, globs, files, lists of them.", show_default=False),
+    ],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="MANIFEST", help="The Parquet file to write.", show_default=False)
+    ],
+    size: Annotated[int, typer.Option(min=1, help="Side of a tile, px.")] = 256,
+    overlap: Annotated[float, typer.Option(help="Share of a tile's side that the next one shows too.")] = 0.0,
+    min_valid: Annotated[
+        float, typer.Option(help="Share of a tile that must hold data, where overviews tell; else geo.max_nodata does.")
+    ] = 0.0,
+    bands: Annotated[
+        str | None, typer.Option(metavar="BAND,...", help="Bands from 1, like 4,3,2.", show_default="the model's")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="GEOJSON", help="Polygons or points whose class becomes the tiles' target.")
+    ] = None,
+    label_field: Annotated[str, typer.Option(help="The property of a feature that names its class.")] = "class",
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME=SHARE,...", help="Draw splits, like train=0.8,test=0.2; by scene.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed draws other splits.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the manifest if it is there.")] = False,
+) -> None:
+    """Cut scenes into tiles: one manifest row per tile, with window, CRS and geometry (GeoParquet).
+
+    Only the headers of the scenes are read, and overviews where --min-valid asks what is missing.
+    """
+    from imgbatch.core.bands import require_rasterio
+
+    require_rasterio()
+    from imgbatch.core.manifest_build import parse_split_shares
+    from imgbatch.core.tiling import TileOptions, tile_scenes
+    from imgbatch.core.vector_labels import VectorLabels
+
+    options = TileOptions(
+        size=size,
+        overlap=overlap,
+        min_valid=min_valid,
+        bands=_parse_bands(bands) if bands is not None else None,
+        split_shares=parse_split_shares(split) if split is not None else None,
+        seed=seed,
+        labels=VectorLabels(labels, label_field) if labels is not None else None,
+    )
+    tally = tile_scenes(scenes, output, options, overwrite=overwrite)
+    left_out = f", {tally.num_left_out:,} left out (--min-valid)" if tally.num_left_out else ""
+    console.print(f"{output}: {tally.num_tiles:,} tiles of {tally.num_scenes:,} scenes{left_out}", markup=False)
+    for failure in tally.failed[:_MAX_SAMPLE_SHOWN]:
+        console.print(f"cannot be opened: {failure}", markup=False)
+    if len(tally.failed) > _MAX_SAMPLE_SHOWN:
+        console.print(f"and {len(tally.failed) - _MAX_SAMPLE_SHOWN:,} more")
+
+
+@app.command()
 def stats(
     manifest: Annotated[
         str, typer.Argument(metavar="MANIFEST", help="A Parquet file or a directory of them.", show_default=False)

@@ -280,7 +280,8 @@ def output_schema(run: Run, kind: str) -> pa.Schema:
         "imgbatch.run_id": run.run_id,
         "imgbatch.classes": storage.json_bytes(_classes(run)),
     }
-    return table.schema.with_metadata(metadata)
+    carried = (rows.schema.metadata or {}) if kind != EMBEDDINGS else {}
+    return table.schema.with_metadata({**carried, **metadata})
 
 
 def _drop_partition_columns(table: pa.Table, run: Run) -> pa.Table:

@@ -21,6 +21,7 @@ from imgbatch.core import storage
 from imgbatch.core.bands import require_rasterio
 from imgbatch.core.database import spilling
 from imgbatch.core.failpoints import failpoint
+from imgbatch.core.geoparquet import carried_metadata
 from imgbatch.core.incremental import unlabelled_rows
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import ModelBundle, count_features, load_bundle
@@ -270,11 +271,13 @@ def wanted_rows(config: Config, manifest: Manifest, bundle: ModelBundle, out: st
 
 def _manifest_rows(manifest: Manifest, wanted: np.ndarray) -> Iterator[pa.Table]:
     """The wanted rows with row_id and image_id; batches without one are left out."""
+    metadata = carried_metadata(manifest)
     first_row = 0
     for table in manifest.iter_batches(limit=len(wanted)):
         end = first_row + table.num_rows
         row_ids = pa.array(np.arange(first_row, end, dtype=np.int64))
         rows = manifest.with_image_id(table, first_row).add_column(0, ROW_ID, row_ids)
+        rows = rows.replace_schema_metadata(metadata)
         chosen = wanted[first_row:end]
         if chosen.all():
             yield rows

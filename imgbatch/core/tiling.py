@@ -1,0 +1,259 @@
+"""Scenes cut into tiles: a manifest row per tile, from the headers of the scenes alone.
+
+Pixels are read only where a scene says that some are missing and has overviews (or is small), from which the share of
+a tile that is there follows; otherwise that is found out when the tile is decoded (``geo.max_nodata``).
+
+Tiles lie on a grid from the scene's upper left corner; the last of a row or column is moved inwards to end with the
+scene, so that all have the same size unless the scene itself is smaller. Needs the extra ``geo``.
+
+Legend of shape suffixes: N tiles, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rasterio.enums import MaskFlags
+from rasterio.io import DatasetReader
+from rasterio.warp import transform as to_crs
+
+from imgbatch.core import geoparquet, storage
+from imgbatch.core.geoparquet import BBOX, BBOX_TYPE, CRS, GEOMETRY, TRANSFORM
+from imgbatch.core.manifest_build import draw_split
+from imgbatch.core.manifest_sources import TableOptions, open_sources
+from imgbatch.core.parquet import BATCH_ROWS, rechunk
+from imgbatch.core.rasters import gdal_env, open_raster
+from imgbatch.core.vector_labels import VectorLabels
+from imgbatch.errors import UsageError, normalise_message
+from imgbatch.schema import BANDS, IMAGE_ID, SPLIT, TARGET, URI, WINDOW, WINDOW_TYPE
+
+RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
+"""What of a folder is a scene."""
+
+LONGITUDE_LATITUDE = "OGC:CRS84"
+_MASK_SIDE = 1024
+"""Longest side of the mask from which a scene's tiles are judged, px."""
+_SMALL_SCENE_PIXELS = 4_000_000
+"""A scene up to this size is judged without overviews."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileOptions:
+    """How scenes are cut."""
+
+    size: int = 256
+    """Side of a tile, px."""
+    overlap: float = 0.0
+    """Share of a tile's side that it has in common with the next one, 0 to below 1."""
+    min_valid: float = 0.0
+    """Share of a tile that must not be missing, 0 to 1, where that can be told without reading the scene."""
+    bands: tuple[int, ...] | None = None
+    """For the column ``bands``; none: no such column."""
+    split_shares: Mapping[str, float] | None = None
+    """Draws the split of each scene: all its tiles go together, because neighbours look alike."""
+    seed: int = 0
+    labels: VectorLabels | None = None
+    """Fills the column ``target``; tiles that no label touches get none."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 <= self.overlap < 1 or not 0 <= self.min_valid <= 1:
+            raise UsageError("--size must be at least 1, --overlap from 0 to below 1, --min-valid from 0 to 1")
+
+    @property
+    def stride(self) -> int:
+        """From one tile to the next, px."""
+        return max(1, round(self.size * (1 - self.overlap)))
+
+
+@dataclass
+class TileTally:
+    """What came of the scenes."""
+
+    num_scenes: int = 0
+    num_tiles: int = 0
+    num_left_out: int = 0
+    """Tiles of which too much is missing."""
+    failed: list[str] = field(default_factory=list)
+    """Scenes that cannot be opened, and why; each has one row without a window, which the job makes an error row."""
+
+
+def tile_scenes(sources: Sequence[str], output: str, options: TileOptions, *, overwrite: bool = False) -> TileTally:
+    """Write the tiles of the scenes that ``sources`` name to the Parquet file ``output``, as GeoParquet.
+
+    A tile's ``image_id`` is the scene's path below its source with ``#col_off,row_off,width,height``: it stays the
+    same when the collection moves.
+
+    Raises:
+        UsageError: a source that cannot be read, two scenes of one name, no scene, or ``output`` exists.
+    """
+    if storage.exists(output) and not (overwrite and storage.is_file(output)):
+        raise UsageError(f"output {output}: exists; choose another name or give --overwrite")
+    tally = TileTally()
+    bounds = _Bounds()
+    schema = _schema(options)
+    with gdal_env(), storage.staged_file(output) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for table in rechunk(_iter_tables(sources, options, schema, tally), BATCH_ROWS):
+            bounds.add(table[BBOX])
+            writer.write_table(table, row_group_size=table.num_rows)
+        if tally.num_scenes == 0:
+            raise UsageError(f"{', '.join(sources)}: no scene found ({', '.join(RASTER_SUFFIXES)})")
+        writer.add_key_value_metadata(
+            {geoparquet.METADATA_KEY.decode(): geoparquet.geo_metadata(bounds.value).decode()}
+        )
+    return tally
+
+
+def tile_windows(width: int, height: int, options: TileOptions) -> np.ndarray:
+    """col_off, row_off, width and height of every tile, int64 [N, 4], row by row."""
+    columns, rows = (_offsets(length, options) for length in (width, height))
+    col_off_N, row_off_N = (grid.ravel() for grid in np.meshgrid(columns, rows))
+    sides = [np.full(len(col_off_N), min(options.size, length)) for length in (width, height)]
+    return np.stack([col_off_N, row_off_N, *sides], axis=1).astype(np.int64)
+
+
+def _offsets(length: int, options: TileOptions) -> np.ndarray:
+    last = max(0, length - options.size)
+    offsets = np.arange(0, last + 1, options.stride)
+    return offsets if offsets[-1] == last else np.append(offsets, last)
+
+
+def _schema(options: TileOptions) -> pa.Schema:
+    fields = [(URI, pa.string()), (IMAGE_ID, pa.string()), (WINDOW, WINDOW_TYPE)]
+    fields += [(BANDS, pa.list_(pa.int32()))] if options.bands else []
+    fields += [(TARGET, pa.string())] if options.labels else []
+    fields += [(SPLIT, pa.string())] if options.split_shares else []
+    fields += [(CRS, pa.string()), (TRANSFORM, pa.list_(pa.float64())), (GEOMETRY, pa.binary()), (BBOX, BBOX_TYPE)]
+    return pa.schema(fields)
+
+
+def _iter_tables(
+    sources: Sequence[str], options: TileOptions, schema: pa.Schema, tally: TileTally
+) -> Iterator[pa.Table]:
+    seen: set[str] = set()
+    for uri, name in _iter_scenes(sources):
+        if name in seen:
+            raise UsageError(f"{uri}: another scene is called {name} too; tile the folder that holds both")
+        seen.add(name)
+        tally.num_scenes += 1
+        try:
+            scene = open_raster(uri)
+        except Exception as error:  # a damaged header raises anything
+            tally.failed.append(f"{uri}: {normalise_message(error)}")
+            row = {URI: uri, IMAGE_ID: name, BANDS: list(options.bands) if options.bands else None}
+            yield pa.Table.from_pylist([{key: row.get(key) for key in schema.names}], schema=schema)
+            continue
+        with scene:
+            table = _tiles(scene, uri, name, options, tally).select(schema.names).cast(schema)
+        tally.num_tiles += table.num_rows
+        yield table
+
+
+def _iter_scenes(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """URI and name of every scene."""
+    for source in open_sources(sources, TableOptions()):
+        for rows in source.iter_rows():
+            uris = rows.table[URI].to_pylist()
+            for uri, name in zip(uris, rows.names or uris, strict=True):
+                if uri and uri.lower().endswith(RASTER_SUFFIXES):
+                    yield uri, name or uri
+
+
+def _tiles(scene: DatasetReader, uri: str, name: str, options: TileOptions, tally: TileTally) -> pa.Table:
+    windows_N4 = tile_windows(scene.width, scene.height, options)
+    if options.min_valid > 0 and (valid_N := _valid_shares(scene, windows_N4)) is not None:
+        tally.num_left_out += int((valid_N < options.min_valid).sum())
+        windows_N4 = windows_N4[valid_N >= options.min_valid]
+    count = len(windows_N4)
+    corners_N42 = _corners(scene, windows_N4)
+    geometry, bbox = geoparquet.quadrilaterals(corners_N42)
+    columns = [pa.array(windows_N4[:, index]) for index in range(4)]
+    placed = scene.crs is not None
+    table = pa.table(
+        {
+            URI: pa.repeat(pa.scalar(uri), count),
+            IMAGE_ID: pa.array([f"{name}#{','.join(map(str, window))}" for window in windows_N4.tolist()], pa.string()),
+            WINDOW: pa.StructArray.from_arrays(columns, fields=list(WINDOW_TYPE)),
+            CRS: pa.repeat(pa.scalar(_crs_name(scene) if placed else None, pa.string()), count),
+            TRANSFORM: pa.array(list(_transforms(scene, windows_N4)), pa.list_(pa.float64())),
+            GEOMETRY: geometry,
+            BBOX: bbox,
+        }
+    )
+    if options.bands:
+        table = table.append_column(BANDS, pa.array([list(options.bands)] * count, pa.list_(pa.int32())))
+    if options.labels:
+        table = table.append_column(TARGET, pa.array(options.labels.targets(geometry), pa.string()))
+    if options.split_shares:
+        split = draw_split(name, dict(options.split_shares), options.seed)
+        table = table.append_column(SPLIT, pa.repeat(pa.scalar(split), count))
+    return table
+
+
+def _crs_name(scene: DatasetReader) -> str:
+    """``EPSG:32633`` where the CRS has such a name, else its WKT."""
+    authority = scene.crs.to_authority()
+    return ":".join(authority) if authority else scene.crs.to_wkt()
+
+
+def _transforms(scene: DatasetReader, windows_N4: np.ndarray) -> np.ndarray:
+    """Of every tile: a, b, c, d, e, f of ``x = a * column + b * row + c``, ``y = d * column + e * row + f``."""
+    a, b, c, d, e, f = tuple(scene.transform)[:6]
+    col_N, row_N = windows_N4[:, 0], windows_N4[:, 1]
+    constant = [np.full(len(windows_N4), value) for value in (a, b, d, e)]
+    moved_c, moved_f = a * col_N + b * row_N + c, d * col_N + e * row_N + f
+    return np.stack([constant[0], constant[1], moved_c, constant[2], constant[3], moved_f], axis=1)
+
+
+def _corners(scene: DatasetReader, windows_N4: np.ndarray) -> np.ndarray:
+    """Longitude and latitude of the corners, float64 [N, 4, 2]: upper left, lower left, lower right, upper right."""
+    if scene.crs is None:
+        return np.full((len(windows_N4), 4, 2), np.nan)
+    left, top, width, height = windows_N4.T
+    columns_N4 = np.stack([left, left, left + width, left + width], axis=1)
+    rows_N4 = np.stack([top, top + height, top + height, top], axis=1)
+    a, b, c, d, e, f = tuple(scene.transform)[:6]
+    xs, ys = a * columns_N4 + b * rows_N4 + c, d * columns_N4 + e * rows_N4 + f
+    longitudes, latitudes = to_crs(scene.crs, LONGITUDE_LATITUDE, xs.ravel(), ys.ravel())
+    return np.stack([np.array(longitudes), np.array(latitudes)], axis=1).reshape(-1, 4, 2)
+
+
+def _valid_shares(scene: DatasetReader, windows_N4: np.ndarray) -> np.ndarray | None:
+    """Share of each tile that is there, float64 (N,), from a mask of at most 1,024 px; none: too dear to tell."""
+    if all(flags == [MaskFlags.all_valid] for flags in scene.mask_flag_enums):
+        return None
+    if not scene.overviews(1) and scene.width * scene.height > _SMALL_SCENE_PIXELS:
+        return None
+    step = max(1, math.ceil(max(scene.shape) / _MASK_SIDE))
+    shape = (-(-scene.height // step), -(-scene.width // step))
+    mask_HW = scene.dataset_mask(out_shape=shape) > 0
+    sums_HW = np.pad(mask_HW.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    left, top, width, height = windows_N4.T
+    # A tile of a coarse mask is at least one of its pixels.
+    x0, y0 = left // step, top // step
+    x1, y1 = np.maximum(x0 + 1, (left + width) // step), np.maximum(y0 + 1, (top + height) // step)
+    x1, y1 = np.minimum(x1, shape[1]), np.minimum(y1, shape[0])
+    inside = sums_HW[y1, x1] - sums_HW[y0, x1] - sums_HW[y1, x0] + sums_HW[y0, x0]
+    return inside / ((x1 - x0) * (y1 - y0))
+
+
+class _Bounds:
+    """Around every bbox seen."""
+
+    def __init__(self) -> None:
+        self.value: tuple[float, float, float, float] | None = None
+
+    def add(self, bbox: pa.ChunkedArray) -> None:
+        boxes = list(bbox.combine_chunks().flatten()) if bbox.null_count < len(bbox) else []
+        if not boxes:
+            return
+        low = [float(np.nanmin(side.to_numpy(zero_copy_only=False))) for side in boxes[:2]]
+        high = [float(np.nanmax(side.to_numpy(zero_copy_only=False))) for side in boxes[2:]]
+        if self.value is not None:
+            low = [min(pair) for pair in zip(low, self.value[:2], strict=True)]
+            high = [max(pair) for pair in zip(high, self.value[2:], strict=True)]
+        self.value = (low[0], low[1], high[0], high[1])

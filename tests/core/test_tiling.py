@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import rasterio
+from affine import Affine
+from rasterio.enums import Resampling
+
+from imgbatch.cli import run
+from imgbatch.core.manifest import open_manifest
+from imgbatch.core.tiling import TileOptions, tile_scenes, tile_windows
+from imgbatch.core.vector_labels import VectorLabels
+from imgbatch.errors import UsageError
+from tests.rasters import noise, write_raster
+
+
+def test_tiles_cover_the_scene_with_the_overlap_and_end_with_it():
+    windows = tile_windows(100, 60, TileOptions(size=32, overlap=0.25))
+    assert sorted({*windows[:, 0].tolist()}) == [0, 24, 48, 68]
+    assert sorted({*windows[:, 1].tolist()}) == [0, 24, 28]
+    assert (windows[:, 2:] == 32).all()
+    covered = np.zeros((60, 100), int)
+    for left, top, width, height in windows:
+        covered[top : top + height, left : left + width] += 1
+    assert covered.min() == 1
+
+
+def test_a_scene_smaller_than_a_tile_is_one_tile():
+    assert tile_windows(20, 50, TileOptions(size=32)).tolist() == [[0, 0, 20, 32], [0, 18, 20, 32]]
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"overlap": 1.0}, {"overlap": -0.1}, {"min_valid": 1.1}])
+def test_options_that_make_no_tiles_are_refused(options):
+    with pytest.raises(UsageError, match="--size must be"):
+        TileOptions(**options)
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """Three scenes: one of UTM, one without a place, one that is no raster."""
+    folder = tmp_path / "scenes"
+    (folder / "north").mkdir(parents=True)
+    write_raster(folder / "north" / "a.tif", noise(2, 64, 96), crs="EPSG:32633")
+    write_raster(folder / "b.tif", noise(2, 32, 32), crs=None, transform=Affine(1, 0, 5, 0, 1, 5))
+    (folder / "c.tif").write_text("no raster")
+    (folder / "notes.txt").write_text("no scene")
+    return folder
+
+
+def test_the_manifest_says_where_every_tile_is(tmp_path, scenes):
+    tally = tile_scenes([str(scenes)], str(tmp_path / "tiles.parquet"), TileOptions(size=32, bands=(2, 1)))
+    assert (tally.num_scenes, tally.num_tiles, len(tally.failed)) == (3, 7, 1)
+    rows = pq.read_table(tmp_path / "tiles.parquet").to_pylist()
+    tile = next(row for row in rows if row["image_id"] == "north/a.tif#64,32,32,32")
+    assert tile["uri"] == str(scenes / "north" / "a.tif")
+    assert tile["bands"] == [2, 1]
+    assert tile["crs"] == "EPSG:32633"
+    with rasterio.open(tile["uri"]) as scene:
+        expected = scene.window_transform(rasterio.windows.Window(64, 32, 32, 32))
+    assert tile["transform"] == list(expected)[:6]
+    nowhere = next(row for row in rows if row["image_id"] == "b.tif#0,0,32,32")
+    assert (nowhere["crs"], nowhere["geometry"], nowhere["bbox"]) == (None, None, None)
+    broken = next(row for row in rows if row["image_id"] == "c.tif")
+    assert (broken["uri"], broken["window"]) == (str(scenes / "c.tif"), None)
+    assert open_manifest(str(tmp_path / "tiles.parquet")).num_rows == 8
+
+
+def test_geopandas_reads_the_tiles_and_they_lie_where_the_scene_does(tmp_path, scenes):
+    tile_scenes([str(scenes / "north")], str(tmp_path / "tiles.parquet"), TileOptions(size=32))
+    tiles = geopandas.read_parquet(tmp_path / "tiles.parquet")
+    assert tiles.crs == "OGC:CRS84"
+    assert tiles.geometry.is_valid.all()
+    in_utm = tiles.to_crs("EPSG:32633").geometry
+    np.testing.assert_allclose(in_utm.total_bounds, (500_000, 4_999_360, 500_960, 5_000_000), atol=0.01)
+    np.testing.assert_allclose(in_utm.area, 320 * 320, rtol=1e-6)
+    bbox = pq.read_table(tmp_path / "tiles.parquet")["bbox"][0].as_py()
+    np.testing.assert_allclose(tiles.geometry[0].bounds, [bbox[side] for side in ("xmin", "ymin", "xmax", "ymax")])
+    metadata = json.loads(pq.read_metadata(tmp_path / "tiles.parquet").metadata[b"geo"])
+    np.testing.assert_allclose(metadata["columns"]["geometry"]["bbox"], tiles.total_bounds)
+    assert len(geopandas.read_parquet(tmp_path / "tiles.parquet", bbox=tuple(tiles.geometry[0].bounds))) >= 1
+
+
+def test_tiles_keep_their_ids_when_the_collection_moves(tmp_path, scenes):
+    tile_scenes([str(scenes)], str(tmp_path / "a.parquet"), TileOptions(size=32))
+    moved = scenes.rename(tmp_path / "elsewhere")
+    tile_scenes([str(moved)], str(tmp_path / "b.parquet"), TileOptions(size=32))
+    before, after = (pq.read_table(tmp_path / name)["image_id"] for name in ("a.parquet", "b.parquet"))
+    assert before.equals(after)
+
+
+def test_tiles_of_which_too_much_is_missing_are_left_out_where_a_mask_is_cheap(tmp_path):
+    samples = noise(1, 64, 64)
+    samples[:, :40] = 0
+    scene = write_raster(tmp_path / "scene.tif", samples, nodata=0)
+    tally = tile_scenes([str(scene)], str(tmp_path / "tiles.parquet"), TileOptions(size=32, min_valid=0.5))
+    assert (tally.num_tiles, tally.num_left_out) == (2, 2)
+    assert pq.read_table(tmp_path / "tiles.parquet")["window"][0].as_py()["row_off"] == 32
+
+
+@pytest.mark.parametrize(("overviews", "left_out"), [(True, 32), (False, 0)])
+def test_a_large_scene_is_judged_by_its_overviews_and_never_by_its_pixels(tmp_path, overviews, left_out):
+    samples = np.ones((1, 2048, 2048), "uint8")
+    samples[:, :1024] = 0
+    scene = write_raster(tmp_path / "scene.tif", samples, nodata=0, tiled=True, compress="deflate")
+    if overviews:
+        with rasterio.open(scene, "r+") as opened:
+            opened.build_overviews([4], Resampling.nearest)
+    tally = tile_scenes([str(scene)], str(tmp_path / "tiles.parquet"), TileOptions(size=256, min_valid=0.5))
+    assert tally.num_left_out == left_out
+
+
+def test_labels_drawn_on_a_map_become_targets_and_splits_follow_scenes(tmp_path, scenes):
+    def square(west: float, east: float) -> dict:
+        ring = [[west, 45.0], [east, 45.0], [east, 45.2], [west, 45.2], [west, 45.0]]
+        return {"type": "Polygon", "coordinates": [ring]}
+
+    tiles = geopandas.GeoSeries.from_xy([500_400], [4_999_800], crs="EPSG:32633").to_crs("OGC:CRS84")
+    middle, latitude = tiles[0].x, tiles[0].y
+    point = {"type": "Point", "coordinates": [middle, latitude]}
+    features = [
+        {"type": "Feature", "properties": {"use": "water"}, "geometry": square(14.0, middle)},
+        {"type": "Feature", "properties": {"use": "town"}, "geometry": square(middle, 16.0)},
+        {"type": "Feature", "properties": {"use": "tower"}, "geometry": point},
+        {"type": "Feature", "properties": {}, "geometry": square(14.0, 16.0)},
+    ]
+    path = tmp_path / "labels.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    labels = VectorLabels(str(path), "use")
+    options = TileOptions(size=32, labels=labels, split_shares={"train": 0.5, "test": 0.5})
+    tile_scenes([str(scenes)], str(tmp_path / "tiles.parquet"), options)
+    rows = pq.read_table(tmp_path / "tiles.parquet").to_pylist()
+    placed = {row["window"]["col_off"]: row["target"] for row in rows if row["crs"]}
+    assert placed == {0: "water", 32: "town", 64: "town"}
+    assert {row["target"] for row in rows if not row["crs"]} == {None}
+    assert len({row["split"] for row in rows if row["crs"]}) == 1
+    with pytest.raises(UsageError, match="no feature has the property 'kind'"):
+        VectorLabels(str(path), "kind")
+
+
+def test_two_scenes_of_one_name_and_no_scene_at_all_are_refused(tmp_path, scenes):
+    (tmp_path / "other").mkdir()
+    write_raster(tmp_path / "other" / "b.tif", noise(1, 8, 8))
+    with pytest.raises(UsageError, match=r"another scene is called b\.tif too"):
+        tile_scenes([str(scenes), str(tmp_path / "other")], str(tmp_path / "t.parquet"), TileOptions())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no scene found"):
+        tile_scenes([str(tmp_path / "empty")], str(tmp_path / "t.parquet"), TileOptions())
+    assert not (tmp_path / "t.parquet").exists()
+
+
+def test_the_command_says_how_many_tiles_and_which_scenes_cannot_be_opened(tmp_path, scenes, capsys):
+    output = str(tmp_path / "tiles.parquet")
+    assert run(["manifest", "tile", str(scenes), "-o", output, "--size", "32", "--bands", "1,2"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{output}: 7 tiles of 3 scenes" in printed
+    assert "c.tif: no raster begins like this" in printed
+    assert run(["manifest", "tile", str(scenes), "-o", output]) == 2
