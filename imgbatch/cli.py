@@ -17,6 +17,7 @@ from imgbatch.commands import (
     explain,
     manifest,
     model,
+    mosaic,
     output,
     plan,
     repair,
@@ -53,6 +54,7 @@ app.command("verify")(output.verify)
 app.command("repair")(repair.repair)
 app.command("query")(output.query)
 app.command("compact")(output.compact)
+app.command("mosaic")(mosaic.mosaic)
 app.command("clean")(output.clean)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)

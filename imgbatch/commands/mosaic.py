@@ -1,0 +1,37 @@
+"""``imgbatch mosaic``: labels of tiles back onto the map."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from imgbatch.commands.common import console
+
+_MAX_SHOWN = 10
+
+
+def mosaic(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output directory of a run on tiles.")],
+    directory: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Folder for the rasters.")],
+    class_name: Annotated[
+        str | None,
+        typer.Option(
+            "--class", help="Write the probability of this class.", show_default="the likeliest class's index"
+        ),
+    ] = None,
+) -> None:
+    """Burn the labels of tiles into a cloud-optimised GeoTIFF per scene; where tiles overlap, their mean decides."""
+    from imgbatch.core.bands import require_rasterio
+
+    require_rasterio()
+    from imgbatch.core.mosaic import write_mosaics
+
+    tally = write_mosaics(out, directory, class_name=class_name)
+    for path in tally.files[:_MAX_SHOWN]:
+        console.print(path, markup=False)
+    if len(tally.files) > _MAX_SHOWN:
+        console.print(f"and {len(tally.files) - _MAX_SHOWN:,} more")
+    console.print(f"{len(tally.files):,} rasters of {tally.num_tiles:,} tiles")
+    for failure in tally.failed[:_MAX_SHOWN]:
+        console.print(f"left out: {failure}", markup=False)
