@@ -14,6 +14,8 @@ from imgbatch.core.secrets import without_secrets
         ("https://storage.googleapis.com/k.jpg?X-Goog-Signature=1", "https://storage.googleapis.com/k.jpg"),
         ("https://cdn.example/k.jpg?Expires=1&Signature=x&Key-Pair-Id=y", "https://cdn.example/k.jpg"),
         ("HTTPS://user:secret@host/k.jpg", "HTTPS://host/k.jpg"),
+        ("ftp://user:secret@host/k.jpg", "ftp://host/k.jpg"),
+        ("s3://bucket/a@b.jpg", "s3://bucket/a@b.jpg"),
         ("https://host/image?id=7&w=200", "https://host/image?id=7&w=200"),
         ("https://host/a@b.jpg", "https://host/a@b.jpg"),
         ("s3://bucket/what?token=1.jpg", "s3://bucket/what?token=1.jpg"),
