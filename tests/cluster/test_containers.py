@@ -1,0 +1,93 @@
+"""Dockerfile and compose.yaml: what they name is there. (Building them needs a network and minutes.)"""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import ray.scripts.scripts
+from click.testing import CliRunner
+
+from tests.cluster.conftest import CLUSTER, documents
+from tests.test_readme import problems
+
+ROOT = CLUSTER.parent
+
+
+def dockerfile_lines() -> list[str]:
+    """Instructions with their continuation lines, without comments."""
+    text = "\n".join(line for line in (CLUSTER / "Dockerfile").read_text().splitlines() if not line.startswith("#"))
+    return [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def targets() -> dict[str, list[str]]:
+    """The instructions of each build target, those of the target it is built from included."""
+    found: dict[str, list[str]] = {}
+    for line in dockerfile_lines():
+        if match := re.fullmatch(r"FROM (\S+) AS (\S+)", line):
+            name = match[2]
+            found[name] = list(found.get(match[1], []))
+        found[name].append(line)
+    return found
+
+
+def test_there_is_a_target_for_cpus_and_one_for_gpus_and_neither_runs_as_root():
+    for name in ("cpu", "cuda"):
+        users = [line.split()[1] for line in targets()[name] if line.startswith("USER ")]
+        assert users[-1] == "1000", name
+
+
+def test_everything_installed_is_pinned_by_the_lock():
+    installs = [line for line in targets()["cuda"] if re.search(r"pip install", line)]
+    assert len(installs) == 3
+    for line in installs:
+        assert "--constraint requirements.lock" in line or "--no-deps" in line
+    assert re.search(r"^uv==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+
+
+def test_what_is_copied_exists_and_is_in_the_context():
+    ignore = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+    copied = [word for line in targets()["cpu"] if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert {"requirements.lock", "imgbatch", "jobs"} <= set(copied)
+    for path in copied:
+        assert (ROOT / path).exists()
+        assert f"!{path}" in ignore
+
+
+def test_the_lock_is_for_the_python_of_the_image():
+    (base,) = [line for line in dockerfile_lines() if line.startswith("FROM python:")]
+    (version,) = re.findall(r"--python-version (\S+)", (ROOT / "Makefile").read_text())
+    assert f"python:{version}-" in base
+
+
+def test_compose_builds_a_target_that_exists_and_keeps_to_loopback():
+    (compose,) = documents("compose.yaml")
+    services = compose["services"]
+    assert set(services) == {"head", "worker", "s3"}
+    for name in ("head", "worker"):
+        build = services[name]["build"]
+        context = (CLUSTER / build["context"]).resolve()
+        assert (context / build["dockerfile"]).is_file()
+        assert build["target"] in targets()
+        assert services[name]["environment"]["RAY_AUTH_MODE"] == "token"
+        assert set(services[name]["secrets"]) <= set(compose["secrets"])
+    assert services["worker"]["deploy"]["replicas"] == 2
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_ray_knows_every_option_that_starts_it():
+    (compose,) = documents("compose.yaml")
+    (aws,) = documents("aws.yaml")
+    commands = [compose["services"][name]["command"] for name in ("head", "worker")]
+    commands += aws["head_start_ray_commands"] + aws["worker_start_ray_commands"]
+    known = CliRunner().invoke(ray.scripts.scripts.start, ["--help"]).output
+    for command in commands:
+        for word in shlex.split(command):
+            if word.startswith("--"):
+                assert word.partition("=")[0] in known, command
+
+
+def test_the_readme_names_what_is_there():
+    assert problems((CLUSTER / "README.md").read_text()) == []
