@@ -4,14 +4,16 @@
 
 ``kill`` is SIGKILL to the own process, ``stop`` SIGSTOP; ``exit`` leaves by ``sys.exit``; ``raise`` raises
 :class:`FailpointHit`; ``hang`` never comes back; ``delay:S`` waits ``S`` seconds. ``@N`` acts on the N-th passage of
-this process only, otherwise every passage acts. ``[KEY]`` limits the point to what it is passed with: a file name, a
-row. With ``IMGBATCH_FAILPOINTS_ONCE=DIRECTORY`` each entry acts once over all processes that share the directory.
+this process only, ``@N+`` on that and all later ones, otherwise every passage acts. ``[KEY]`` limits the point to
+what it is passed with: a file name, a row. With ``IMGBATCH_FAILPOINTS_ONCE=DIRECTORY`` each entry acts once over all
+processes that share the directory.
 
 The variable is read when this module is loaded. Where it is not set, a passage is a call of an empty function.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -56,7 +58,7 @@ POINTS = {
 """Every failpoint, and where a process is when it passes."""
 
 _ENTRY = re.compile(
-    r"(?P<point>[a-z_.]+)(\[(?P<key>[^\]]+)\])?=(?P<action>[a-z]+)(:(?P<seconds>[\d.]+))?(@(?P<hit>\d+))?"
+    r"(?P<point>[a-z_.]+)(\[(?P<key>[^\]]+)\])?=(?P<action>[a-z]+)(:(?P<seconds>[\d.]+))?(@(?P<hit>\d+)(?P<on>\+)?)?"
 )
 _FOREVER_S = 10**8
 
@@ -71,7 +73,9 @@ class _Entry:
     point: str
     key: str | None
     act: Callable[[], object]
-    hit: int | None
+    first: int
+    last: float
+    """Of the passages that act."""
 
 
 def _ignore(point: str, key: object = None) -> None:
@@ -91,7 +95,7 @@ class _Armed:
             if entry.point != point or entry.key not in (None, str(key)):
                 continue
             self._passages[entry.text] += 1
-            if entry.hit in (None, self._passages[entry.text]) and self._is_first(entry):
+            if entry.first <= self._passages[entry.text] <= entry.last and self._is_first(entry):
                 entry.act()
 
     def _is_first(self, entry: _Entry) -> bool:
@@ -129,7 +133,9 @@ def _parse_entry(text: str) -> _Entry:
     }
     if name not in actions:
         raise UsageError(f"{VARIABLE}: {text}: {name} is none of {', '.join(actions)}")
-    return _Entry(text, match["point"], match["key"], actions[name], int(match["hit"]) if match["hit"] else None)
+    first = int(match["hit"] or 1)
+    last = first if match["hit"] and not match["on"] else math.inf
+    return _Entry(text, match["point"], match["key"], actions[name], first, last)
 
 
 def _raise(text: str) -> NoReturn:

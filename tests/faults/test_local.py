@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import pytest
 
 from imgbatch.core import storage
 from imgbatch.core.failpoints import POINTS
-from imgbatch.core.model import ModelBundle, load_bundle
+from imgbatch.core.model import ModelBundle, load_bundle, load_network
 from imgbatch.errors import ExitCode
 from tests.faults.conftest import UNIT_ROWS, Job, assert_exactly_once, outcomes, output_bytes, wait_until
 from tests.faults.drivers import KILLED, Driver
@@ -180,6 +183,46 @@ def test_a_unit_that_nobody_survives_ends_row_by_row(job: Job) -> None:
 def test_a_batch_whose_forward_fails_is_tried_again_in_halves(job: Job, oracle: Job) -> None:
     assert job.run("classify.forward=raise@3") == ExitCode.DONE
     assert_exactly_once(job, oracle)
+
+
+def test_files_that_cannot_be_had_any_more_stop_the_run_and_become_no_rows(job: Job, oracle: Job) -> None:
+    """As when credentials expire or a disk goes away; the same command labels everything once that is put right."""
+    patience = {"errors__max_rate": 0.2, "errors__min_rows": 32}
+    assert job.run("fetch.file=raise@60+", **patience) == ExitCode.ERROR_BUDGET
+    assert "FETCH_FAILED" in job.last_line()
+    assert 0 < len(committed(job)) < 5
+    assert job.run(**patience) == ExitCode.DONE
+    assert_exactly_once(job, oracle)
+
+
+def test_a_wrong_endpoint_stops_the_run_at_the_start(
+    job: Job, oracle: Job, photos: list[Path], s3_bucket: str, s3_server: str
+) -> None:
+    def upload(path: Path) -> str:
+        uri = storage.join(s3_bucket, path.name)
+        storage.replace(uri, path.read_bytes())
+        return uri
+
+    with ThreadPoolExecutor(8) as pool:
+        uris = list(pool.map(upload, photos))
+    table = pq.read_table(job.manifest)
+    manifest = job.folder / "objects.parquet"
+    pq.write_table(table.set_column(0, "uri", pa.array(uris)).append_column("image_id", table["uri"]), manifest)
+    job = replace(job, manifest=manifest, settings=job.settings | {"errors.max_rate": 0.5, "fetch.retries": 0})
+    assert job.run(storage__endpoint_url="http://127.0.0.1:1") == ExitCode.ERROR_BUDGET
+    assert "none of 16 sampled images could be fetched" in job.last_line()
+    assert job.run(storage__endpoint_url=s3_server) == ExitCode.DONE
+    assert_exactly_once(job, oracle)
+
+
+def test_a_model_that_gives_no_numbers_gives_no_labels(job: Job, make_bundle: Callable[..., ModelBundle]) -> None:
+    bundle = make_bundle(preprocess=load_bundle(job.model).preprocess)
+    weights = {name: tensor * math.nan for name, tensor in load_network(bundle).state_dict().items()}
+    nothing = make_bundle("nothing", state_dict=weights, preprocess=bundle.preprocess)
+    job = replace(job, model=nothing.path)
+    assert job.run() == ExitCode.ERROR_BUDGET
+    assert "has not one prediction (114 NON_FINITE, 6 TRUNCATED)" in job.last_line()
+    assert Counter(statuses(job).values()) == {"NON_FINITE": 114, "TRUNCATED": 6}
 
 
 @pytest.mark.parametrize(
