@@ -6,6 +6,7 @@ Decoding is safe already (it runs in a child process); what can still take a pro
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -96,6 +97,8 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 
 def _load(run: Run) -> None:
     global _classify
+    # Ctrl-C reaches the whole process group; what to do about it is the driver's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _classify = ClassifyStage(run, batch_size=1, num_threads=1)
 
 
