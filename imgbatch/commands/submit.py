@@ -59,7 +59,7 @@ def submit(
     check_paths(parsed, package)
     server = JobServer(address)
     server.check_versions(package)
-    job_id = server.submit(_with_config(parsed.words, package.config), package)
+    job_id = server.submit(with_config(parsed.words, package.config), package)
     messages.print(f"job {job_id} on {server.address}", markup=False)
     if wait:
         _follow(server, job_id)
@@ -157,7 +157,7 @@ def _is_relative(path: str) -> bool:
     return "://" not in path and not Path(path).is_absolute()
 
 
-def _with_config(words: tuple[str, ...], config: str | None) -> list[str]:
+def with_config(words: tuple[str, ...], config: str | None) -> list[str]:
     """``words`` with the configuration file where the job finds it."""
     if config is None:
         return list(words)

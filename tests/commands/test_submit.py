@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+import pytest
+from typer.exceptions import TyperException
+
+from imgbatch.cli import run
+from imgbatch.commands.submit import check_paths, parse_command, with_config
+from imgbatch.errors import ExitCode, UsageError
+from imgbatch.runtime.package import collect_package
+from imgbatch.runtime.submit import read_token
+
+CLASSIFY = ("classify", "-m", "s3://b/model", "--manifest", "s3://b/m.parquet", "-o", "s3://b/labels")
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    """A working directory with a configuration, in which the test runs; no token."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    (tmp_path / "night.yaml").write_text("model: {path: s3://b/model}\noutput: {path: s3://b/labels}\n")
+    return tmp_path
+
+
+@pytest.fixture
+def web_server():
+    """URL of a web server that is no Ray dashboard."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>It works!</html>")
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.usefixtures("night")
+def test_a_command_is_read_as_the_cluster_will_read_it():
+    command = parse_command(["classify", "-c", "night.yaml", "--manifest", "m.parquet", "--limit", "5"])
+    assert command.config_file.name == "night.yaml"
+    assert command.read == ("s3://b/model", "m.parquet")
+    assert command.written == ("s3://b/labels",)
+
+
+@pytest.mark.usefixtures("night")
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["classify", "--bogus"], "--bogus"),
+        (["classify", "--limit", "many"], "--limit"),
+        (["classify", "-c", "gone.yaml"], "gone.yaml"),
+        (["classify", "-c", "night.yaml", "--set", "classify.unit_row=5"], "classify.unit_row"),
+        (["clasify"], "clasify"),
+        (["manifest"], "manifest"),
+        (["manifest", "bild", "x"], "bild"),
+        (["submit", "--", "classify"], "submit"),
+        (["jobs", "list"], "jobs"),
+    ],
+)
+def test_a_command_that_the_cluster_would_refuse_is_not_sent(words, named, capsys):
+    with pytest.raises((UsageError, TyperException)):
+        parse_command(words)
+    assert run(["submit", "--address", "http://127.0.0.1:9", "--", *words]) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+    assert "127.0.0.1" not in line
+
+
+@pytest.mark.usefixtures("night")
+def test_the_help_of_a_command_is_shown_instead_of_sent(capsys):
+    assert run(["submit", "--address", "http://127.0.0.1:9", "--", "classify", "--help"]) == ExitCode.DONE
+    assert "--manifest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["classify", "-c", "night.yaml", "-o", "labels"], "labels"),
+        (["train", "--manifest", "s3://b/m", "-o", "model"], "model"),
+        (["evaluate", "labels"], "labels"),
+        (["classify", "-c", "night.yaml", "--manifest", "gone.parquet"], "gone.parquet"),
+        (["classify", "-c", "night.yaml", "-m", "model"], "model"),
+    ],
+)
+def test_paths_that_the_nodes_do_not_share_are_refused(night, words, named):
+    command = parse_command(words)
+    with pytest.raises(UsageError, match=named):
+        check_paths(command, collect_package(night, command.config_file))
+
+
+def test_what_is_packed_or_shared_may_be_read(night):
+    (night / "m.parquet").touch()
+    command = parse_command(["classify", "-c", "night.yaml", "--manifest", "m.parquet", "-m", "/efs/model"])
+    check_paths(command, collect_package(night, command.config_file))
+
+
+@pytest.mark.parametrize("given", [["-c", "x/n.yaml"], ["--config", "x/n.yaml"], ["--config=x/n.yaml"], ["-cx/n.yaml"]])
+def test_the_job_finds_its_configuration_where_it_was_packed(given):
+    words = with_config(("classify", *given, "--limit", "5"), "packed/n.yaml")
+    assert [word for word in words if "x/n.yaml" in word] == []
+    assert any("packed/n.yaml" in word for word in words)
+    assert words[-2:] == ["--limit", "5"]
+
+
+@pytest.mark.usefixtures("night")
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://127.0.0.1:10001", "http://"])
+def test_an_address_that_is_no_url_is_one_line(address, capsys):
+    assert run(["submit", "--address", address, "--", *CLASSIFY]) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--address" in line
+
+
+@pytest.mark.usefixtures("night")
+@pytest.mark.parametrize(
+    "words", [["submit", "--", *CLASSIFY], ["jobs", "list"], ["jobs", "stop", "x"], ["jobs", "logs", "x"]]
+)
+def test_nobody_at_the_address_is_one_line(words, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    assert run(words) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no cluster answers" in line
+
+
+@pytest.mark.usefixtures("night")
+def test_something_else_at_the_address_is_one_line(web_server, capsys):
+    assert run(["submit", "--address", web_server, "--", *CLASSIFY]) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no Ray dashboard" in line
+
+
+def test_a_secret_in_the_working_directory_is_refused(night, capsys):
+    (night / ".env").write_text("PASSWORD=x")
+    assert run(["submit", "--address", "http://127.0.0.1:9", "--", *CLASSIFY]) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ".env" in line
+
+
+def test_the_token_is_found_where_ray_finds_it(tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_token() is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("from-home\n")
+    assert read_token() == "from-home"
+    (tmp_path / "token").write_text("from-path\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert read_token() == "from-path"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "from-variable")
+    assert read_token() == "from-variable"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert read_token() is None
+
+
+def test_a_token_path_that_leads_nowhere_is_one_line(tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "gone"))
+    with pytest.raises(UsageError, match="RAY_AUTH_TOKEN_PATH"):
+        read_token()
