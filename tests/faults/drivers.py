@@ -14,8 +14,20 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-PRELOADED = ["torch", "pyarrow.parquet", "pyarrow.compute", "duckdb", "PIL.Image", "fsspec.asyn", "safetensors.torch"]
-PRELOADED += ["torchvision", "pydantic", "typer", "rich.table"]
+PRELOADED = [
+    "torch",
+    "torchvision",
+    "pyarrow.parquet",
+    "pyarrow.compute",
+    "pandas",
+    "duckdb",
+    "PIL.Image",
+    "s3fs",
+    "safetensors.torch",
+    "pydantic",
+    "typer",
+    "rich.table",
+]
 TIMEOUT_S = 120.0
 KILLED = -9
 
