@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import zipfile
 from collections import Counter
@@ -52,6 +53,13 @@ SECRET_NAMES = (
     ".dockercfg",
 )
 SECRET_FOLDERS = frozenset({".aws", ".ssh", ".gnupg", ".kube", ".docker", ".azure"})
+SECRET_VARIABLES = (
+    "RAY_AUTH_TOKEN_PATH",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+)
+"""Environment variables that name a file of credentials."""
 SECRET_EXAMPLES = (".env.example", ".env.sample", ".env.template")
 
 _log = logging.getLogger(__name__)
@@ -138,6 +146,8 @@ def _refuse_secret(path: Path, shown: str) -> None:
     for name in {path.name, path.resolve().name}:
         if name not in SECRET_EXAMPLES and any(fnmatch(name.lower(), pattern) for pattern in SECRET_NAMES):
             raise _secret(shown)
+    if path.resolve() in {Path(os.environ[name]).resolve() for name in SECRET_VARIABLES if os.environ.get(name)}:
+        raise _secret(shown)
     with path.open("rb") as file:
         if _SECRET_CONTENT.search(file.read(_SNIFFED_BYTES)):
             raise _secret(shown)

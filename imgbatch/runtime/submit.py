@@ -106,18 +106,21 @@ class JobServer:
         Raises:
             ImgbatchError: the cluster has been out of reach for ten minutes.
         """
+        self._info(job_id)
         log = _LogTail(write)
-        answered = time.monotonic()
+        lost_since: float | None = None
         while True:
+            before = log.num_written
             try:
                 asyncio.run(log.read(self._client, job_id))
                 if self._info(job_id).status.is_terminal():
                     return
-                answered = time.monotonic()
-            except UsageError:
-                raise
+                lost_since = None
             except _CONNECTION_ERRORS as error:
-                if time.monotonic() - answered > _LOST_AFTER_S:
+                now = time.monotonic()
+                if lost_since is None or log.num_written > before:
+                    lost_since = now
+                if now - lost_since > _LOST_AFTER_S:
                     raise ImgbatchError(f"{self.address} does not answer any more; job {job_id} goes on") from error
             time.sleep(_POLL_S)
 
@@ -190,7 +193,8 @@ class JobServer:
             with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
-            raise UsageError(f"--address {self.address}: {_refusal(error, bool(self._headers))}") from error
+            error.close()
+            raise UsageError(f"--address {self.address}: {_refusal(error.code, bool(self._headers))}") from error
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise UsageError(f"--address {self.address}: no cluster answers ({normalise_message(reason)})") from error
@@ -219,16 +223,16 @@ class _LogTail:
 
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
-        self._num_written = 0
+        self.num_written = 0
 
     async def read(self, client: JobSubmissionClient, job_id: str) -> None:
         position = 0
         async for text in client.tail_job_logs(job_id):
-            new = text[max(0, self._num_written - position) :]
+            new = text[max(0, self.num_written - position) :]
             position += len(text)
             if new:
                 self._write(new)
-                self._num_written = position
+                self.num_written = position
 
 
 @contextmanager
@@ -243,12 +247,12 @@ def _no_other_address() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _refusal(error: urllib.error.HTTPError, sent_token: bool) -> str:
-    if error.code == 401 or (error.code == 403 and not sent_token):
+def _refusal(status: int, sent_token: bool) -> str:
+    if status == 401 or (status == 403 and not sent_token):
         return "the cluster wants a token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-    if error.code == 403:
+    if status == 403:
         return "the cluster refuses the token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its own"
-    return f"what answers there is no Ray dashboard (HTTP {error.code})"
+    return f"what answers there is no Ray dashboard (HTTP {status})"
 
 
 def _minor(version: str | None) -> str | None:

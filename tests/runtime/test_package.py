@@ -86,6 +86,14 @@ def test_what_only_speaks_of_secrets_is_taken_along(tmp_path, name, text):
     assert name in collect_package(tmp_path)
 
 
+def test_the_token_of_the_cluster_is_refused_whatever_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / "harmless").write_text("0123456789abcdef")
+    assert "harmless" in collect_package(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "harmless"))
+    with pytest.raises(UsageError, match="harmless"):
+        collect_package(tmp_path)
+
+
 def test_a_secret_that_is_ignored_stays_behind(tmp_path):
     write(tmp_path, _DOT_env="PASSWORD=x", _DOT_rayignore=".env\n")
     assert list(collect_package(tmp_path).files) == [".rayignore"]
