@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,9 +40,11 @@ def ray_job(job: Job) -> Job:
 
 
 @contextlib.contextmanager
-def started(job: Job, failpoints: str = "", address: str = "", **changed: object) -> Iterator[subprocess.Popen[bytes]]:
-    """The command, each failpoint acting once; it and whatever it started are ended with the block."""
-    environment = os.environ | job.environment(failpoints, once=True) | {"RAY_ADDRESS": address}
+def started(
+    job: Job, failpoints: str = "", address: str = "", *, once: bool = True, **changed: object
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, each failpoint acting in one process; it and whatever it started are ended with the block."""
+    environment = os.environ | job.environment(failpoints, once=once) | {"RAY_ADDRESS": address}
     with job.log.open("ab") as log:
         process = subprocess.Popen([COMMAND, *job.arguments(**changed)], stdout=log, stderr=log, env=environment)
     try:
@@ -61,7 +64,7 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 
 def units_done(job: Job) -> int:
-    return len(job.paths.committed_units(8)) if list(job.out.glob("runs/*/plan.json")) else 0
+    return len(list(job.out.glob("runs/*/units/unit-*.parquet")))
 
 
 def test_actors_that_die_cost_no_row(ray_job: Job, oracle: Job) -> None:
@@ -75,11 +78,9 @@ def test_actors_that_die_cost_no_row(ray_job: Job, oracle: Job) -> None:
 
 
 def test_a_row_that_kills_whoever_touches_it_ends_alone(ray_job: Job, oracle: Job) -> None:
-    environment = os.environ | ray_job.environment("classify.unit[32]=kill")
-    command = [COMMAND, *ray_job.arguments()]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2 * BOUNDED_S, check=False)
-    assert done.returncode == ExitCode.DONE, done.stderr
-    assert "unit 2: classified row by row" in done.stderr
+    with started(ray_job, "classify.unit[32]=kill", once=False) as process:
+        assert process.wait(2 * BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()
+    assert "unit 2: classified row by row" in ray_job.log.read_text()
     expected = [(*row[:2], "CLASSIFY_FAILED", None, row[4]) if row[0] == 32 else row for row in outcomes(oracle)]
     assert outcomes(ray_job) == expected
 
@@ -94,6 +95,20 @@ def test_a_head_that_dies_ends_the_driver_and_the_run_goes_on_elsewhere(ray_job:
     storage.remove(ray_job.paths.heartbeat)
     assert job_on_one_process(ray_job).run() == ExitCode.DONE
     assert_exactly_once(ray_job, oracle)
+
+
+def test_ctrl_c_finishes_the_units_in_flight(ray_job: Job, oracle: Job) -> None:
+    """30 units, of which at most eight are under way at once."""
+    small = ray_job.settings | {"classify.unit_rows": 4, "resources.decode_actors": 1}
+    job = replace(ray_job, settings=small)
+    with started(job, "classify.unit=delay:0.5", once=False) as process:
+        wait_until(lambda: units_done(job) >= 2, 180)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(BOUNDED_S) == ExitCode.INTERRUPTED, job.log.read_text()
+    assert "stopped after the units in flight" in job.last_line()
+    assert 2 <= units_done(job) < 30
+    assert job_on_one_process(job).run() == ExitCode.DONE
+    assert_exactly_once(job, oracle)
 
 
 def job_on_one_process(job: Job) -> Job:
