@@ -97,6 +97,14 @@ def test_a_head_that_dies_ends_the_driver_and_the_run_goes_on_elsewhere(ray_job:
     assert_exactly_once(ray_job, oracle)
 
 
+def test_an_actor_that_hangs_ends_the_job_and_the_run_goes_on_elsewhere(ray_job: Job, oracle: Job) -> None:
+    with started(ray_job, "classify.unit[48]=hang", run__no_progress_s=90) as process:
+        assert process.wait(BOUNDED_S) == ExitCode.INTERRUPTED, ray_job.log.read_text()
+    assert "no unit was committed for 90 s (run.no_progress_s)" in ray_job.last_line()
+    assert job_on_one_process(ray_job).run() == ExitCode.DONE
+    assert_exactly_once(ray_job, oracle)
+
+
 def test_ctrl_c_finishes_the_units_in_flight(ray_job: Job, oracle: Job) -> None:
     """30 units, of which at most eight are under way at once."""
     small = ray_job.settings | {"classify.unit_rows": 4, "resources.decode_actors": 1}
