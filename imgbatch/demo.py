@@ -50,10 +50,6 @@ class DemoPaths:
     out: Path
 
     @property
-    def settings(self) -> Path:
-        return self.out / "demo.json"
-
-    @property
     def images(self) -> Path:
         return self.out / "images"
 
@@ -98,24 +94,21 @@ def run_demo(config: Config, *, num_images: int, seed: int, console: Console) ->
         CheckFailed: the job's output did not pass verification.
     """
     paths = DemoPaths(Path(str(config.output.path)))
-    _settle(paths, {"num_images": num_images, "seed": seed})
+    settle_demo(paths.out, {"num_images": num_images, "seed": seed})
     if not paths.manifest.exists():
-        with _step(console, f"drawing {num_images:,} images of {', '.join(CLASS_NAMES)}"):
+        with demo_step(console, f"drawing {num_images:,} images of {', '.join(CLASS_NAMES)}"):
             draw_collection(paths.images, num_images=num_images, seed=seed)
             options = BuildOptions(targets_from="folder", split_from="folder")
             build_manifest([str(paths.images)], str(paths.manifest), options)
-    with _session(config):
-        with _step(console, f"training {SIMPLE_CNN} on the train split"):
+    with demo_session(config):
+        with demo_step(console, f"training {SIMPLE_CNN} on the train split"):
             train(_train_config(config, paths, seed), console)
-        with _step(console, "classifying every row of the manifest"):
+        with demo_step(console, "classifying every row of the manifest"):
             run = classify(_job_config(config, paths), console)
             if run.already_finished:
                 console.print(f"run {run.run_id} is finished already, nothing to do", markup=False)
-    with _step(console, "verifying that every row came out exactly once"):
-        checks = verify(str(paths.labels))
-        if not checks.ok:
-            failed = next(check for check in checks.checks if not check.ok)
-            raise CheckFailed(f"{paths.labels}: {failed.name}: {failed.detail}")
+    with demo_step(console, "verifying that every row came out exactly once"):
+        verify_demo(paths.labels)
     with closing(open_views(str(paths.labels))) as views:
         answer = views.execute(LABELS_QUERY)
         columns, rows = [column[0] for column in answer.description or ()], answer.fetchall()
@@ -124,14 +117,23 @@ def run_demo(config: Config, *, num_images: int, seed: int, console: Console) ->
     return DemoResult(paths, run, accuracy, columns, rows, errors)
 
 
-def _settle(paths: DemoPaths, settings: dict[str, int]) -> None:
-    """Claim the output directory for these settings."""
-    storage.create_if_absent(str(paths.settings), storage.json_bytes(settings))
-    if storage.read_json(str(paths.settings)) != settings:
-        raise UsageError(f"output {paths.out}: holds a demo of other images; remove it or give another -o")
+def settle_demo(out: Path, settings: dict[str, int]) -> None:
+    """Claim the output directory for these settings; raises :class:`UsageError` if it holds a demo of others."""
+    stored = str(out / "demo.json")
+    storage.create_if_absent(stored, storage.json_bytes(settings))
+    if storage.read_json(stored) != settings:
+        raise UsageError(f"output {out}: holds a demo of other images; remove it or give another -o")
 
 
-def _session(config: Config) -> AbstractContextManager[None]:
+def verify_demo(labels: Path) -> None:
+    """Raise :class:`CheckFailed` unless every row of the job came out exactly once."""
+    checks = verify(str(labels))
+    if not checks.ok:
+        failed = next(check for check in checks.checks if not check.ok)
+        raise CheckFailed(f"{labels}: {failed.name}: {failed.detail}")
+
+
+def demo_session(config: Config) -> AbstractContextManager[None]:
     """One Ray for training and classifying: starting a second would cost the seconds twice."""
     if config.classify.engine == "local":
         return nullcontext()
@@ -166,7 +168,8 @@ def _job_config(config: Config, paths: DemoPaths) -> Config:
 
 
 @contextmanager
-def _step(console: Console, what: str) -> Iterator[None]:
+def demo_step(console: Console, what: str) -> Iterator[None]:
+    """Say what is being done, and how long it took."""
     console.print(f"{what} …", markup=False)
     started = time.monotonic()
     yield

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from imgbatch.commands.common import Assignments, ConfigFile, console, messages
 from imgbatch.commands.report import report_after_run
-from imgbatch.config import load_config
+from imgbatch.config import Config, load_config
 
 
 def demo(
     out: Annotated[str, typer.Option("-o", "--out", help="Directory for images, manifest, model and labels.")],
     images: Annotated[int, typer.Option("--images", min=30, help="How many images to draw.")] = 3000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed draws other images.")] = 0,
+    satellite: Annotated[
+        bool, typer.Option("--satellite", help="Scenes instead: tiles, four bands, labels on the map.")
+    ] = False,
+    scenes: Annotated[int, typer.Option("--scenes", min=3, help="With --satellite: how many scenes to draw.")] = 8,
     config_file: ConfigFile = None,
     assignments: Assignments = None,
 ) -> None:
     """Draw a collection, train a small network, label every image, verify, and show what came out."""
-    from rich.table import Table
-
+    if satellite:
+        _satellite_demo(load_config(config_file, assignments or (), {"output.path": out}), scenes, seed)
+        return
     from imgbatch.demo import LABELS_QUERY, run_demo
 
     config = load_config(config_file, assignments or (), {"output.path": out})
     result = run_demo(config, num_images=images, seed=seed, console=messages)
     paths = result.paths
     console.print(f'\nimgbatch query {paths.labels} "{LABELS_QUERY}"\n', markup=False)
-    table = Table(*result.columns, box=None)
-    for row in result.rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
-    console.print(table)
+    _print_answer(result.columns, result.rows)
     console.print(f"\naccuracy on the test split: {result.accuracy:.3f}")
     console.print(f"{result.run.num_rows:,} rows, {result.run.num_errors:,} without a prediction:")
     for uri, status, message in result.errors:
@@ -47,3 +49,40 @@ def demo(
         console.print(f"  {what:<9} {path}", markup=False)
     report_after_run(str(paths.labels), result.run.run_id, keep=True)
     console.print(f"\ncheck it again: imgbatch verify {paths.labels}", markup=False)
+
+
+def _satellite_demo(config: Config, num_scenes: int, seed: int) -> None:
+    from imgbatch.core.bands import require_rasterio
+
+    require_rasterio()
+    from imgbatch.satellite_demo import COVER_QUERY, run_satellite_demo
+
+    result = run_satellite_demo(config, num_scenes=num_scenes, seed=seed, console=messages)
+    paths = result.paths
+    console.print(f'\nimgbatch query {paths.labels} "{COVER_QUERY}"\n', markup=False)
+    _print_answer(result.columns, result.rows)
+    console.print(f"\naccuracy on the tiles of the test scenes: {result.accuracy:.3f}")
+    console.print(f"accuracy on the pixels of the test scenes' maps: {result.pixel_accuracy:.3f}")
+    console.print(f"{result.run.num_rows:,} tiles, {result.run.num_errors:,} without a prediction:")
+    for image_id, status, message in result.errors:
+        console.print(f"  {status:<14} {image_id}: {message}", markup=False)
+    console.print("\nwhere things are:")
+    for what, path in [
+        ("scenes", paths.collection / "scenes"),
+        ("tiles", paths.tiles),
+        ("model", paths.model),
+        ("labels", paths.labels / "predictions"),
+        ("maps", paths.mosaic),
+    ]:
+        console.print(f"  {what:<9} {path}", markup=False)
+    report_after_run(str(paths.labels), result.run.run_id, keep=True)
+    console.print(f"\ncheck it again: imgbatch verify {paths.labels}", markup=False)
+
+
+def _print_answer(columns: list[str], rows: list[tuple[Any, ...]]) -> None:
+    from rich.table import Table
+
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+    console.print(table)

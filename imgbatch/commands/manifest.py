@@ -135,6 +135,9 @@ def tile(
     split: Annotated[
         str | None, typer.Option(metavar="NAME=SHARE,...", help="Draw splits, like train=0.8,test=0.2; by scene.")
     ] = None,
+    split_from: Annotated[
+        From | None, typer.Option(help="folder: the split is the folder train, validation, val, valid or test.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Another seed draws other splits.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the manifest if it is there.")] = False,
 ) -> None:
@@ -155,6 +158,7 @@ def tile(
         min_valid=min_valid,
         bands=_parse_bands(bands) if bands is not None else None,
         split_shares=parse_split_shares(split) if split is not None else None,
+        split_from="folder" if split_from else None,
         seed=seed,
         labels=VectorLabels(labels, label_field) if labels is not None else None,
     )

@@ -207,13 +207,18 @@ def _parent_name(uri: str) -> str:
     return posixpath.basename(posixpath.dirname(uri))
 
 
+def split_of_folders(folders: Sequence[str]) -> str | None:
+    """The split that the last of the folders known to :data:`SPLIT_FOLDERS` means, or none."""
+    return next((SPLIT_FOLDERS[name] for name in reversed(folders) if name in SPLIT_FOLDERS), None)
+
+
 def _folder_splits(rows: SourceRows, source: Source) -> list[str]:
     if rows.names is None:
         raise UsageError(f"{source.path}: embedded images lie in no folder, so --split-from folder cannot name any")
     splits = []
     for name in rows.names:
         folders = [rows.folder, *(name or "").split("/")[:-1]]
-        split = next((SPLIT_FOLDERS[part] for part in reversed(folders) if part in SPLIT_FOLDERS), None)
+        split = split_of_folders(folders)
         if split is None:
             raise UsageError(
                 f"{source.path}: {name}: --split-from folder needs a folder named "

@@ -14,9 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rasterio.enums import MaskFlags
 from rasterio.io import DatasetReader
@@ -24,7 +26,7 @@ from rasterio.warp import transform as to_crs
 
 from imgbatch.core import geoparquet, storage
 from imgbatch.core.geoparquet import BBOX, BBOX_TYPE, CRS, GEOMETRY, TRANSFORM
-from imgbatch.core.manifest_build import draw_split
+from imgbatch.core.manifest_build import SPLIT_FOLDERS, draw_split, split_of_folders
 from imgbatch.core.manifest_sources import TableOptions, open_sources
 from imgbatch.core.parquet import BATCH_ROWS, rechunk
 from imgbatch.core.rasters import gdal_env, open_raster
@@ -56,9 +58,11 @@ class TileOptions:
     """For the column ``bands``; none: no such column."""
     split_shares: Mapping[str, float] | None = None
     """Draws the split of each scene: all its tiles go together, because neighbours look alike."""
+    split_from: Literal["folder"] | None = None
+    """``folder``: as ``manifest_build.BuildOptions.split_from``."""
     seed: int = 0
     labels: VectorLabels | None = None
-    """Fills the column ``target``; tiles that no label touches get none."""
+    """Fills the column ``target``; tiles that no label touches get none, and are in no split."""
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.overlap < 1 or not 0 <= self.min_valid <= 1:
@@ -126,7 +130,7 @@ def _schema(options: TileOptions) -> pa.Schema:
     fields = [(URI, pa.string()), (IMAGE_ID, pa.string()), (WINDOW, WINDOW_TYPE)]
     fields += [(BANDS, pa.list_(pa.int32()))] if options.bands else []
     fields += [(TARGET, pa.string())] if options.labels else []
-    fields += [(SPLIT, pa.string())] if options.split_shares else []
+    fields += [(SPLIT, pa.string())] if options.split_shares or options.split_from else []
     fields += [(CRS, pa.string()), (TRANSFORM, pa.list_(pa.float64())), (GEOMETRY, pa.binary()), (BBOX, BBOX_TYPE)]
     return pa.schema(fields)
 
@@ -188,10 +192,23 @@ def _tiles(scene: DatasetReader, uri: str, name: str, options: TileOptions, tall
         table = table.append_column(BANDS, pa.array([list(options.bands)] * count, pa.list_(pa.int32())))
     if options.labels:
         table = table.append_column(TARGET, pa.array(options.labels.targets(geometry), pa.string()))
-    if options.split_shares:
-        split = draw_split(name, dict(options.split_shares), options.seed)
-        table = table.append_column(SPLIT, pa.repeat(pa.scalar(split), count))
+    if options.split_shares or options.split_from:
+        splits = pa.repeat(pa.scalar(_split_of(uri, name, options)), count)
+        if options.labels:
+            splits = pc.if_else(table[TARGET].is_valid(), splits, pa.scalar(None, pa.string()))
+        table = table.append_column(SPLIT, splits)
     return table
+
+
+def _split_of(uri: str, name: str, options: TileOptions) -> str:
+    if options.split_shares:
+        return draw_split(name, dict(options.split_shares), options.seed)
+    split = split_of_folders(name.split("/")[:-1])
+    if split is None:
+        raise UsageError(
+            f"{uri}: --split-from folder needs a folder named {', '.join(SPLIT_FOLDERS)} in every path below the source"
+        )
+    return split
 
 
 def _crs_name(scene: DatasetReader) -> str:
