@@ -80,7 +80,7 @@ def check_manifest(path: str, *, sample_rows: int = 64, seed: int = 0) -> CheckR
     """Look at every row and decode a seeded sample of the images, as a run would.
 
     Memory is bounded for any number of rows: duplicates are found by DuckDB, which spills to a temporary folder.
-    Images of which only a window or some bands are wanted are left out of the sample.
+    Rasters of which the manifest wants certain bands are left out of the sample.
 
     Raises:
         UsageError: there is no such manifest, or it is not Parquet. What else is wrong becomes ``problems``.
@@ -178,7 +178,7 @@ def _add_sample_problems(result: CheckResult) -> None:
 
 
 def _decode_sample(manifest: Manifest, rows: list[dict[str, Any]]) -> list[SampledRow]:
-    rows = [row for row in rows if row.get(WINDOW) is None and row.get(BANDS) is None]
+    rows = [row for row in rows if row.get(BANDS) is None]
     if not rows:
         return []
     decoded = decode_sample(manifest, rows, PreprocessSpec(), Config()).decoded

@@ -5,21 +5,19 @@ Legend of the shape suffixes: ``N`` images, ``H`` height, ``W`` width, ``C`` cha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imgbatch.config import DecodeConfig, FetchConfig
-from imgbatch.core.decoder import Decoder
-from imgbatch.core.fetch import Fetcher
+from imgbatch.config import Config
 from imgbatch.core.manifest import Manifest
-from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.row_decoder import RowDecoder, image_columns
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.errors import RowError, Stage, Status, UsageError, row_error
-from imgbatch.schema import IMAGE_ID, ROW_ID, TARGET, TARGETS, URI
+from imgbatch.errors import RowError, UsageError
+from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, TARGET, TARGETS, URI, WINDOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +52,10 @@ def load_pictures(
         UsageError: an image_id that the manifest does not have, or no row with a known target.
     """
     rows = _choose(manifest, limit, image_ids, known_targets)
-    with Decoder(spec, DecodeConfig()) as decoder, Fetcher(FetchConfig()) as fetcher:
-        decoded = decoder.decode(_payloads(manifest, rows, fetcher), rows.num_rows)
+    images = rows.select(image_columns(rows.column_names))
+    embedded = manifest if manifest.has_bytes else None
+    with RowDecoder(spec, Config(), columns=images.column_names, embedded=embedded) as decoder:
+        decoded = decoder.decode(images)
     ids, targets = rows[IMAGE_ID].to_pylist(), rows[TARGETS].to_pylist()
     ok = [index for index, error in enumerate(decoded.errors) if error is None]
     failed = {ids[index]: error for index, error in enumerate(decoded.errors) if error is not None}
@@ -91,7 +91,7 @@ def _choose(
     return rows.take(np.linspace(0, rows.num_rows - 1, count).round().astype(np.int64))
 
 
-_COLUMNS = (URI, IMAGE_ID, TARGET, TARGETS)
+_COLUMNS = (URI, IMAGE_ID, WINDOW, BANDS, TARGET, TARGETS)
 
 
 def _slim(table: pa.Table, first_row: int) -> pa.Table:
@@ -108,15 +108,9 @@ def _slim(table: pa.Table, first_row: int) -> pa.Table:
             IMAGE_ID: table[IMAGE_ID],
             URI: table[URI] if URI in table.column_names else pa.nulls(num_rows, pa.string()),
             TARGETS: targets,
+            **{name: table[name] for name in (WINDOW, BANDS) if name in table.column_names},
         }
     )
 
 
 _TARGETS_TYPE = pa.list_(pa.string())
-
-
-def _payloads(manifest: Manifest, rows: pa.Table, fetcher: Fetcher) -> Iterable[bytes | RowError]:
-    if not manifest.has_bytes:
-        return fetcher.fetch(rows[URI].to_pylist())
-    missing = row_error(Status.EMPTY, Stage.FETCH, "the bytes column is null")
-    return (data or missing for data in EmbeddedImages(manifest).read(rows[ROW_ID].to_pylist()))

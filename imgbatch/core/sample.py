@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from imgbatch.config import Config
-from imgbatch.core.decoder import DecodedUnit, Decoder
-from imgbatch.core.fetch import Fetcher
+from imgbatch.core.decoder import DecodedUnit
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.model import ModelBundle
-from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.row_decoder import RowDecoder
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.errors import RowError, Stage, Status, row_error
 from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, TARGET, TARGETS, URI, WINDOW
 
 _MAX_ROW_GROUPS = 8
@@ -56,12 +55,14 @@ def decode_sample(
 ) -> DecodedSample:
     """``rows`` (with ``row_id`` and ``uri``) fetched and decoded as a run would; the first is tried before the clock
     starts, because it starts the decoder."""
-    with Fetcher(config.fetch) as fetcher, Decoder(spec, config.decode) as decoder:
-        decoder.decode(_payloads(manifest, fetcher, rows[:1]), len(rows[:1]))
-        started, fetch_before = time.perf_counter(), fetcher.fetch_s
-        decoded = decoder.decode(_payloads(manifest, fetcher, rows), len(rows))
+    table = _image_table(manifest, rows)
+    embedded = manifest if manifest.has_bytes else None
+    with RowDecoder(spec, config, columns=table.column_names, embedded=embedded) as decoder:
+        decoder.decode(table.slice(0, 1))
+        started, fetch_before = time.perf_counter(), decoder.fetch_s
+        decoded = decoder.decode(table)
         elapsed = time.perf_counter() - started
-    waited = fetcher.fetch_s - fetch_before
+        waited = decoder.fetch_s - fetch_before
     return DecodedSample(list(rows), decoded, max(0.0, min(waited, elapsed - decoded.decode_s)))
 
 
@@ -80,12 +81,8 @@ def classify_sample(sample: DecodedSample, bundle: ModelBundle, *, device: str, 
     return (time.perf_counter() - started) / len(images_NHWC)
 
 
-def _payloads(manifest: Manifest, fetcher: Fetcher, rows: Sequence[dict[str, Any]]) -> Iterator[bytes | RowError]:
-    if manifest.has_bytes:
-        missing = row_error(Status.EMPTY, Stage.FETCH, "the bytes column is null")
-        for image in EmbeddedImages(manifest).read([row[ROW_ID] for row in rows]):
-            yield image if image is not None else missing
-        return
-    fetched = fetcher.fetch([row[URI] for row in rows if row[URI] is not None])
-    for row in rows:
-        yield next(fetched) if row[URI] is not None else row_error(Status.NOT_FOUND, Stage.FETCH, "the uri is null")
+def _image_table(manifest: Manifest, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    fields = [(ROW_ID, pa.int64())]
+    fields += [(name, manifest.schema.field(name).type) for name in (URI, WINDOW, BANDS) if name in rows[0]]
+    schema = pa.schema(fields)
+    return pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)

@@ -12,20 +12,24 @@ import base64
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
-from imgbatch.config import Config, DecodeConfig, FetchConfig, parse_config
+from imgbatch.config import Config, parse_config
 from imgbatch.core import storage
-from imgbatch.core.decoder import Decoder
-from imgbatch.core.fetch import Fetcher
+from imgbatch.core.bands import visible_rgb
 from imgbatch.core.manifest import open_manifest
-from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.row_decoder import RowDecoder, image_columns
+from imgbatch.core.rows import select_rows
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, Stage, Status, UsageError, row_error
 from imgbatch.report.picks import Pick
+from imgbatch.schema import ROW_ID, URI
 
 SIZE = 144
 """Side of a thumbnail, px: 112 on the page, a little more for dense screens."""
@@ -33,6 +37,8 @@ _QUALITY = 80
 _FETCH_TIMEOUT_S = 10.0
 _FETCH_RETRIES = 1
 _DECODE_TIMEOUT_S = 5.0
+_RASTER_FIELD = "geo.max_nodata"
+"""In the fingerprint of runs that read rasters."""
 
 Thumbnail = str | RowError
 """A ``data:`` URI, or why there is none."""
@@ -62,43 +68,47 @@ def _of_run(paths: RunPaths, picks: Sequence[Pick]) -> Iterator[Thumbnail]:
     # A retry classifies rows of the same manifest under the parent's row_ids.
     config = parse_config(plan["config"]) if "config" in plan else Config()
     spec = _spec(plan["fields"].get("preprocess"))
-    limits = DecodeConfig(
-        timeout_s=min(config.decode.timeout_s, _DECODE_TIMEOUT_S),
-        memory_mb=config.decode.memory_mb,
-        max_pixels=config.decode.max_pixels,
-    )
-    with Decoder(spec, limits) as decoder:
-        if plan.get("has_bytes"):
-            unit = decoder.decode(_embedded(config, picks), len(picks))
-        else:
-            with Fetcher(_impatient(config.fetch)) as fetcher:
-                unit = decoder.decode(fetcher.fetch([pick.uri for pick in picks]), len(picks))
-    for error, pixels_HWC in zip(unit.errors, unit.pixels_NHWC, strict=True):
+    try:
+        embedded = open_manifest(str(config.input.manifest)) if plan.get("has_bytes") else None
+    except UsageError as error:
+        yield from [row_error(Status.NOT_FOUND, Stage.FETCH, error)] * len(picks)
+        return
+    rows = pa.table({ROW_ID: [pick.row_id for pick in picks], URI: pa.array([pick.uri for pick in picks], pa.string())})
+    if _RASTER_FIELD in plan["fields"]:
+        rows = _read_rows(paths, rows[ROW_ID].combine_chunks())
+    with RowDecoder(spec, _impatient(config), columns=rows.column_names, embedded=embedded) as decoder:
+        unit = decoder.decode(rows)
+    for error, pixels_HWC in zip(unit.errors, visible_rgb(unit.pixels_NHWC), strict=True):
         yield error or data_uri(pixels_HWC)
 
 
-def _spec(stored: dict[str, object] | None) -> PreprocessSpec:
+def _read_rows(paths: RunPaths, row_ids: pa.Array) -> pa.Table:
+    """Where the images of rows of a run are, in the order of the rows."""
+    found = []
+    for info in storage.list_files(paths.rows, ".parquet"):
+        with storage.open_ranges(info.uri) as file:
+            stored = pq.ParquetFile(file)
+            found.append(stored.read(image_columns(stored.schema_arrow.names)))
+    return pa.concat_tables(select_rows(found, row_ids)).sort_by(ROW_ID)
+
+
+def _spec(stored: dict[str, Any] | None) -> PreprocessSpec:
     spec = PreprocessSpec.from_dict(stored) if stored else PreprocessSpec()
     return replace(spec, resize_size=SIZE, crop_size=SIZE, interpolation="bicubic")
 
 
-def _impatient(config: FetchConfig) -> FetchConfig:
+def _impatient(config: Config) -> Config:
+    fetch = {
+        "timeout_s": min(config.fetch.timeout_s, _FETCH_TIMEOUT_S),
+        "retries": min(config.fetch.retries, _FETCH_RETRIES),
+    }
+    decode = {"timeout_s": min(config.decode.timeout_s, _DECODE_TIMEOUT_S)}
     return config.model_copy(
         update={
-            "timeout_s": min(config.timeout_s, _FETCH_TIMEOUT_S),
-            "retries": min(config.retries, _FETCH_RETRIES),
+            "fetch": config.fetch.model_copy(update=fetch),
+            "decode": config.decode.model_copy(update=decode),
         }
     )
-
-
-def _embedded(config: Config, picks: Sequence[Pick]) -> Iterator[bytes | RowError]:
-    try:
-        images = EmbeddedImages(open_manifest(str(config.input.manifest)))
-    except UsageError as error:
-        yield from [row_error(Status.NOT_FOUND, Stage.FETCH, error)] * len(picks)
-        return
-    for data in images.read([pick.row_id for pick in picks]):
-        yield data or row_error(Status.EMPTY, Stage.FETCH, "no bytes in the manifest")
 
 
 def data_uri(pixels_HWC: np.ndarray) -> str:
