@@ -74,7 +74,10 @@ def test_a_driver_killed_again_and_again(job: Job, oracle: Job) -> None:
 
 def test_two_drivers_at_once(job: Job, oracle: Job, start: Callable[..., Driver]) -> None:
     """Both look for another driver before either shows itself; the first writer of a unit wins."""
-    drivers = [start("heartbeat.checked=delay:1", output__keep_units=False) for _ in range(2)]
+    drivers = [start("heartbeat.checked=stop", output__keep_units=False) for _ in range(2)]
+    wait_until(lambda: all(is_stopped(driver.pid) for driver in drivers))
+    for driver in drivers:
+        os.kill(driver.pid, signal.SIGCONT)
     assert [driver.wait() for driver in drivers] == [ExitCode.DONE, ExitCode.DONE]
     assert_exactly_once(job, oracle)
 
