@@ -25,7 +25,6 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import ray
-import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
@@ -46,7 +45,8 @@ _PROBE = (
     "from importlib.util import find_spec; "
     "print('imgbatch', __import__('imgbatch').__version__ if find_spec('imgbatch') else 'none')"
 )
-_CONNECTION_ERRORS = (OSError, RuntimeError, requests.RequestException, aiohttp.ClientError)
+_CONNECTION_ERRORS = (OSError, RuntimeError, aiohttp.ClientError)
+"""What Ray's client raises when the cluster is out of reach or answers half; those of requests are ``OSError``."""
 
 
 @dataclass(frozen=True)

@@ -90,4 +90,7 @@ def test_ray_knows_every_option_that_starts_it():
 
 
 def test_the_readme_names_what_is_there():
-    assert problems((CLUSTER / "README.md").read_text()) == []
+    text = (CLUSTER / "README.md").read_text()
+    for written_by_runs in ("`query.py`", "`spark.py`"):
+        text = text.replace(written_by_runs, "")
+    assert problems(text) == []
