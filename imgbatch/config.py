@@ -123,11 +123,14 @@ class ClassifyConfig(Section):
     unit_rows: PositiveInt | Auto = "auto"
     """Rows per unit, what is decoded, written and retried as one; auto: see ``core.units.choose_unit_rows``."""
     batch_size: PositiveInt | Auto = "auto"
-    """Images per forward pass; auto: 8 on a CPU, 256 on a GPU."""
+    """Images per forward pass; auto: what was the fastest for a variant of the model, else 8 on a CPU, 256 on a GPU."""
     engine: Literal["ray", "local"] = "ray"
     """``ray``, or ``local``: the same stages in a plain loop in this process."""
-    backend: Literal["auto", "torch"] = "auto"
-    """What runs the model."""
+    backend: Literal["auto", "torch", "torch_compile", "openvino", "openvino_fp32", "openvino_int8"] = "auto"
+    """What runs the model: torch, or a variant that ``imgbatch model optimize`` has made; auto: the fastest that the
+    model holds for the device, else torch."""
+    min_agreement: float = Field(0.99, ge=0, le=1)
+    """Share of images on which a variant must have had the same label as torch to be taken."""
 
 
 class ResourcesConfig(Section):

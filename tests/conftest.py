@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import uuid
@@ -96,6 +97,32 @@ def photo_manifest(photos: list[Path], tmp_path_factory: pytest.TempPathFactory)
     )
     pq.write_table(table, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def openvino() -> Any:
+    """The package; skips where it or NNCF is not installed."""
+    for name in ("openvino", "nncf"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed (extra openvino)")
+    from imgbatch.core.openvino_predict import import_openvino
+
+    return import_openvino()
+
+
+@pytest.fixture(scope="session")
+def optimized_model(
+    openvino: Any,  # noqa: ARG001, skips without it
+    tiny_model: ModelBundle,
+    photo_manifest: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ModelBundle:
+    """The tiny model with its two OpenVINO variants."""
+    from imgbatch.core.optimize import optimize_bundle
+
+    path = str(tmp_path_factory.mktemp("optimized") / "model")
+    optimize_bundle(tiny_model.path, target="openvino-fp32", calibration=str(photo_manifest), output=path)
+    return optimize_bundle(path, target="openvino-int8", calibration=str(photo_manifest))[0]
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ OPTIONS = [
     "classify.batch_size",
     "classify.engine",
     "classify.backend",
+    "classify.min_agreement",
     "resources.decode_actors",
     "resources.classify_actors",
     "resources.classify_threads",

@@ -1,4 +1,4 @@
-"""``imgbatch model``: make and inspect model bundles."""
+"""``imgbatch model``: make, inspect, optimize and export model bundles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import typer
 from imgbatch.commands.common import AsJson, console, print_json
 from imgbatch.errors import UsageError
 
-app = typer.Typer(help="Make and inspect model bundles.", no_args_is_help=True)
+app = typer.Typer(help="Make, inspect, optimize and export model bundles.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model bundle.", show_default=False)]
 
 _NAME_WIDTH = 16
 _ITEMS_SHOWN = 10
@@ -72,7 +74,7 @@ def _parse_range(text: str) -> tuple[float, float]:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model bundle.", show_default=False)],
+    model: Model,
     as_json: AsJson = False,
 ) -> None:
     """Print what a model bundle holds (its weights are not loaded)."""
@@ -80,14 +82,81 @@ def inspect(
     if as_json:
         print_json(facts)
         return
+    facts["variants"] = {
+        target: f"{variant['variant_id']}, {variant['agreement']['labels']:.2%} of labels as torch's"
+        for target, variant in facts["variants"].items()
+    }
     for name, value in facts.items():
         if name != "preprocess":
             console.print(f"{name:<{_NAME_WIDTH}}{_text(value)}", markup=False)
 
 
+@app.command()
+def optimize(
+    model: Model,
+    target: Annotated[
+        Literal["openvino-int8", "openvino-fp32", "torch-compile"], typer.Option(help="What the variant is.")
+    ],
+    calibration: Annotated[
+        str, typer.Option(metavar="MANIFEST", help="Images like those to be classified; targets help.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="NEW", help="A copy of MODEL to put it into.", show_default="MODEL"),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many images, spread over the manifest.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Make a faster variant of a model and measure how far it agrees with the original; classify then uses it."""
+    from imgbatch.config import ClassifyConfig
+    from imgbatch.core.optimize import optimize_bundle
+    from imgbatch.core.variants import directory_of
+
+    bundle, variant = optimize_bundle(model, target=target, calibration=calibration, output=output, limit=limit)
+    if as_json:
+        print_json({"variant_id": variant.variant_id, **variant.model_dump(mode="json")})
+        return
+    console.print(f"{directory_of(bundle.path, target)}: variant_id {variant.variant_id}", markup=False)
+    console.print(f"agreement  {variant.agreement.describe()}", markup=False)
+    console.print(
+        f"speed      {variant.images_per_s['variant']:,.1f} images/s in one thread at batches of {variant.batch_size}, "
+        f"torch {variant.images_per_s['original']:,.1f}",
+        markup=False,
+    )
+    floor = ClassifyConfig().min_agreement
+    if variant.agreement.labels < floor:
+        console.print(
+            f"classify leaves it out, because its labels agree on less than {floor:.0%}, unless "
+            f"--set classify.min_agreement={int(variant.agreement.labels * 1000) / 1000:g} allows it",
+            markup=False,
+        )
+
+
+@app.command()
+def export(
+    model: Model,
+    file_format: Annotated[Literal["onnx", "openvino"], typer.Option("--format", help="What to write.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE", help="A .onnx file, or a .xml beside which a .bin is put.")
+    ],
+    manifest: Annotated[str, typer.Option(help="Images to compare the file with torch on.")],
+    limit: Annotated[int, typer.Option(min=1, help="At most so many images, spread over the manifest.")] = 64,
+) -> None:
+    """Write a model for use elsewhere: uint8 crops in, probabilities out; compared with torch on real images first."""
+    from imgbatch.core.export import export_bundle
+
+    result = export_bundle(model, file_format=file_format, output=output, manifest=manifest, limit=limit)
+    console.print(
+        f"{', '.join(result.files)}: {result.same_labels:,} of {result.images:,} labels as in torch, probabilities "
+        f"within {result.largest_difference:.2g}",
+        markup=False,
+    )
+
+
 def _facts(model: str) -> dict[str, Any]:
     from imgbatch.core import storage
     from imgbatch.core.model import WEIGHTS_FILE, load_bundle, load_metrics
+    from imgbatch.core.variants import load_variants
     from imgbatch.core.weights import count_parameters, read_header
 
     bundle = load_bundle(model)
@@ -109,6 +178,10 @@ def _facts(model: str) -> dict[str, Any]:
         "weights_sha256": bundle.weights_sha256,
         "provenance": bundle.provenance,
         "metrics": load_metrics(bundle.path),
+        "variants": {
+            variant.target: {"variant_id": variant.variant_id, **variant.model_dump(mode="json", exclude={"target"})}
+            for variant in load_variants(bundle)
+        },
     }
 
 

@@ -43,6 +43,7 @@ def _rows(result: Forecast) -> list[tuple[str, str]]:
         ("run", f"{result.run_id}: {_STATES[result.state]}{done}"),
         ("rows", f"{result.num_rows:,} in {result.num_units:,} units of {result.unit_rows:,}"),
         ("pools", f"{result.pools}, {result.device}"),
+        ("model", result.backend.removeprefix("the model ")),
         ("images", result.preprocess),
     ]
     for stage, ms in result.stage_ms.items():

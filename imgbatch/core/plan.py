@@ -1,16 +1,10 @@
-"""Planning a run: its identity, its units and its rows, settled once and created if absent.
-
-The fingerprint covers what changes a result: the manifest's content, the model, the preprocessing, backend and
-device, and the settings of input, decode and output. It leaves out ``errors``, ``resources``, ``fetch`` and how the
-work is cut and batched, so that a rerun may change those.
-"""
+"""Planning a run: its identity, its units and its rows, settled once and created if absent."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +12,11 @@ import pyarrow as pa
 
 from imgbatch.config import Config, parse_config
 from imgbatch.core import storage
+from imgbatch.core.backends import Backend, choose_backend, planned_backend
 from imgbatch.core.bands import require_rasterio
 from imgbatch.core.database import spilling
 from imgbatch.core.failpoints import failpoint
+from imgbatch.core.fingerprint import ProbabilityMode, fingerprint_of, probability_mode, result_fields
 from imgbatch.core.geoparquet import carried_metadata
 from imgbatch.core.incremental import unlabelled_rows
 from imgbatch.core.manifest import Manifest, open_manifest
@@ -32,12 +28,10 @@ from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, utc_now
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.units import UnitLayout, choose_unit_rows
 from imgbatch.errors import NothingToDo, UsageError
-from imgbatch.schema import ETAG, IMAGE_ID, ROW_ID, SCHEMA_VERSION
+from imgbatch.schema import IMAGE_ID, ROW_ID
 
 DeviceKind = Literal["cpu", "cuda"]
-ProbabilityMode = Literal["all", "top_k", "none"]
 
-AUTO_ALL_MAX_CLASSES = 100
 _BASE_ROW_BYTES = 200
 _PROBABILITY_BYTES = 4
 _TOP_K_ENTRY_BYTES = 24
@@ -109,6 +103,7 @@ class Run:
     bundle: ModelBundle
     spec: PreprocessSpec
     partitions: tuple[Partition, ...]
+    backend: Backend = field(default_factory=Backend)
 
     @property
     def run_id(self) -> str:
@@ -150,7 +145,8 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
         UsageError: bad input, or an unfinished run with other settings stands in the way.
     """
     manifest, bundle, spec = open_inputs(config)
-    fields = result_fields(config, manifest, bundle, spec, device)
+    backend = choose_backend(config.classify, bundle, spec, device, features=config.output.embeddings)
+    fields = result_fields(config, manifest, bundle, spec, device, backend)
     fingerprint = fingerprint_of(fields)
     out = storage.absolute(str(config.output.path))
     storage.check_writable(out)
@@ -165,7 +161,7 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
             config, fields, run_id, segments, bundle, spec, has_bytes=manifest.has_bytes, parent=None, device=device
         )
         _create(paths, plan, tables, check_duplicates=config.input.duplicates == "error")
-    return open_run(paths, config, bundle, spec)
+    return replace(open_run(paths, config, bundle, spec), backend=backend)
 
 
 def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: DeviceKind, *, attempt: int) -> Run:
@@ -176,19 +172,12 @@ def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: 
     """
     manifest, bundle, spec = open_inputs(config)
     parent_plan = RunPlan.from_json(dict(parent.plan))
-    identity = manifest.content_identity()
-    if identity != parent_plan.fields["manifest"]:
+    backend = planned_backend(parent_plan.fields, bundle, device)
+    fields = result_fields(config, manifest, bundle, spec, device, backend)
+    if fields["manifest"] != parent_plan.fields["manifest"]:
         raise UsageError(f"manifest {manifest.path}: changed since run {parent.run_id}; classify it as a new run")
     rows_digest = hashlib.sha256(np.sort(failed_rows.to_numpy()).tobytes()).hexdigest()
-    fields = {
-        "manifest": identity,
-        "parent": parent.run_id,
-        "attempt": attempt,
-        "rows": rows_digest,
-        **_etag_fields(config, manifest),
-        **_raster_fields(config, manifest, spec),
-        **_result_fields(config, bundle, spec, device, "torch"),
-    }
+    fields |= {"parent": parent.run_id, "attempt": attempt, "rows": rows_digest}
     out = parent.paths.out
     run_id = choose_run_id(
         out, fingerprint_of(fields), fields, new_run=config.run.new_run, abandon=True, parent=parent.run_id
@@ -214,12 +203,16 @@ def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: 
 
 
 def open_run(paths: RunPaths, config: Config, bundle: ModelBundle, spec: PreprocessSpec) -> Run:
-    """The planned run at ``paths``, to be worked on with this command's ``config``."""
+    """The planned run at ``paths``, to be worked on with this command's ``config``.
+
+    Raises:
+        UsageError: it was planned with a variant that the bundle does not hold any more.
+    """
     plan = RunPlan.from_json(storage.read_json(paths.plan))
     reader = RowsReader(paths)
     partitions = parse_partitions(plan.config.output.partition_by, reader.schema)
     reader.close()
-    return Run(paths, plan, config, bundle, spec, partitions)
+    return Run(paths, plan, config, bundle, spec, partitions, planned_backend(plan.fields, bundle, plan.device))
 
 
 def _create(paths: RunPaths, plan: RunPlan, tables: Iterator[pa.Table], *, check_duplicates: bool) -> None:
@@ -333,68 +326,13 @@ def choose_layout(config: Config, segments: tuple[int, ...], bundle: ModelBundle
 
 def estimate_row_bytes(config: Config, bundle: ModelBundle) -> int:
     """Bytes of one result row before compression, about."""
-    probabilities, num_classes = _probability_mode(config, bundle), len(bundle.class_names)
+    probabilities, num_classes = probability_mode(config, bundle), len(bundle.class_names)
     row_bytes = _BASE_ROW_BYTES + (_PROBABILITY_BYTES * num_classes if probabilities == "all" else 0)
     if probabilities != "none":
         row_bytes += _TOP_K_ENTRY_BYTES * min(config.output.top_k, num_classes)
     if config.output.embeddings:
         row_bytes += _FEATURE_BYTES * count_features(bundle)
     return row_bytes
-
-
-def _probability_mode(config: Config, bundle: ModelBundle) -> ProbabilityMode:
-    if config.output.probabilities != "auto":
-        return config.output.probabilities
-    return "all" if len(bundle.class_names) <= AUTO_ALL_MAX_CLASSES else "top_k"
-
-
-def result_fields(
-    config: Config, manifest: Manifest, bundle: ModelBundle, spec: PreprocessSpec, device: str
-) -> dict[str, Any]:
-    """Everything that changes a result of a run: what its fingerprint is taken of."""
-    return {
-        "manifest": manifest.content_identity(),
-        **_etag_fields(config, manifest),
-        **_raster_fields(config, manifest, spec),
-        **_result_fields(config, bundle, spec, device, "torch"),
-    }
-
-
-def _etag_fields(config: Config, manifest: Manifest) -> dict[str, Any]:
-    """Kept out of the fingerprint where the manifest does not know what the objects were."""
-    return {"input.if_changed": config.input.if_changed} if ETAG in manifest.schema.names else {}
-
-
-def _raster_fields(config: Config, manifest: Manifest, spec: PreprocessSpec) -> dict[str, Any]:
-    """Kept out of the fingerprint of photographs, which they do not change."""
-    return {"geo.max_nodata": config.geo.max_nodata} if reads_rasters(manifest.schema.names, spec) else {}
-
-
-def _result_fields(
-    config: Config, bundle: ModelBundle, spec: PreprocessSpec, device: str, backend: str
-) -> dict[str, Any]:
-    return {
-        "input.limit": config.input.limit,
-        "input.duplicates": config.input.duplicates,
-        "input.skip_existing": config.input.skip_existing,
-        "input.since_run": config.input.since_run,
-        "model": bundle.model_id,
-        "preprocess": json.loads(json.dumps(spec.to_dict())),
-        "backend": backend,
-        "device": device,
-        **{f"decode.{key}": value for key, value in config.decode.model_dump().items()},
-        "output.partition_by": list(config.output.partition_by),
-        "output.probabilities": _probability_mode(config, bundle),
-        "output.top_k": config.output.top_k,
-        "output.embeddings": config.output.embeddings,
-        "output.target_file_mb": config.output.target_file_mb,
-        "schema_version": SCHEMA_VERSION,
-    }
-
-
-def fingerprint_of(fields: dict[str, Any]) -> str:
-    """sha256, hex."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def read_plan(entry: RunEntry) -> RunPlan:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from imgbatch.config import Config
+from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.decoder import DecodedUnit
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.model import ModelBundle
@@ -66,15 +67,15 @@ def decode_sample(
     return DecodedSample(list(rows), decoded, max(0.0, min(waited, elapsed - decoded.decode_s)))
 
 
-def classify_sample(sample: DecodedSample, bundle: ModelBundle, *, device: str, batch_size: int, threads: int) -> float:
+def classify_sample(
+    sample: DecodedSample, bundle: ModelBundle, backend: Backend, *, device: str, batch_size: int, threads: int
+) -> float:
     """Seconds per image that the model takes on the decoded images; they are repeated to fill two batches."""
-    from imgbatch.core.predict import Predictor
-
     ok = np.array([error is None for error in sample.decoded.errors], dtype=bool)
     images_NHWC = sample.decoded.pixels_NHWC[ok]
     wanted = max(2 * batch_size, len(images_NHWC))
     images_NHWC = np.tile(images_NHWC, (-(-wanted // len(images_NHWC)), 1, 1, 1))[:wanted]
-    predictor = Predictor(bundle, device=device, batch_size=batch_size, num_threads=threads)
+    predictor = build_predictor(bundle, backend, device=device, batch_size=batch_size, num_threads=threads)
     predictor.predict(images_NHWC[:batch_size])
     started = time.perf_counter()
     predictor.predict(images_NHWC)

@@ -101,10 +101,10 @@ class DecodeStage:
 
 
 class ClassifyStage:
-    """Runs the model over decoded blocks. Loads it once; importing torch happens here and not before."""
+    """Runs the model over decoded blocks. Loads it once; torch or OpenVINO is imported here and not before."""
 
     def __init__(self, run: Run, *, batch_size: int, num_threads: int | None) -> None:
-        from imgbatch.core.predict import Predictor
+        from imgbatch.core.backends import build_predictor
 
         storage.configure(run.config.storage)
         plan = run.plan
@@ -113,8 +113,9 @@ class ClassifyStage:
             run.bundle.class_names, run.bundle.task, plan.probabilities, plan.config.output.top_k, run.bundle.thresholds
         )
         bundle = replace(run.bundle, preprocess=run.spec)
-        self._predictor = Predictor(
+        self._predictor = build_predictor(
             bundle,
+            run.backend,
             device=plan.device,
             batch_size=batch_size,
             features=plan.config.output.embeddings,

@@ -13,15 +13,15 @@ import numpy as np
 
 from imgbatch.config import Config, PlanConfig
 from imgbatch.core import storage
+from imgbatch.core.backends import Backend, choose_backend
+from imgbatch.core.fingerprint import fingerprint_of, result_fields
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.plan import (
     DeviceKind,
     choose_layout,
     estimate_row_bytes,
-    fingerprint_of,
     open_inputs,
-    result_fields,
     segments_of,
     wanted_rows,
 )
@@ -50,6 +50,8 @@ class Forecast:
     num_units: int
     unit_rows: int
     device: str
+    backend: str
+    """What would run the model."""
     pools: str
     preprocess: str
     sampled: int
@@ -88,14 +90,16 @@ def forecast(config: Config) -> Forecast:
         pools = choose_pools(config.resources, device, machine)
     wanted = wanted_rows(config, manifest, bundle, out)
     layout = choose_layout(config, segments_of(manifest, wanted), bundle, spec)
-    run_id, state, units_done = _existing(config, manifest, bundle, spec, device, out)
-    sample, stage_s = _measure(config, manifest, bundle, spec, device, pools)
+    backend = choose_backend(config.classify, bundle, spec, device, features=config.output.embeddings)
+    fields = result_fields(config, manifest, bundle, spec, device, backend)
+    run_id, state, units_done = _existing(fields, out)
+    sample, stage_s = _measure(config, manifest, bundle, spec, device, pools, backend)
     rates = stage_rates(stage_s, pools, device, machine)
     limit = min(rates, key=lambda stage: rates[stage]) if rates else None
     left = layout.num_rows - units_done * layout.unit_rows
     hours = (left / rates[limit] + _START_UP_S) / 3600 if limit and state != "finished" else None
     statuses = Counter(error.status.value for error in sample.decoded.errors if error) if sample else Counter()
-    warnings += input_warnings(sample, bundle, spec)
+    warnings += [*backend.left_out, *input_warnings(sample, bundle, spec)]
     if layout.num_units > _MANY_UNITS:
         warnings.append(f"{layout.num_units:,} units are many for one driver; raise classify.unit_rows")
     return Forecast(
@@ -106,6 +110,7 @@ def forecast(config: Config) -> Forecast:
         num_units=layout.num_units,
         unit_rows=layout.unit_rows,
         device=device,
+        backend=backend.describe(),
         pools=pools.describe(),
         preprocess=spec.describe(),
         sampled=len(sample.rows) if sample else 0,
@@ -134,11 +139,8 @@ def _machine(config: Config) -> Iterator[tuple[Machine, list[str]]]:
     yield this_machine(), []
 
 
-def _existing(
-    config: Config, manifest: Manifest, bundle: ModelBundle, spec: PreprocessSpec, device: DeviceKind, out: str
-) -> tuple[str, str, int]:
+def _existing(fields: dict[str, Any], out: str) -> tuple[str, str, int]:
     """run_id, state and finished units of the run that the command would continue or start."""
-    fields = result_fields(config, manifest, bundle, spec, device)
     fingerprint = fingerprint_of(json.loads(json.dumps(fields)))
     for run in reversed(list_runs(out)):
         if run.plan["fingerprint"] == fingerprint and not run.abandoned:
@@ -149,7 +151,13 @@ def _existing(
 
 
 def _measure(
-    config: Config, manifest: Manifest, bundle: ModelBundle, spec: PreprocessSpec, device: DeviceKind, pools: Pools
+    config: Config,
+    manifest: Manifest,
+    bundle: ModelBundle,
+    spec: PreprocessSpec,
+    device: DeviceKind,
+    pools: Pools,
+    backend: Backend,
 ) -> tuple[DecodedSample | None, dict[str, float]]:
     """A sample and the seconds per image of each stage in one process; the model only where its device is here."""
     if config.plan.sample_rows == 0:
@@ -160,9 +168,11 @@ def _measure(
         return sample, {}
     stage_s = {"fetch": sample.fetch_s / len(sample.rows), "decode": sample.decoded.decode_s / len(sample.rows)}
     if device == "cpu" or this_machine().num_gpus:
-        batch_size = choose_batch_size(config.classify.batch_size, device)
+        batch_size = choose_batch_size(config.classify.batch_size, device, backend)
         threads = pools.classify_threads
-        stage_s["classify"] = classify_sample(sample, bundle, device=device, batch_size=batch_size, threads=threads)
+        stage_s["classify"] = classify_sample(
+            sample, bundle, backend, device=device, batch_size=batch_size, threads=threads
+        )
     return sample, stage_s
 
 

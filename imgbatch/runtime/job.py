@@ -207,6 +207,8 @@ def _classify_pending(run: Run, console: Console, stop: StopSwitch) -> RunResult
             with open_engine(run) as engine:
                 log.engine_described(engine.describe())
                 reporter.say(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}")
+                for line in (run.backend.describe(), *run.backend.left_out):
+                    reporter.say(line)
                 _Passes(run, engine, log, reporter, stop, pending=pending).run_all()
                 counts = finalize(run, engine.map_parts)["counts"]
         else:

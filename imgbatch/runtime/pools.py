@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgbatch.config import ResourcesConfig
+from imgbatch.core.backends import Backend
 from imgbatch.core.plan import DeviceKind
 from imgbatch.errors import UsageError
 
@@ -61,10 +62,12 @@ def choose_device(config: ResourcesConfig, machine: Machine) -> DeviceKind:
     return "cuda" if machine.num_gpus else "cpu"
 
 
-def choose_batch_size(configured: int | str, device: DeviceKind) -> int:
-    """``classify.batch_size`` resolved."""
+def choose_batch_size(configured: int | str, device: DeviceKind, backend: Backend | None = None) -> int:
+    """``classify.batch_size`` resolved; a variant was measured for it when it was made."""
     if isinstance(configured, int):
         return configured
+    if backend is not None and backend.variant is not None:
+        return backend.variant.batch_size
     return _GPU_BATCH if device == "cuda" else _CPU_BATCH
 
 

@@ -83,7 +83,7 @@ class RayEngine:
     def _pipeline(self, units: Sequence[int], defer: bool) -> Dataset:
         run, pools = self._run, self._pools
         resources = run.config.resources
-        batch_size = choose_batch_size(run.config.classify.batch_size, run.plan.device)
+        batch_size = choose_batch_size(run.config.classify.batch_size, run.plan.device, run.backend)
         threads = pools.classify_threads if run.plan.device == "cpu" else None
         return (
             ray.data.from_arrow([pa.table({UNIT: pa.array([unit], pa.int32())}) for unit in units])

@@ -75,7 +75,7 @@ class RunLog:
             "model": {"path": run.bundle.path, "model_id": run.bundle.model_id, "arch": run.bundle.arch},
             "preprocess": run.spec.describe(),
             "device": run.plan.device,
-            "backend": run.plan.backend,
+            **run.backend.fields,
             "predicted_at": run.plan.predicted_at,
             "started_at": sessions[0]["started_at"],
             "engine_ready_at": session["engine_ready_at"],

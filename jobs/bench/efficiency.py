@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,12 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def run_pipeline(manifest: Path, model: str, out: Path) -> dict[str, Any]:
-    """run.json of one run of the installed command."""
+def run_pipeline(manifest: Path, model: str, out: Path, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """run.json of one run of the installed command, with some ``section.key=value`` set."""
     command = [str(Path(sys.executable).with_name("imgbatch")), "classify"]
     command += ["-m", model, "--manifest", str(manifest), "-o", str(out), "--set", "resources.device=cpu"]
     command += ["--set", f"classify.unit_rows={UNIT_ROWS}", "--set", "output.keep_units=true"]
+    command += [part for setting in settings for part in ("--set", setting)]
     subprocess.run(command, check=True, env=os.environ, stdout=subprocess.DEVNULL)
     (path,) = out.glob("runs/*/run.json")
     (files,) = out.glob("runs/*/files.json")

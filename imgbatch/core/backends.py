@@ -1,0 +1,176 @@
+"""What runs the model: torch, or a variant of the bundle that fits the device and agrees well enough with torch.
+
+A backend is settled when a run is planned; its name and the variant's id are part of the run's fingerprint, so
+results of two backends never mix in one run. Choosing needs neither torch nor OpenVINO.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+from imgbatch.config import ClassifyConfig
+from imgbatch.core.model import ModelBundle
+from imgbatch.core.predictions import BatchedPredictor
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.variants import Variant, load_variants, read_files
+from imgbatch.errors import UsageError
+
+TORCH = "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What runs the model of one run."""
+
+    variant: Variant | None = None
+    """None: the network itself, in torch, float32."""
+    left_out: tuple[str, ...] = ()
+    """Of better variants that the bundle holds: why they do not serve, one line each."""
+
+    @property
+    def name(self) -> str:
+        return self.variant.backend if self.variant else TORCH
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """For the run's fingerprint."""
+        return {"backend": self.name, **({"variant": self.variant.variant_id} if self.variant else {})}
+
+    def describe(self) -> str:
+        """One line for a person."""
+        if self.variant is None:
+            return "the model runs in torch, fp32"
+        return (
+            f"the model runs as {self.variant.target} ({self.variant.variant_id}): {self.variant.agreement.describe()}"
+        )
+
+
+def choose_backend(
+    settings: ClassifyConfig, bundle: ModelBundle, spec: PreprocessSpec, device: str, *, features: bool
+) -> Backend:
+    """The backend that ``classify.backend`` means for this bundle on this device; a variant's files are checked.
+
+    ``auto`` takes the fastest variant that fits and falls back on torch; any other name is taken or refused.
+
+    Args:
+        spec: the preprocessing after overrides.
+        features: whether embeddings are wanted, which only torch gives.
+
+    Raises:
+        UsageError: the backend that was asked for does not serve, or a variant's files are damaged.
+    """
+    wanted = settings.backend
+    if wanted == TORCH:
+        return Backend()
+    left_out = []
+    for variant in load_variants(bundle):
+        if wanted != "auto" and not variant.backend.startswith(wanted):
+            continue
+        reason = _why_not(variant, settings, bundle, spec, device, features=features)
+        if reason is None:
+            read_files(bundle, variant)
+            return Backend(variant, tuple(left_out))
+        left_out.append(f"{variant.target} is left out: {reason}")
+    if wanted == "auto":
+        return Backend(None, tuple(left_out))
+    target = "openvino-int8" if wanted == "openvino" else wanted.replace("_", "-")
+    raise UsageError(
+        f"classify.backend {wanted}: {'; '.join(left_out)}"
+        if left_out
+        else f"classify.backend {wanted}: {bundle.path} holds no such variant; make one with "
+        f"`imgbatch model optimize {bundle.path} --target {target}`"
+    )
+
+
+def planned_backend(fields: dict[str, Any], bundle: ModelBundle, device: str) -> Backend:
+    """The backend that a run was planned with, to be used on ``device``.
+
+    Args:
+        fields: of the run's fingerprint.
+
+    Raises:
+        UsageError: the bundle does not hold that variant any more, or it is for another device.
+    """
+    if fields["backend"] == TORCH:
+        return Backend()
+    for variant in load_variants(bundle):
+        if variant.variant_id == fields["variant"] and variant.device == device:
+            return Backend(variant)
+    raise UsageError(
+        f"{bundle.path}: the run was planned with variant {fields['variant']} ({fields['backend']}), which is not "
+        f"there for {device}; put it back, or classify anew with --new-run"
+    )
+
+
+def build_predictor(
+    bundle: ModelBundle,
+    backend: Backend,
+    *,
+    device: str,
+    batch_size: int,
+    num_threads: int | None,
+    features: bool = False,
+) -> BatchedPredictor:
+    """The loaded model; only now is torch or OpenVINO imported.
+
+    Raises:
+        UsageError: weights or variant are not what the bundle describes.
+    """
+    if backend.name.startswith("openvino"):
+        from imgbatch.core.openvino_predict import OpenVinoPredictor, parse_network
+
+        assert backend.variant is not None
+        network = parse_network(read_files(bundle, backend.variant))
+        return OpenVinoPredictor(bundle, network, batch_size=batch_size, num_threads=num_threads)
+    from imgbatch.core.predict import Predictor
+
+    return Predictor(
+        bundle,
+        device=device,
+        batch_size=batch_size,
+        features=features,
+        num_threads=num_threads,
+        compiled=backend.variant is not None,
+    )
+
+
+def _why_not(
+    variant: Variant,
+    settings: ClassifyConfig,
+    bundle: ModelBundle,
+    spec: PreprocessSpec,
+    device: str,
+    *,
+    features: bool,
+) -> str | None:
+    """Why a variant does not serve, and what to do about it; none if it does."""
+    again = f"make it again with `imgbatch model optimize {bundle.path} --target {variant.target}`"
+    if variant.weights_sha256 != bundle.weights_sha256:
+        return f"it was made from other weights; {again}"
+    if (variant.mean, variant.std) != (spec.mean, spec.std):
+        return f"it normalises otherwise than model.json says; {again}"
+    if variant.crop_size != spec.crop_size:
+        return f"it takes images of {variant.crop_size} px, and this run has {spec.crop_size}"
+    if variant.device != device:
+        return f"it is for {variant.device}, and this run is on {device}"
+    if features:
+        return "embeddings come from torch only"
+    if variant.agreement.labels < settings.min_agreement:
+        return (
+            f"its labels agree with torch on {variant.agreement.labels:.2%} of {variant.agreement.images:,} images, "
+            f"below classify.min_agreement {settings.min_agreement:g}"
+        )
+    return _missing_tool(variant)
+
+
+def _missing_tool(variant: Variant) -> str | None:
+    if variant.backend.startswith("openvino"):
+        if importlib.util.find_spec("openvino") is None:
+            return "openvino is not installed here; pip install 'imgbatch[openvino]'"
+    elif variant.device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "torch.compile needs a C++ compiler; install g++ or name one in CXX"
+    return None

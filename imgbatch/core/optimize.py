@@ -1,0 +1,223 @@
+"""``imgbatch model optimize``: a variant of a bundle, measured against the original before anyone uses it.
+
+Shape suffixes: N image, H height, W width, C channel, K class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from imgbatch import __version__
+from imgbatch.core import openvino_build, storage
+from imgbatch.core.manifest import open_manifest
+from imgbatch.core.model import ModelBundle, load_bundle, load_metrics, recalibrate_bundle
+from imgbatch.core.openvino_build import Calibration
+from imgbatch.core.openvino_predict import OpenVinoPredictor, parse_network
+from imgbatch.core.pictures import Pictures, load_pictures
+from imgbatch.core.predict import Predictor
+from imgbatch.core.predictions import BatchedPredictor
+from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
+from imgbatch.core.variants import Agreement, Target, Variant, load_variants, read_files, save_variant
+from imgbatch.errors import UsageError
+
+MIN_IMAGES = 50
+"""Fewer say too little about how often labels agree."""
+_CPU_BATCH_SIZES, _COMPILED_BATCH_SIZE, _GPU_BATCH_SIZE = (1, 4, 8, 16, 32), 8, 256
+_MEASURE_S = 0.5
+_NEARLY = 0.97
+"""Of the best rate: a smaller batch that reaches it is taken."""
+_ORIGINAL_BATCH_SIZE = 8
+
+Build = Callable[[int, int | None], BatchedPredictor]
+"""A predictor for a batch size and a number of threads."""
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A variant before it was measured."""
+
+    device: str
+    contents: dict[str, bytes]
+    how: dict[str, str]
+    batch_sizes: tuple[int, ...]
+    build: Build
+
+
+def optimize_bundle(
+    model: str, *, target: Target, calibration: str, output: str | None = None, limit: int = 1000
+) -> tuple[ModelBundle, Variant]:
+    """Make a variant and measure it: every second image calibrates, the others are held out to measure with.
+
+    Args:
+        calibration: a manifest of images like those that will be classified; with targets, the accuracy is measured
+            too, and int8 is made with accuracy control.
+        output: a copy of the bundle that gets the variant; none: the bundle itself.
+        limit: at most so many images, spread over the manifest.
+
+    Raises:
+        UsageError: too few images, a network that cannot be converted, or a package that is not installed.
+    """
+    bundle = load_bundle(model)
+    pictures = load_pictures(open_manifest(calibration), bundle.preprocess, limit=limit)
+    num_images = len(pictures.images_NHWC)
+    if num_images < MIN_IMAGES:
+        raise UsageError(
+            f"manifest {calibration}: {num_images} images could be decoded, and at least {MIN_IMAGES} are needed"
+        )
+    class_index_N = _class_indices(pictures, bundle)
+    built = _build(bundle, target, Calibration(pictures.images_NHWC[::2], class_index_N[::2]))
+    held_out_NHWC = pictures.images_NHWC[1::2]
+    batch_size, images_per_s = _fastest(built.build, built.batch_sizes, held_out_NHWC)
+    original = Predictor(bundle, device=built.device, batch_size=_ORIGINAL_BATCH_SIZE)
+    agreement = _compare(original, built.build(batch_size, None), held_out_NHWC, class_index_N[1::2])
+    variant = Variant(
+        target=target,
+        device=built.device,  # type: ignore[arg-type]
+        weights_sha256=bundle.weights_sha256,
+        crop_size=bundle.preprocess.crop_size,
+        mean=bundle.preprocess.mean,
+        std=bundle.preprocess.std,
+        files={name: hashlib.sha256(data).hexdigest() for name, data in built.contents.items()},  # type: ignore[misc]
+        batch_size=batch_size,
+        images_per_s={
+            "original": _one_thread_rate(_original(bundle, built.device), _ORIGINAL_BATCH_SIZE, held_out_NHWC),
+            "variant": images_per_s,
+        },
+        agreement=agreement,
+        provenance={
+            "made_by": "imgbatch model optimize",
+            "calibration": calibration.rstrip("/").rpartition("/")[2],
+            "calibration_images": len(pictures.images_NHWC[::2]),
+            **built.how,
+            "versions": _versions(),
+        },
+    )
+    if output is not None and storage.absolute(output) != bundle.path:
+        bundle = _copy(bundle, output)
+    save_variant(bundle, variant, built.contents)
+    return bundle, variant
+
+
+def _build(bundle: ModelBundle, target: Target, calibration: Calibration) -> _Built:
+    if target == "torch-compile":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+        def compiled(batch_size: int, num_threads: int | None) -> BatchedPredictor:
+            return Predictor(bundle, device=device, batch_size=batch_size, num_threads=num_threads, compiled=True)
+
+        batch_size = _GPU_BATCH_SIZE if device == "cuda" else _COMPILED_BATCH_SIZE
+        return _Built(device, {}, {}, (batch_size,), compiled)
+    network, how = openvino_build.convert_network(bundle), {}
+    if target == "openvino-int8":
+        network, how["quantised"] = openvino_build.quantize_network(network, bundle, calibration)
+    contents = openvino_build.network_files(network)
+
+    def parsed(batch_size: int, num_threads: int | None) -> BatchedPredictor:
+        return OpenVinoPredictor(bundle, parse_network(contents), batch_size=batch_size, num_threads=num_threads)
+
+    return _Built("cpu", contents, how, _CPU_BATCH_SIZES, parsed)
+
+
+def _class_indices(pictures: Pictures, bundle: ModelBundle) -> np.ndarray:
+    """int64, the true class of each image; -1 where it is not known, and for tasks that have no single one."""
+    index = {name: k for k, name in enumerate(bundle.class_names)}
+    single = bundle.task != "multilabel"
+    known = [names[0] if single and names and len(names) == 1 else None for names in pictures.targets]
+    return np.array([index.get(name, -1) if name is not None else -1 for name in known], np.int64)
+
+
+def _compare(
+    original: BatchedPredictor, variant: BatchedPredictor, images_NHWC: np.ndarray, class_index_N: np.ndarray
+) -> Agreement:
+    bundle = original.bundle
+    expected, given = original.predict(images_NHWC), variant.predict(images_NHWC)
+    finite_N = expected.finite_N & given.finite_N
+    if not finite_N.all():
+        raise UsageError(
+            f"{bundle.path}: no numbers came out for {(~finite_N).sum()} of {len(images_NHWC)} images; "
+            f"`imgbatch classify` says why"
+        )
+    expected_N = _labels(bundle, expected.probs_NK)
+    given_N = _labels(bundle, given.probs_NK)
+    difference_NK = np.abs(expected.probs_NK - given.probs_NK)
+    known_N = class_index_N >= 0
+    accuracies = [
+        float((labels[known_N, 0] == class_index_N[known_N]).mean()) if known_N.any() else None
+        for labels in (expected_N, given_N)
+    ]
+    return Agreement(
+        images=len(images_NHWC),
+        labels=float((expected_N == given_N).all(axis=1).mean()),
+        largest_difference=float(difference_NK.max()),
+        mean_difference=float(difference_NK.mean()),
+        images_with_target=int(known_N.sum()),
+        original_accuracy=accuracies[0],
+        variant_accuracy=accuracies[1],
+    )
+
+
+def _labels(bundle: ModelBundle, probs_NK: np.ndarray) -> np.ndarray:
+    """The label's index, [N, 1]; multilabel: which labels apply, [N, K]."""
+    if bundle.task != "multilabel":
+        return probs_NK.argmax(axis=1)[:, None]
+    stated = (bundle.thresholds or {}).get("labels", {})
+    return probs_NK >= np.array([stated.get(name, DEFAULT_LABEL_THRESHOLD) for name in bundle.class_names])
+
+
+def _original(bundle: ModelBundle, device: str) -> Build:
+    return lambda batch_size, threads: Predictor(bundle, device=device, batch_size=batch_size, num_threads=threads)
+
+
+def _fastest(build: Build, batch_sizes: tuple[int, ...], images_NHWC: np.ndarray) -> tuple[int, float]:
+    """The smallest batch size that is nearly as fast as the best, and its images/s in one thread."""
+    rates = {batch_size: _one_thread_rate(build, batch_size, images_NHWC) for batch_size in batch_sizes}
+    chosen = next(size for size in batch_sizes if rates[size] >= _NEARLY * max(rates.values()))
+    return chosen, rates[chosen]
+
+
+def _one_thread_rate(build: Build, batch_size: int, images_NHWC: np.ndarray) -> float:
+    batch_NHWC = np.resize(images_NHWC, (batch_size, *images_NHWC.shape[1:]))
+    threads_before = torch.get_num_threads()
+    try:
+        predictor = build(batch_size, 1)
+        predictor.predict(batch_NHWC)
+        started, num_images = time.perf_counter(), 0
+        while time.perf_counter() - started < _MEASURE_S:
+            predictor.predict(batch_NHWC)
+            num_images += batch_size
+        return round(num_images / (time.perf_counter() - started), 1)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _copy(bundle: ModelBundle, output: str) -> ModelBundle:
+    """The bundle and its variants in another place."""
+    copied = recalibrate_bundle(
+        bundle,
+        output,
+        temperature=bundle.temperature,
+        thresholds=bundle.thresholds,
+        provenance=bundle.provenance,
+        metrics=load_metrics(bundle.path),
+    )
+    for variant in load_variants(bundle):
+        save_variant(copied, variant, read_files(bundle, variant))
+    return copied
+
+
+def _versions() -> dict[str, Any]:
+    found = {"imgbatch": __version__, "torch": version("torch")}
+    for name in ("openvino", "nncf"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

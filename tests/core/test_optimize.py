@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.core.backends import Backend, build_predictor
+from imgbatch.core.manifest import open_manifest
+from imgbatch.core.model import ModelBundle
+from imgbatch.core.optimize import optimize_bundle
+from imgbatch.core.pictures import load_pictures
+from imgbatch.core.predict import Predictor
+from imgbatch.core.predictions import BatchedPredictor, probabilities
+from imgbatch.core.variants import Variant, load_variants
+from imgbatch.errors import UsageError
+
+MakeBundle = Callable[..., ModelBundle]
+
+
+@pytest.fixture(name="images_NHWC", scope="module")
+def load_images(photo_manifest: Path, tiny_model: ModelBundle) -> np.ndarray:
+    return load_pictures(open_manifest(str(photo_manifest)), tiny_model.preprocess, limit=60).images_NHWC
+
+
+def variant_of(bundle: ModelBundle, target: str) -> Variant:
+    return next(variant for variant in load_variants(bundle) if variant.target == target)
+
+
+def predictor_of(bundle: ModelBundle, target: str, batch_size: int = 8) -> BatchedPredictor:
+    backend = Backend(variant_of(bundle, target))
+    return build_predictor(bundle, backend, device="cpu", batch_size=batch_size, num_threads=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_openvino_says_what_torch_says(optimized_model: ModelBundle, images_NHWC: np.ndarray, batch_size: int):
+    images_NHWC.setflags(write=False)  # as Ray hands them out
+    expected = Predictor(optimized_model).predict(images_NHWC)
+    given = predictor_of(optimized_model, "openvino-fp32", batch_size).predict(images_NHWC)
+    np.testing.assert_array_equal(given.probs_NK.argmax(axis=1), expected.probs_NK.argmax(axis=1))
+    np.testing.assert_allclose(given.probs_NK, expected.probs_NK, atol=1e-3)
+    assert given.errors == [None] * len(images_NHWC)
+    assert given.features_ND is None
+
+
+def test_what_is_recorded_is_what_comes_out(optimized_model: ModelBundle, photo_manifest: Path):
+    images_NHWC = load_pictures(open_manifest(str(photo_manifest)), optimized_model.preprocess).images_NHWC[1::2]
+    expected_NK = Predictor(optimized_model).predict(images_NHWC).probs_NK
+    variant = variant_of(optimized_model, "openvino-int8")
+    given_NK = predictor_of(optimized_model, "openvino-int8", variant.batch_size).predict(images_NHWC).probs_NK
+    agreement = variant.agreement
+    assert agreement.images == agreement.images_with_target == len(images_NHWC)
+    assert agreement.labels == (expected_NK.argmax(axis=1) == given_NK.argmax(axis=1)).mean()
+    assert agreement.largest_difference == pytest.approx(np.abs(expected_NK - given_NK).max(), abs=1e-6)
+    assert 0 < agreement.mean_difference < agreement.largest_difference < 0.1
+    assert agreement.original_accuracy is not None
+    assert variant.provenance["quantised"].startswith("post-training, accuracy drop at most 0.005")
+
+
+def test_int8_is_smaller_and_another_variant(optimized_model: ModelBundle):
+    sizes = {
+        target: Path(optimized_model.path, "variants", target, "model.bin").stat().st_size
+        for target in ("openvino-fp32", "openvino-int8")
+    }
+    assert sizes["openvino-int8"] < 0.4 * sizes["openvino-fp32"]
+    fp32 = variant_of(optimized_model, "openvino-fp32")
+    assert fp32.variant_id != variant_of(optimized_model, "openvino-int8").variant_id
+    assert fp32.agreement.labels == 1
+
+
+@pytest.mark.usefixtures("openvino")
+def test_a_multilabel_model_has_no_accuracy_but_an_agreement(
+    make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray
+):
+    bundle = make_bundle(task="multilabel", temperature=(1.0, 2.0, 0.5))
+    _, variant = optimize_bundle(bundle.path, target="openvino-int8", calibration=str(photo_manifest))
+    assert variant.agreement.images_with_target == 0
+    assert variant.agreement.variant_accuracy is None
+    assert variant.provenance["quantised"] == "post-training, no targets to control the accuracy with"
+    expected_NK = Predictor(bundle).predict(images_NHWC).probs_NK
+    given_NK = predictor_of(bundle, "openvino-int8").predict(images_NHWC).probs_NK
+    np.testing.assert_allclose(given_NK, expected_NK, atol=0.1)
+
+
+def test_a_compiled_network_says_what_torch_says(
+    make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray
+):
+    bundle = make_bundle()
+    _, variant = optimize_bundle(bundle.path, target="torch-compile", calibration=str(photo_manifest))
+    assert (variant.device, variant.files, variant.agreement.labels) == ("cpu", {}, 1)
+    given = predictor_of(bundle, "torch-compile", batch_size=8).predict(images_NHWC[:11])
+    np.testing.assert_allclose(given.probs_NK, Predictor(bundle).predict(images_NHWC[:11]).probs_NK, atol=1e-5)
+    with pytest.raises(ValueError, match="gives no features"):
+        Predictor(bundle, compiled=True, features=True)
+
+
+def test_too_few_images_say_too_little(tiny_model: ModelBundle, photos: list[Path], tmp_path: Path):
+    pq.write_table(pa.table({"uri": [str(path) for path in photos[:30]]}), tmp_path / "m.parquet")
+    with pytest.raises(UsageError, match=r"28 images could be decoded, and at least 50 are needed"):
+        optimize_bundle(tiny_model.path, target="openvino-fp32", calibration=str(tmp_path / "m.parquet"))
+
+
+def test_without_the_package_one_line_says_what_to_install(
+    tiny_model: ModelBundle, photo_manifest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UsageError, match=r"openvino is not installed; pip install 'imgbatch\[openvino\]'"):
+        optimize_bundle(tiny_model.path, target="openvino-fp32", calibration=str(photo_manifest))
+    assert load_variants(tiny_model) == []
+
+
+def test_numbers_that_are_none_are_not_made_into_probabilities():
+    logits_BK = np.array([[1e4, 0, -1e4], [np.nan, 0, 0], [np.inf, 0, 0]], np.float32)
+    single = probabilities(logits_BK, "multiclass", 1.0)
+    np.testing.assert_array_equal(single.finite_B, [True, False, False])
+    np.testing.assert_array_equal(single.probs_BK, [[1, 0, 0], [0, 0, 0], [0, 0, 0]])
+    several = probabilities(logits_BK, "multilabel", (1.0, 2.0, 1.0))
+    np.testing.assert_array_equal(several.probs_BK, [[1, 0.5, 0], [0, 0, 0], [0, 0, 0]])
+    assert several.probs_BK.dtype == np.float32

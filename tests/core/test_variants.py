@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from imgbatch.config import ClassifyConfig
+from imgbatch.core.backends import Backend, choose_backend, planned_backend
+from imgbatch.core.model import ModelBundle
+from imgbatch.core.variants import Agreement, Variant, load_variants, read_files, save_variant
+from imgbatch.errors import UsageError
+
+MakeBundle = Callable[..., ModelBundle]
+CONTENTS = {"model.xml": b"<net/>", "model.bin": b"\0\1"}
+
+
+def plant_variant(bundle: ModelBundle, target: str = "openvino-fp32", *, labels: float = 1.0, **parts: Any) -> Variant:
+    """Writes a variant whose network nothing could run."""
+    agreement = Agreement(
+        images=200, labels=labels, largest_difference=0.01, mean_difference=0.001, images_with_target=0
+    )
+    contents = CONTENTS if target.startswith("openvino") else {}
+    values = {
+        "target": target,
+        "device": "cpu",
+        "weights_sha256": bundle.weights_sha256,
+        "crop_size": bundle.preprocess.crop_size,
+        "mean": bundle.preprocess.mean,
+        "std": bundle.preprocess.std,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        "batch_size": 4,
+        "images_per_s": {"original": 1.0, "variant": 2.0},
+        "agreement": agreement,
+        "provenance": {},
+    }
+    variant = Variant(**{**values, **parts})
+    save_variant(bundle, variant, contents)
+    return variant
+
+
+@pytest.fixture(autouse=True)
+def has_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing asks only whether the package could be imported."""
+    package = ModuleType("openvino")
+    package.__spec__ = ModuleSpec("openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino", package)
+
+
+def choose(bundle: ModelBundle, *, device: str = "cpu", features: bool = False, **settings: Any) -> Backend:
+    return choose_backend(ClassifyConfig(**settings), bundle, bundle.preprocess, device, features=features)
+
+
+def test_variants_come_back_fastest_first_and_leave_the_model_id_alone(make_bundle: MakeBundle):
+    bundle = make_bundle()
+    assert load_variants(bundle) == []
+    model_id = bundle.model_id
+    written = [plant_variant(bundle, target) for target in ("torch-compile", "openvino-fp32", "openvino-int8")]
+    assert load_variants(bundle) == written[::-1]
+    assert len({variant.variant_id for variant in written}) == 3
+    assert bundle.model_id == model_id
+    assert read_files(bundle, written[1]) == CONTENTS
+
+
+def test_auto_takes_the_fastest_that_agrees_well_enough(make_bundle: MakeBundle):
+    bundle = make_bundle()
+    assert choose(bundle) == Backend()
+    plant_variant(bundle, "openvino-fp32", labels=1.0)
+    plant_variant(bundle, "openvino-int8", labels=0.985)
+    backend = choose(bundle)
+    assert backend.name == "openvino_fp32"
+    assert backend.left_out == (
+        "openvino-int8 is left out: its labels agree with torch on 98.50% of 200 images, below "
+        "classify.min_agreement 0.99",
+    )
+    assert choose(bundle, min_agreement=0.98).name == "openvino_int8"
+    assert choose(bundle, backend="openvino").name == "openvino_fp32"
+    assert choose(bundle, backend="openvino_int8", min_agreement=0.9).name == "openvino_int8"
+    assert choose(bundle, backend="torch") == Backend()
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings", "reason"),
+    [
+        ({"weights_sha256": "0" * 64}, {}, "made from other weights; make it again with `imgbatch model optimize"),
+        ({"crop_size": 48}, {}, "takes images of 48 px, and this run has 32"),
+        ({"mean": (0.0, 0.0, 0.0)}, {}, "normalises otherwise than model.json says"),
+        ({"device": "cuda"}, {}, "is for cuda, and this run is on cpu"),
+        ({}, {"device": "cuda"}, "is for cpu, and this run is on cuda"),
+        ({}, {"features": True}, "embeddings come from torch only"),
+    ],
+)
+def test_a_variant_that_does_not_fit_is_left_out_and_refused_by_name(
+    make_bundle: MakeBundle, parts: dict[str, Any], settings: dict[str, Any], reason: str
+):
+    bundle = make_bundle()
+    plant_variant(bundle, **parts)
+    backend = choose(bundle, **settings)
+    assert backend.name == "torch"
+    assert reason in backend.left_out[0]
+    with pytest.raises(UsageError, match=r"^classify.backend openvino: openvino-fp32 is left out: ") as refused:
+        choose(bundle, backend="openvino", **settings)
+    assert reason in str(refused.value)
+
+
+def test_without_the_package_torch_runs_the_model(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch):
+    bundle = make_bundle()
+    plant_variant(bundle)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    backend = choose(bundle)
+    assert backend.name == "torch"
+    assert backend.left_out == (
+        "openvino-fp32 is left out: openvino is not installed here; pip install 'imgbatch[openvino]'",
+    )
+
+
+def test_torch_compile_needs_a_compiler(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch):
+    bundle = make_bundle()
+    plant_variant(bundle, "torch-compile")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "needs a C++ compiler" in choose(bundle).left_out[0]
+
+
+def test_a_name_without_its_variant_says_how_to_make_it(make_bundle: MakeBundle):
+    bundle = make_bundle()
+    with pytest.raises(UsageError, match=rf"imgbatch model optimize {bundle.path} --target torch-compile"):
+        choose(bundle, backend="torch_compile")
+
+
+def test_a_changed_file_is_refused(make_bundle: MakeBundle):
+    bundle = make_bundle()
+    plant_variant(bundle)
+    path = Path(bundle.path, "variants", "openvino-fp32", "model.bin")
+    path.write_bytes(b"\0\2")
+    with pytest.raises(UsageError, match=r"model.bin: not the file that variant.json describes \(sha256 differs\)"):
+        choose(bundle)
+    path.unlink()
+    with pytest.raises(UsageError, match=r"model.bin: No such file or directory; make it again"):
+        choose(bundle)
+    assert choose(bundle, backend="torch") == Backend()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "openvino-fp16"}, "variant.json: target: "),
+        ({"target": "openvino-int8"}, "variant.json: describes openvino-int8; make it again"),
+        ({"files": {"../model.safetensors": "0"}}, "variant.json: files"),
+        ({"format_version": 2}, "variant.json: format_version: "),
+        ({"agreement": {"labels": 1.0}}, "variant.json: agreement.images: "),
+        ({"batch_size": 0}, "variant.json: batch_size: "),
+    ],
+)
+def test_a_description_that_is_odd_is_refused(make_bundle: MakeBundle, change: dict[str, Any], message: str):
+    bundle = make_bundle()
+    plant_variant(bundle)
+    path = Path(bundle.path, "variants", "openvino-fp32", "variant.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UsageError) as refused:
+        load_variants(bundle)
+    assert message in str(refused.value)
+
+
+def test_a_description_that_is_no_json_is_refused(make_bundle: MakeBundle):
+    bundle = make_bundle()
+    plant_variant(bundle)
+    Path(bundle.path, "variants", "openvino-fp32", "variant.json").write_text("{")
+    with pytest.raises(UsageError, match=r"variant.json: its text: "):
+        load_variants(bundle)
+
+
+def test_a_run_keeps_the_variant_that_it_was_planned_with(make_bundle: MakeBundle):
+    bundle = make_bundle()
+    planned = plant_variant(bundle)
+    fields = Backend(planned).fields
+    assert fields == {"backend": "openvino_fp32", "variant": planned.variant_id}
+    assert planned_backend(fields, bundle, "cpu") == Backend(planned)
+    assert planned_backend(Backend().fields, bundle, "cpu") == Backend()
+    plant_variant(bundle, crop_size=48)
+    with pytest.raises(UsageError, match=rf"planned with variant {planned.variant_id} \(openvino_fp32\)"):
+        planned_backend(fields, bundle, "cpu")

@@ -1,0 +1,98 @@
+"""A whole run on another backend than torch."""
+
+from __future__ import annotations
+
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+from rich.console import Console
+
+from imgbatch.cli import run as command
+from imgbatch.config import Config
+from imgbatch.core import storage
+from imgbatch.core.model import ModelBundle
+from imgbatch.core.plan import plan_run
+from imgbatch.core.runs import RunPaths
+from imgbatch.core.variants import load_variants
+from imgbatch.runtime.forecast import forecast
+from imgbatch.runtime.job import RunResult, classify
+from tests.conftest import changed
+
+
+@pytest.fixture
+def config(photo_config: Config, optimized_model: ModelBundle) -> Config:
+    return changed(photo_config, model__path=optimized_model.path, classify__batch_size="auto")
+
+
+def labels(result: RunResult) -> dict[int, str]:
+    table = ds.dataset(f"{result.out}/predictions/run_id={result.run_id}").to_table(["row_id", "label"])
+    return dict(zip(table["row_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def test_auto_runs_the_fastest_variant_and_says_so(config: Config, optimized_model: ModelBundle):
+    printed = StringIO()
+    config = changed(config, classify__min_agreement=0.5)
+    result = classify(config, Console(file=printed, width=1000))
+    int8, fp32 = load_variants(optimized_model)
+    paths = RunPaths(result.out, result.run_id)
+    plan, record = storage.read_json(paths.plan), storage.read_json(paths.run_json)
+    assert (int8.target, fp32.target) == ("openvino-int8", "openvino-fp32")
+    assert plan["fields"]["variant"] == record["variant"] == int8.variant_id
+    assert plan["backend"] == record["backend"] == "openvino_int8"
+    assert f"the model runs as openvino-int8 ({int8.variant_id}): the same labels as torch fp32" in printed.getvalue()
+    assert record["model"]["model_id"] == optimized_model.model_id
+
+
+def test_fp32_gives_torchs_labels_in_a_run_of_its_own(config: Config):
+    torch = classify(changed(config, classify__backend="torch"))
+    openvino = classify(changed(config, classify__backend="openvino_fp32"))
+    assert torch.run_id != openvino.run_id
+    assert torch.counts == openvino.counts
+    assert labels(torch) == labels(openvino)
+    assert "variant" not in storage.read_json(RunPaths(torch.out, torch.run_id).plan)["fields"]
+
+
+def test_without_openvino_one_line_says_that_torch_took_over(config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    printed = StringIO()
+    result = classify(changed(config, classify__min_agreement=0.5), Console(file=printed, width=1000))
+    assert storage.read_json(RunPaths(result.out, result.run_id).plan)["backend"] == "torch"
+    assert "openvino-int8 is left out: openvino is not installed here" in printed.getvalue()
+
+
+def test_a_forecast_knows_the_run(config: Config):
+    config = changed(config, classify__backend="openvino_fp32", plan__sample_rows=4)
+    result = forecast(config)
+    assert result.run_id == plan_run(config, "cpu").run_id
+    assert result.backend.startswith("the model runs as openvino-fp32")
+    assert result.stage_ms["classify"] > 0
+
+
+@pytest.mark.usefixtures("openvino")
+def test_the_commands_make_show_and_write_a_variant(
+    tiny_model: ModelBundle, photo_manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    new = str(tmp_path / "new")
+    optimize = ["model", "optimize", tiny_model.path, "--target", "openvino-fp32", "--calibration", str(photo_manifest)]
+    assert command([*optimize, "-o", new]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{new}/variants/openvino-fp32: variant_id v")
+    assert "agreement  the same labels as torch fp32 on 100.00% of 57 images" in printed
+    assert command(["model", "inspect", new]) == 0
+    assert "openvino-fp32: v" in capsys.readouterr().out
+    export = [
+        "model",
+        "export",
+        new,
+        "--format",
+        "openvino",
+        "-o",
+        f"{new}/model.xml",
+        "--manifest",
+        str(photo_manifest),
+    ]
+    assert command(export) == 0
+    assert "labels as in torch, probabilities within" in capsys.readouterr().out
