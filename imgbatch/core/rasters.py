@@ -41,7 +41,8 @@ DRIVERS = ("GTiff", "JP2OpenJPEG", "PNG", "JPEG")
 """What is opened. Not VRT and its like, which name other files and addresses."""
 
 _OPEN_SCENES = 8
-_BLOCK_CACHE_MB = 64
+_BLOCK_CACHE_MB = 256
+"""Holds a row of blocks of a scene of 13 bands and 10,000 px, so that a row of tiles decompresses none twice."""
 _SNIFFED_BYTES = 4096
 _FLOAT_RANGES = (1.0, 255.0, 65535.0)
 _INTEGER_RANGES = (65535.0,)
