@@ -196,3 +196,10 @@ def test_published_rates_follow_from_the_published_seconds():
         stated = int(rate.replace(",", ""))
         assert stated == pytest.approx(803_580 / float(seconds), abs=1)
         assert int(per_vcpu) == pytest.approx(stated / (8 * int(vcpus)), abs=1)
+
+
+def test_a_night_that_was_cut_off_does_not_stop_the_next(recipe):
+    night = load_config(CLUSTER / "kuberay/night/night.yaml")
+    assert night.run.on_unfinished == recipe.run.on_unfinished == "abandon"
+    assert recipe.input.skip_existing
+    assert "--skip-existing" in (CLUSTER / "kuberay/night/night.sh").read_text()
