@@ -18,7 +18,7 @@ import pyarrow as pa
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt, unit_table
 from imgbatch.core.stages import DECODE_COLUMNS, ClassifyStage, CommitStage, DecodeStage
-from imgbatch.errors import ImgbatchError, Stage, Status, row_error
+from imgbatch.errors import ImgbatchError, RowError, Stage, Status, row_error
 from imgbatch.schema import ROW_ID, UNIT_SCHEMA
 
 FORWARD_TIMEOUT_S = 120.0
@@ -57,19 +57,23 @@ def _classify_rows(run: Run, block: pa.Table) -> Iterator[pa.Table]:
             cell = pa.Table.from_batches([block.slice(row, 1).combine_chunks().to_batches()[0]])
             try:
                 yield pool.submit(_classify_one, cell).result(timeout=FORWARD_TIMEOUT_S)
-            except (BrokenProcessPool, TimeoutError) as error:
+            except Exception as error:
+                # Whatever it was, the process may be in a state that only a new one cures.
                 _kill(pool)
-                timed_out = isinstance(error, TimeoutError)
-                status = Status.TIMEOUT if timed_out else Status.CLASSIFY_FAILED
-                message = (
-                    f"no answer in {FORWARD_TIMEOUT_S:g} s" if timed_out else "the process died in the forward pass"
-                )
                 unknown = np.zeros(1, np.int32)
-                failure = row_error(status, Stage.CLASSIFY, message)
+                failure = _judge(error)
                 yield unit_table(cell[ROW_ID].combine_chunks(), [failure], unknown, unknown, _no_predictions())
                 pool = _start(run)
     finally:
         _kill(pool)
+
+
+def _judge(error: Exception) -> RowError:
+    if isinstance(error, TimeoutError):
+        return row_error(Status.TIMEOUT, Stage.CLASSIFY, f"no answer in {FORWARD_TIMEOUT_S:g} s")
+    died = isinstance(error, BrokenProcessPool)
+    message = "the process died in the forward pass" if died else f"{type(error).__name__}: {error}"
+    return row_error(Status.CLASSIFY_FAILED, Stage.CLASSIFY, message)
 
 
 def _start(run: Run) -> ProcessPoolExecutor:
