@@ -9,6 +9,7 @@ block size Ray never splits one.
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
@@ -151,11 +152,15 @@ def map_in_tasks(
     """:class:`MapParts` in tasks of Ray; a task whose node dies is done again."""
     task = ray.remote(num_cpus=1, max_retries=FINITE_RETRIES["max_task_retries"])(function)
     shared = ray.put(context)
-    pending = [task.remote(shared, part) for part in parts]
+    pending = deque(task.remote(shared, part) for part in parts)
     try:
-        for reference in pending:
-            yield ray.get(reference)
+        while pending:
+            result = ray.get(pending[0])
+            # Before anything else: to cancel a task that is just ending may crash Ray's core, and the driver with it.
+            pending.popleft()
+            yield result
     except RayTaskError as error:
+        pending.popleft()
         # What the function raised, not what Ray made of it.
         raise error.cause from error
     finally:
