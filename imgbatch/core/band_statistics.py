@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from imgbatch.config import Config, FetchConfig, GeoConfig
+from imgbatch.config import Config, FetchConfig, GeoConfig, StorageConfig
+from imgbatch.core import storage
 from imgbatch.core.bands import BandSpec, require_rasterio
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.raster_request import RasterRequest, Window
@@ -178,7 +179,9 @@ def _read_tiles(requests: Sequence[RasterRequest], timeout_s: float) -> Iterator
 
 
 def _start() -> ProcessPoolExecutor:
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare)
+    pool = ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(storage.settings(),)
+    )
     pool.submit(int).result()
     return pool
 
@@ -189,9 +192,10 @@ def _kill(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _prepare() -> None:
+def _prepare(settings: StorageConfig) -> None:
     from imgbatch.core.rasters import gdal_env
 
+    storage.configure(settings)
     warnings.simplefilter("ignore")
     gdal_env().__enter__()
 

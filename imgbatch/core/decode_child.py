@@ -99,8 +99,11 @@ def _prepare(settings: ChildSettings) -> _Decode:
 
 def _raster_decoder(settings: ChildSettings, max_nodata: float) -> Callable[[RasterRequest], Decoded | RowError]:
     # Photographs do without GDAL, and without the tenth of a second that importing it takes.
+    from imgbatch.core import storage
     from imgbatch.core.rasters import RasterDecoder, gdal_env
 
+    if settings.storage is not None:
+        storage.configure(settings.storage)
     gdal_env().__enter__()
     return RasterDecoder(settings.spec, max_pixels=settings.max_pixels, max_nodata=max_nodata).decode
 

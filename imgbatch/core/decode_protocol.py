@@ -20,12 +20,13 @@ import mmap
 import os
 import struct
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
+from imgbatch.config import StorageConfig
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, Stage, Status
 
@@ -55,14 +56,19 @@ class ChildSettings:
     """What the process may take beyond what it holds when it is ready."""
     max_nodata: float | None = None
     """Share of a raster's samples that may be missing; none: there will be no rasters."""
+    storage: StorageConfig | None = None
+    """Where rasters in object stores are."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        stored = self.storage.model_dump() if self.storage is not None else None
+        return json.dumps(asdict(replace(self, storage=None)) | {"storage": stored})
 
     @classmethod
     def from_json(cls, text: str) -> ChildSettings:
         values: dict[str, Any] = json.loads(text)
-        return cls(**(values | {"spec": PreprocessSpec.from_dict(values["spec"])}))
+        stored = values["storage"]
+        parsed = StorageConfig.model_validate(stored) if stored is not None else None
+        return cls(**(values | {"spec": PreprocessSpec.from_dict(values["spec"]), "storage": parsed}))
 
 
 class RowState(IntEnum):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from imgbatch.config import DecodeConfig
+from imgbatch.core import storage
 from imgbatch.core.decode_process import ChildGone, ChildProcess
 from imgbatch.core.decode_protocol import ChildSettings, RowState, UnitBuffer, create_unit_file
 from imgbatch.core.raster_request import RasterRequest
@@ -60,7 +61,8 @@ class Decoder:
         """``max_nodata``: rasters will be asked for; see ``config.GeoConfig.max_nodata``."""
         self._spec = spec
         memory_bytes = config.memory_mb * 2**20
-        self._settings = ChildSettings(spec, config.max_pixels, config.timeout_s, memory_bytes, max_nodata)
+        settings = storage.settings() if max_nodata is not None else None
+        self._settings = ChildSettings(spec, config.max_pixels, config.timeout_s, memory_bytes, max_nodata, settings)
         self._child: ChildProcess | None = None
 
     def __enter__(self) -> Decoder:

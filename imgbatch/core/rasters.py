@@ -33,6 +33,7 @@ from imgbatch.core.bands import BandSpec
 from imgbatch.core.colour import NoPixels, scale_to_uint8
 from imgbatch.core.images import Decoded, resize_and_crop
 from imgbatch.core.raster_request import RasterRequest, Window
+from imgbatch.core.raster_store import gdal_options, gdal_path, status_of_remote
 from imgbatch.core.signatures import end_is_missing, sniff_format
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, Stage, Status, row_error
@@ -60,6 +61,7 @@ class RasterRejected(Exception):
 def gdal_env() -> rasterio.Env:
     """The surroundings in which everything here runs: enter it once in a process, before anything is opened."""
     return rasterio.Env(
+        **gdal_options(storage.settings()),
         GDAL_CACHEMAX=_BLOCK_CACHE_MB,
         GDAL_NUM_THREADS=1,
         # Masks and overviews beside a file are looked for by name: listing a folder of a million chips takes minutes.
@@ -227,10 +229,12 @@ def open_raster(uri: str) -> DatasetReader:
     Raises:
         RasterRejected: it cannot be opened; the status says why.
     """
-    path = str(storage.local_path(uri)) if storage.is_local(uri) else uri
     try:
-        return DatasetReader(path, driver=list(DRIVERS))
+        return DatasetReader(gdal_path(uri), driver=list(DRIVERS))
     except RasterioError as error:
+        if storage.is_s3(uri):
+            message = str(_deepest(error))
+            raise RasterRejected(status_of_remote(message), message) from error
         head = _head(uri)
         found = sniff_format(head)
         if not head:

@@ -57,7 +57,9 @@ def open_descriptors() -> int:
 
 
 def children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    """Those that decode: multiprocessing leaves a process behind that tracks what others share."""
+    pids = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    return [pid for pid in pids if "decode_child" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def test_a_unit_is_what_decode_image_makes_of_each_row() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import rasterio
 from PIL import Image
 
 from imgbatch.config import Config, load_config
+from imgbatch.core import storage
 from imgbatch.core.decoder import Decoder
 from imgbatch.core.manifest_build import BuildOptions, build_manifest
 from imgbatch.core.raster_request import RasterRequest
@@ -167,3 +170,22 @@ def test_a_model_of_bands_is_trained_on_chips_and_labels_them(chip_config, tmp_p
 def test_colour_augmentations_of_rgb_are_refused_for_bands(chip_config):
     with pytest.raises(UsageError, match=r"augment\.rand_augment"):
         train(changed(chip_config, augment__rand_augment=5))
+
+
+def test_tiles_of_a_scene_in_an_object_store_are_read_by_range(tile_config, scene, s3_bucket, tmp_path):
+    uri = f"{s3_bucket}/scenes/scene.tif"
+    storage.replace(uri, scene.read_bytes())
+    # In a process of its own: GDAL holds this one, and with it the server's threads, while it waits for an answer.
+    arguments = ["manifest", "tile", uri, "-o", str(tmp_path / "s3.parquet"), "--size", "32"]
+    command = [sys.executable, "-c", "from imgbatch.cli import main; main()", *arguments]
+    tiling = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "25 tiles of 1 scenes" in tiling.stdout, tiling.stderr
+    table = pq.read_table(tmp_path / "s3.parquet").select(["uri", "image_id", "window"])
+    gone = {"uri": f"{s3_bucket}/gone.tif", "image_id": "gone", "window": None}
+    manifest = str(tmp_path / "with_gone.parquet")
+    pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([gone], schema=table.schema)]), manifest)
+    classify(changed(tile_config, input__manifest=manifest))
+    classify(changed(tile_config, output__path=str(tmp_path / "local")))
+    remote, local = (pq.read_table(tmp_path / name / "predictions") for name in ("out", "local"))
+    assert remote["probabilities"].to_pylist() == local["probabilities"].to_pylist()[:25]
+    assert pq.read_table(tmp_path / "out" / "errors")["status"].to_pylist() == ["NOT_FOUND"]

@@ -1,0 +1,61 @@
+"""How GDAL reaches rasters in object stores: the project's settings of S3 in GDAL's words (its ``/vsis3/``).
+
+Ranges of a few blocks are requested, never whole scenes. Credentials come from the environment, a profile or a role,
+which GDAL looks up itself.
+"""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import urlsplit
+
+from imgbatch.config import StorageConfig
+from imgbatch.core import storage
+from imgbatch.errors import Status
+
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_NOT_FOUND = ("does not exist", "http response code: 404", "nosuchkey", "nosuchbucket", "no such file")
+_FORBIDDEN = ("http response code: 403", "access denied", "accessdenied", "invalidaccesskeyid", "signaturedoesnotmatch")
+_RETRIES, _RETRY_DELAY_S = 4, 0.5
+
+
+def gdal_path(uri: str) -> str:
+    """What GDAL calls a local path or an ``s3://`` URI."""
+    if storage.is_s3(uri):
+        return "/vsis3/" + uri.split("://", 1)[1]
+    return str(storage.local_path(uri))
+
+
+def gdal_options(settings: StorageConfig) -> dict[str, str]:
+    """GDAL's configuration options for S3."""
+    options = {
+        "GDAL_HTTP_CONNECTTIMEOUT": f"{settings.connect_timeout_s:g}",
+        "GDAL_HTTP_TIMEOUT": f"{settings.read_timeout_s:g}",
+        "GDAL_HTTP_MAX_RETRY": str(_RETRIES),
+        "GDAL_HTTP_RETRY_DELAY": f"{_RETRY_DELAY_S:g}",
+    }
+    endpoint = settings.endpoint_url or next(filter(None, map(os.environ.get, _ENDPOINT_VARIABLES)), None)
+    if endpoint:
+        parts = urlsplit(endpoint)
+        options["AWS_S3_ENDPOINT"] = parts.netloc
+        options["AWS_HTTPS"] = "YES" if parts.scheme == "https" else "NO"
+        options["AWS_VIRTUAL_HOSTING"] = "FALSE"
+    if settings.region:
+        options["AWS_REGION"] = settings.region
+    if settings.profile:
+        options["AWS_PROFILE"] = settings.profile
+    if settings.anonymous:
+        options["AWS_NO_SIGN_REQUEST"] = "YES"
+    if settings.requester_pays:
+        options["AWS_REQUEST_PAYER"] = "requester"
+    return options
+
+
+def status_of_remote(message: str) -> Status:
+    """The status of a raster in an object store that GDAL cannot open, by what GDAL says."""
+    lowered = message.lower()
+    if any(words in lowered for words in _FORBIDDEN):
+        return Status.FORBIDDEN
+    if any(words in lowered for words in _NOT_FOUND):
+        return Status.NOT_FOUND
+    return Status.NOT_AN_IMAGE if "not recognized" in lowered else Status.FETCH_FAILED
