@@ -1,12 +1,12 @@
 """What runs the model on a CPU: torch, OpenVINO in float32, OpenVINO in int8.
 
-    python -m jobs.bench.backends --model BUNDLE --calibration MANIFEST --test MANIFEST [--repeats 3] [--images 0]
+    python -m jobs.bench.backends --model BUNDLE --test MANIFEST [--calibration MANIFEST] [--repeats 3] [--images 0]
 
-Makes both variants of the bundle (in a copy) from the calibration images, then measures on the test images, which
-none of them has seen: images/s of the forward pass alone, for one and two threads and several batch sizes, backends
-taking turns within a round; labels against torch's; and accuracy, paired, where the manifest has targets. With
-``--images`` the installed ``classify`` command labels the test images too, repeated to so many, on torch and on
-int8 in turn. A failed row fails the benchmark.
+Measures the variants that the bundle holds, or with ``--calibration`` makes both OpenVINO ones in a copy of it. On
+the test images, which none of them has seen: images/s of the forward pass alone, for one and two threads and several
+batch sizes, backends taking turns within a round; labels against torch's; and accuracy, paired, where the manifest
+has targets. With ``--images`` the installed ``classify`` command labels the test images too, repeated to so many, on
+every backend in turn. A failed row fails the benchmark.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.manifest import open_manifest
-from imgbatch.core.model import ModelBundle
+from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.optimize import optimize_bundle
 from imgbatch.core.pictures import Pictures, load_pictures
 from imgbatch.core.variants import load_variants
@@ -38,7 +38,7 @@ RATE_IMAGES = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model bundle")
-    parser.add_argument("--calibration", required=True, help="manifest of images to make the variants with")
+    parser.add_argument("--calibration", help="manifest of images to make variants with")
     parser.add_argument("--test", required=True, help="manifest of images to measure with")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement of a forward pass")
@@ -46,7 +46,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        bundle = make_variants(arguments.model, arguments.calibration, str(scratch / "model"))
+        bundle = load_bundle(arguments.model)
+        if arguments.calibration:
+            bundle = make_variants(bundle.path, arguments.calibration, str(scratch / "model"))
         pictures = load_pictures(open_manifest(arguments.test), bundle.preprocess)
         print(f"{bundle.arch}, {bundle.preprocess.describe()}; {len(pictures.image_ids)} test images")
         print(f"{describe_machine()}\n")
