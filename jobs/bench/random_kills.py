@@ -166,7 +166,7 @@ def fire(folder: Path, diary: Diary, arguments: argparse.Namespace, deadline: fl
         with _command(folder, arguments.pace) as driver:
             next_kill = None
             while driver.poll() is None:
-                time.sleep(0.2)
+                time.sleep(0.5)
                 processes = find_processes(driver.pid)
                 if time.time() > deadline:
                     kill("driver", processes, folder, diary)
