@@ -156,8 +156,8 @@ def _replace_first_convolution(network: nn.Module, arch: str, num_channels: int)
     parent = network.get_submodule(parent_name)
     old = parent.get_submodule(name)
     assert isinstance(old, nn.Conv2d)
-    size: Any = (old.kernel_size, old.stride, old.padding)
-    new = nn.Conv2d(num_channels, old.out_channels, *size, bias=old.bias is not None)
+    size: dict[str, Any] = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
+    new = nn.Conv2d(num_channels, old.out_channels, bias=old.bias is not None, **size)
     if not old.weight.is_meta:
         nn.init.normal_(new.weight, std=float(old.weight.detach().std()) * (old.in_channels / num_channels) ** 0.5)
     parent.register_module(name, new)

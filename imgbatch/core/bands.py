@@ -52,7 +52,10 @@ class BandSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BandSpec:
         """From plain values; unknown keys raise ``TypeError``."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**plain)
 
 
 def require_rasterio() -> None:

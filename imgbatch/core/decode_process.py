@@ -83,9 +83,8 @@ class ChildProcess:
         ``progress`` returns something that changes as the child works. Raises :class:`ChildGone`.
         """
         # Header and image in one call: the child wakes once, and finds both.
-        is_request = isinstance(image, RasterRequest)
-        data = image.to_bytes() if is_request else image
-        parts = [FRAME.pack(row, -len(data) if is_request else len(data)), data]
+        data = image.to_bytes() if isinstance(image, RasterRequest) else image
+        parts = [FRAME.pack(row, len(data) if data is image else -len(data)), data]
         sent = self._patiently(partial(self._connection.sendmsg, parts), progress)
         if sent < FRAME.size + len(data):
             rest = memoryview(b"".join(parts))[sent:]

@@ -109,7 +109,7 @@ class RowDecoder:
         found: dict[str | None, str | RowError] = {}
         for uri, part, row_bands, raster in zip(_cells(rows, URI), windows, bands, is_raster, strict=True):
             data = next(whole) if self._embedded or not raster else None
-            if not raster or isinstance(data, RowError):
+            if data is not None and (not raster or isinstance(data, RowError)):
                 yield data
                 continue
             if data is None and uri not in found:

@@ -78,8 +78,8 @@ def _of_run(paths: RunPaths, picks: Sequence[Pick]) -> Iterator[Thumbnail]:
         rows = _read_rows(paths, rows[ROW_ID].combine_chunks())
     with RowDecoder(spec, _impatient(config), columns=rows.column_names, embedded=embedded) as decoder:
         unit = decoder.decode(rows)
-    for error, pixels_HWC in zip(unit.errors, visible_rgb(unit.pixels_NHWC), strict=True):
-        yield error or data_uri(pixels_HWC)
+    for failed, pixels_HWC in zip(unit.errors, visible_rgb(unit.pixels_NHWC), strict=True):
+        yield failed or data_uri(pixels_HWC)
 
 
 def _read_rows(paths: RunPaths, row_ids: pa.Array) -> pa.Table:

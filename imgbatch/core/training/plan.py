@@ -157,7 +157,7 @@ def reads_bands(config: Config, manifest: Manifest) -> bool:
 def measured_spec(config: Config, manifest: Manifest, train_rows_N: np.ndarray, spec: PreprocessSpec) -> PreprocessSpec:
     """``spec`` for the bands that the configuration asks for, with statistics of a sample of the training tiles."""
     wanted = config.geo.bands
-    bands = None if wanted in (None, "all") else tuple(wanted)
+    bands = wanted if isinstance(wanted, tuple) else None
     sample = sample_bands(manifest, train_rows_N, bands, num_tiles=config.geo.sample_tiles, config=config)
     return sample.preprocess(spec, config.geo)
 
