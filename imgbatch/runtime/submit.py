@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import tempfile
 import time
@@ -28,7 +29,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-import imgbatch
+from imgbatch import __version__
 from imgbatch.errors import ExitCode, ImgbatchError, Interrupted, UsageError, normalise_message
 from imgbatch.runtime.package import Package
 
@@ -45,6 +46,9 @@ _PROBE = (
     "from importlib.util import find_spec; "
     "print('imgbatch', __import__('imgbatch').__version__ if find_spec('imgbatch') else 'none')"
 )
+_PROBED = re.compile(r"^imgbatch (\S+)$", re.MULTILINE)
+_PROBE_MARK = {"imgbatch": "version"}
+"""Metadata of jobs that only ask for the version. They stay, unlisted: one that is deleted comes back as failed."""
 _CONNECTION_ERRORS = (OSError, RuntimeError, aiohttp.ClientError)
 """What Ray's client raises when the cluster is out of reach or answers half; those of requests are ``OSError``."""
 
@@ -87,7 +91,7 @@ class JobServer:
         here = {"Ray": ray.__version__, "Python": _minor(platform.python_version())}
         there = {"Ray": self._cluster.get("rayVersion"), "Python": _minor(self._cluster.get("pythonVersion"))}
         if here == there:
-            here["imgbatch"] = imgbatch.__version__
+            here["imgbatch"] = __version__
             there["imgbatch"] = self._version_found_by_jobs(package)
         for name, version in here.items():
             if there[name] != version:
@@ -143,7 +147,8 @@ class JobServer:
     def jobs(self) -> list[Job]:
         """Every submitted job that the cluster remembers, the newest first."""
         found = [info for info in self._client.list_jobs() if info.type == JobType.SUBMISSION]
-        return [_job(info) for info in sorted(found, key=lambda info: info.start_time or 0, reverse=True)]
+        asked_for = [info for info in found if not _PROBE_MARK.items() <= (info.metadata or {}).items()]
+        return [_job(info) for info in sorted(asked_for, key=lambda info: info.start_time or 0, reverse=True)]
 
     def logs(self, job_id: str) -> str:
         """What the job has printed so far."""
@@ -157,19 +162,20 @@ class JobServer:
         return self._wait(job_id, _PROBE_S).status.value
 
     def _version_found_by_jobs(self, package: Package) -> str:
-        job_id = self._start(shlex.join(["python", "-c", _PROBE]), package)
+        job_id = self._start(shlex.join(["python", "-c", _PROBE]), package, _PROBE_MARK)
         info = self._wait(job_id, _PROBE_S)
-        lines = self._client.get_job_logs(job_id).splitlines()
-        if info.status != JobStatus.SUCCEEDED or not lines:
+        found = _PROBED.search(self._client.get_job_logs(job_id))
+        if not found:
             raise ImgbatchError(f"{self.address} cannot run Python: {normalise_message(info.message)}")
-        self._client.delete_job(job_id)
-        return lines[-1].split()[-1]
+        return found[1]
 
-    def _start(self, entrypoint: str, package: Package) -> str:
+    def _start(self, entrypoint: str, package: Package, metadata: dict[str, str] | None = None) -> str:
         with tempfile.TemporaryDirectory() as folder:
             archive = Path(folder) / "working_dir.zip"
             package.write_zip(archive)
-            return self._client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(archive)})
+            return self._client.submit_job(
+                entrypoint=entrypoint, runtime_env={"working_dir": str(archive)}, metadata=metadata
+            )
 
     def _wait(self, job_id: str, timeout_s: float) -> JobDetails:
         give_up = time.monotonic() + timeout_s

@@ -159,7 +159,7 @@ def test_weights_that_are_no_safetensors_are_refused(make_bundle: MakeBundle):
         (lambda v: v["preprocess"].update(resize_mode="zoom"), "resize_mode must be one of shorter_side, stretch"),
         (lambda v: v["preprocess"].update(median_size=2), "preprocess: median_size must be one of 0, 3, 5, 7, not 2"),
         (lambda v: v["preprocess"].update(std=[0.0, 1.0, 1.0]), "mean and std must be numbers, std above 0"),
-        (lambda v: v["preprocess"].update(mean=[0.5], std=[0.5]), "1 channels; only RGB"),
+        (lambda v: v["preprocess"].update(mean=[0.5], std=[0.5]), "1 channels, but no bands; RGB has 3"),
         (lambda v: v["preprocess"].update(noise=1), "preprocess: "),
         (lambda v: v["preprocess"]["decode"].update(formats=["JPEG", "EPS"]), "formats must be a list of some of JPEG"),
         (lambda v: v["preprocess"]["decode"].update(formats="JPEG"), "formats must be a list"),

@@ -176,7 +176,7 @@ def test_position_embeddings_follow_the_crop():
         (lambda s: s.pop("head.bias"), "not weights of simple_cnn: they lack head.bias$"),
         (lambda s: s.pop("head.weight"), "there is no head.weight"),
         (lambda s: s.update(extra=torch.zeros(1), more=torch.zeros(1)), "they also have extra and 1 more"),
-        (lambda s: s.update({"features.0.weight": torch.zeros(32, 1, 3, 3)}), "another shape of features.0.weight"),
+        (lambda s: s.update({"features.0.weight": torch.zeros(32, 3, 5, 5)}), "another shape of features.0.weight"),
         (lambda s: s.update({"head.bias": torch.zeros(3, dtype=torch.int8)}), "hold integers for decimals"),
     ],
 )

@@ -123,7 +123,8 @@ def test_stopped_by_a_signal_and_run_again(
     driver.send_signal(stop)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 4, errors
-    assert errors.splitlines()[-1] == "imgbatch: interrupted; the same command continues"
+    how = "stopped after the units in flight" if stop == signal.SIGINT else "interrupted"
+    assert errors.splitlines()[-1] == f"imgbatch: {how}; the same command continues"
     (state,) = json.loads(imgbatch("status", out, "--json").stdout)
     assert state["state"] == "interrupted"
     assert 0 < state["units_done"] < 120
