@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -174,29 +173,30 @@ def test_another_version_is_refused(night, program, version, monkeypatch, capfd)
     assert version.removesuffix(".1") in line
 
 
-def submitted(words: list[str]) -> subprocess.Popen[str]:
-    """``imgbatch submit`` as a process that can be interrupted."""
-    return subprocess.Popen([BIN / "imgbatch", "submit", "--", *words], stderr=subprocess.PIPE, text=True)
-
-
-def newest_job(capfd: pytest.CaptureFixture[str]) -> dict[str, str]:
-    capfd.readouterr()
-    assert run(["jobs", "list", "--json"]) == ExitCode.DONE
-    return json.loads(capfd.readouterr().out)[0]
+@contextlib.contextmanager
+def submitted(words: list[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``imgbatch submit`` as a process that can be interrupted, once the cluster has the job; and the job's id."""
+    command = [BIN / "imgbatch", "submit", "--", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith("job "), line + process.stderr.read()
+        try:
+            yield process, line.split()[1]
+        finally:
+            process.kill()
 
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("laptop")
 def test_ctrl_c_detaches_and_the_job_goes_on_to_its_end(night, tmp_path, capfd):
-    process = submitted([*night, "--set", "classify.unit_rows=2"])
-    assert process.stderr is not None
-    job_id = process.stderr.readline().split()[1]
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == ExitCode.INTERRUPTED
-    assert f"imgbatch jobs logs -f {job_id}" in process.stderr.read()
-    job = newest_job(capfd)
-    assert (job["job_id"], job["status"]) == (job_id, "RUNNING")
+    with submitted([*night, "--engine", "local"]) as (process, job_id):
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert f"imgbatch jobs logs -f {job_id}" in errors
 
     assert run(["jobs", "logs", "-f", job_id]) == ExitCode.DONE
     assert "12 rows" in capfd.readouterr().out
@@ -207,14 +207,13 @@ def test_ctrl_c_detaches_and_the_job_goes_on_to_its_end(night, tmp_path, capfd):
 @pytest.mark.usefixtures("laptop")
 def test_a_job_that_is_stopped_says_so_and_the_same_command_continues(night, tmp_path, capfd):
     slowly = [*night, "--limit", "120", "--set", "classify.unit_rows=1"]
-    process = submitted(slowly)
-    assert process.stderr is not None
-    job_id = process.stderr.readline().split()[1]
-    wait_for_unit(tmp_path / "labels")
-    assert run(["jobs", "stop", job_id]) == ExitCode.DONE
-    assert capfd.readouterr().out.split()[-1] == "STOPPED"
-    assert process.wait(60) == ExitCode.INTERRUPTED
-    assert "the same command continues" in process.stderr.read()
+    with submitted(slowly) as (process, job_id):
+        wait_for_unit(tmp_path / "labels")
+        assert run(["jobs", "stop", job_id]) == ExitCode.DONE
+        assert capfd.readouterr().out.split()[-1] == "STOPPED"
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert "the same command continues" in errors
 
     assert run(["submit", "--", *slowly]) == ExitCode.DONE
     assert "continuing" in capfd.readouterr().out
@@ -274,14 +273,10 @@ class Proxy:
 def test_a_lost_connection_loses_and_repeats_nothing(laptop, night, tmp_path, monkeypatch):
     proxy = Proxy(laptop.url)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", proxy.url)
-    process = subprocess.Popen(
-        [BIN / "imgbatch", "submit", "--", *night, "--limit", "120", "--set", "classify.unit_rows=1"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    wait_for_unit(tmp_path / "labels")
-    assert proxy.cut()
-    output, _ = process.communicate(timeout=120)
+    with submitted([*night, "--limit", "120", "--set", "classify.unit_rows=1"]) as (process, _):
+        wait_for_unit(tmp_path / "labels")
+        assert proxy.cut()
+        output, _ = process.communicate(timeout=120)
     proxy.close()
     assert process.returncode == ExitCode.DONE
     assert output.count("Running entrypoint") == 1
