@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -169,3 +172,18 @@ def test_a_token_path_that_leads_nowhere_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "gone"))
     with pytest.raises(UsageError, match="RAY_AUTH_TOKEN_PATH"):
         read_token()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("classify", "--manifest"), ("finetune", "--arch"), ("evaluate", "--split")]
+)
+def test_the_entry_points_are_scripts_with_the_options_of_their_commands(name, option, tmp_path):
+    script = Path(__file__).resolve().parents[2] / "jobs" / f"{name}.py"
+    help_text = subprocess.run(
+        [sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert option in help_text.stdout
+    refused = subprocess.run(
+        [sys.executable, script, "--bogus"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == ExitCode.USAGE
