@@ -25,7 +25,10 @@ def train(
     ] = None,
     arch: Annotated[
         str | None,
-        typer.Option(help="A network, or a baseline: logistic_regression, prototypes, linear_svm, random_forest.", show_default="resnet50"),
+        typer.Option(
+            help="A network, or a baseline: logistic_regression, prototypes, linear_svm, random_forest.",
+            show_default="resnet50",
+        ),
     ] = None,
     weights: Annotated[
         str | None,

@@ -43,7 +43,7 @@ def test_labels_are_scikit_learns(points):
     np.testing.assert_allclose(fitted.logits(points_ND).sigmoid().numpy(), expected_NK, atol=1e-3)
 
 
-def test_a_forest_is_stored_and_predicts_like_any_head(points, make_bundle):
+def test_a_forest_is_stored_and_predicts_like_any_head(make_bundle):
     network = build_network("simple_cnn", 2).eval()
     images_NHWC = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), np.uint8)
     pixels_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float()
