@@ -31,13 +31,26 @@ class Acceptance:
 
 
 def for_f1(probs_N: np.ndarray, positive_N: np.ndarray) -> float | None:
-    """A threshold of the highest F1, half-way to the next lower probability (or to 0); none without positives."""
+    """A threshold of about the highest F1; none without positives.
+
+    Of those that are at most one mistake worse than the very best it is 0.5, or the one nearest to that: the best
+    threshold of a small split, or of a label that nearly every row has, hangs on single rows and need not suit others.
+    """
     counts = threshold_counts(positive_N, probs_N)
-    point = best_f1_point(counts)
-    if point is None:
+    best = best_f1_point(counts)
+    if best is None:
         return None
-    lower = counts.thresholds[counts.thresholds < point.threshold]
-    return (point.threshold + (float(lower[0]) if lower.size else 0.0)) / 2
+    hits, positives = counts.true_positives, counts.true_positives[-1]
+    mistakes = counts.false_positives + positives - hits
+    at = int(np.flatnonzero(counts.thresholds == best.threshold)[0])
+    least_f1 = 2 * (hits[at] - 1) / (2 * (hits[at] - 1) + mistakes[at] + 1)
+    good = 2 * hits / (2 * hits + mistakes) >= least_f1
+    # All thresholds above the next lower probability accept the same rows.
+    lower = np.append(counts.thresholds[1:], 0.0)
+    if (good & (lower < 0.5) & (counts.thresholds >= 0.5)).any():
+        return 0.5
+    halfway = (counts.thresholds[good].astype(np.float64) + lower[good]) / 2
+    return float(halfway[np.argmin(np.abs(halfway - 0.5))])
 
 
 def for_precision(confidence_N: np.ndarray, right_N: np.ndarray, target_precision: float) -> float | None:

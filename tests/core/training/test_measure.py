@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
+from imgbatch.core.metrics.thresholds import for_f1
 from imgbatch.core.training.measure import check_metric, choose_label_thresholds, measure, score
 
 
@@ -38,10 +39,10 @@ def test_multilabel_agrees_with_scikit_learn():
 
 
 def test_labels_apply_from_the_probability_of_the_best_f1():
-    truth_NK = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], bool)
-    probs_NK = np.array([[0.3, 0.9], [0.1, 0.1], [0.2, 0.1], [0.05, 0.1]], np.float32)
+    truth_NK = np.array([[1, 0], [0, 0]] * 10, bool)
+    probs_NK = np.array([[0.3, 0.9], [0.1, 0.1]] * 10, np.float32)
     chosen = choose_label_thresholds(probs_NK, truth_NK, ("a", "b"))
-    assert chosen == {"a": pytest.approx(0.15), "b": 0.5}
+    assert chosen == {"a": pytest.approx(0.2), "b": 0.5}
     measured = measure(
         probs_NK, truth_NK, task="multilabel", class_names=("a", "b"), per_class=True, label_thresholds=chosen
     )
@@ -49,9 +50,11 @@ def test_labels_apply_from_the_probability_of_the_best_f1():
     assert measured["per_class"]["a"]["f1_of_always_yes"] == pytest.approx(2 / 3)
 
 
-def test_a_label_that_all_have_applies_from_below_the_least_sure_one():
-    chosen = choose_label_thresholds(np.array([[0.4], [0.6]], np.float32), np.array([[True], [True]]), ("a",))
-    assert chosen == {"a": pytest.approx(0.2)}
+def test_a_single_image_does_not_move_a_threshold():
+    positive_N = np.array([True] * 20 + [False])
+    probs_N = np.linspace(0.99, 0.6, 21)
+    assert for_f1(probs_N, positive_N) == 0.5
+    assert for_f1(np.append(probs_N[:-3], [0.4, 0.3, 0.2]), positive_N) == pytest.approx((0.3 + 0.4) / 2)
 
 
 def test_what_cannot_be_measured_is_none():
