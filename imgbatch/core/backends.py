@@ -66,7 +66,7 @@ def choose_backend(
     wanted = settings.backend
     if wanted == TORCH:
         return Backend()
-    left_out = []
+    left_out: list[str] = []
     for variant in load_variants(bundle):
         if wanted != "auto" and not variant.backend.startswith(wanted):
             continue

@@ -80,12 +80,12 @@ def optimize_bundle(
     agreement = _compare(original, built.build(batch_size, None), held_out_NHWC, class_index_N[1::2])
     variant = Variant(
         target=target,
-        device=built.device,  # type: ignore[arg-type]
+        device=built.device,
         weights_sha256=bundle.weights_sha256,
         crop_size=bundle.preprocess.crop_size,
         mean=bundle.preprocess.mean,
         std=bundle.preprocess.std,
-        files={name: hashlib.sha256(data).hexdigest() for name, data in built.contents.items()},  # type: ignore[misc]
+        files={name: hashlib.sha256(data).hexdigest() for name, data in built.contents.items()},
         batch_size=batch_size,
         images_per_s={
             "original": _one_thread_rate(_original(bundle, built.device), _ORIGINAL_BATCH_SIZE, held_out_NHWC),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imgbatch.core.architectures import forward_with_features
 from imgbatch.core.failpoints import failpoint
@@ -67,7 +67,7 @@ class Predictor(BatchedPredictor):
         self.device = torch.device(device)
         network = load_network(bundle).requires_grad_(False)
         network = network.to(self.device).to(memory_format=torch.channels_last)
-        self._network = torch.compile(network, dynamic=False) if compiled else network
+        self._network: nn.Module = torch.compile(network, dynamic=False) if compiled else network  # type: ignore[assignment]
         std_C = 255.0 * torch.tensor(bundle.preprocess.std)
         self._scale_C11 = std_C.reciprocal().view(-1, 1, 1).to(self.device)
         self._shift_C11 = (-255.0 * torch.tensor(bundle.preprocess.mean) / std_C).view(-1, 1, 1).to(self.device)

@@ -126,7 +126,7 @@ class BatchedPredictor(ABC):
 
 def probabilities(logits_BK: npt.NDArray[np.float32], task: str, temperature: float | tuple[float, ...]) -> BatchOutput:
     """Softmax, or sigmoid where classes do not exclude each other, of logits divided by the temperature."""
-    finite_B = np.isfinite(logits_BK).all(axis=1)
+    finite_B: npt.NDArray[np.bool_] = np.all(np.isfinite(logits_BK), axis=1)
     scaled_BK = np.where(finite_B[:, None], logits_BK, 0.0) / np.asarray(temperature, np.float32)
     if task == "multilabel":
         # exp of a positive number may overflow.

@@ -30,8 +30,6 @@ TARGETS: tuple[Target, ...] = ("openvino-int8", "openvino-fp32", "torch-compile"
 GRAPH_FILE, CONSTANTS_FILE = "model.xml", "model.bin"
 """An OpenVINO network."""
 
-_FORMAT_VERSION = 1
-
 
 class _Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -70,7 +68,7 @@ class Agreement(_Plain):
 class Variant(_Plain):
     """What variant.json says."""
 
-    format_version: Literal[1] = _FORMAT_VERSION
+    format_version: Literal[1] = 1
     target: Target
     device: Literal["cpu", "cuda"]
     """What it is for, and was measured on."""

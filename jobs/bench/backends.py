@@ -63,7 +63,7 @@ def make_variants(model: str, calibration: str, output: str) -> ModelBundle:
     """A copy of the bundle with both OpenVINO variants, and a line about each."""
     for target in ("openvino-fp32", "openvino-int8"):
         started = time.perf_counter()
-        bundle, variant = optimize_bundle(model, target=target, calibration=calibration, output=output)  # type: ignore[arg-type]
+        bundle, variant = optimize_bundle(model, target=target, calibration=calibration, output=output)
         seconds = time.perf_counter() - started
         print(f"{target}: made in {seconds:.0f} s, batches of {variant.batch_size}, {variant.agreement.describe()}")
         model = output

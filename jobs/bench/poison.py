@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -69,7 +70,7 @@ def main() -> None:
         model = save_trivial_model(scratch / "model")
         manifests = {"good": good, "a third bad": with_bad_files(good, scratch)}
         with Collections(manifests, len(good), model, scratch) as collections:
-            compare({name: lambda name=name: collections.label(name) for name in manifests}, arguments.repeats)
+            compare({name: partial(collections.label, name) for name in manifests}, arguments.repeats)
 
 
 def unprotected(payloads: list[bytes], num_images: int) -> Cost:
