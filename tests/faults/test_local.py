@@ -224,7 +224,7 @@ def test_a_model_that_gives_no_numbers_gives_no_labels(job: Job, make_bundle: Ca
     weights = load_network(bundle).state_dict()
     weights = {name: w * math.nan if w.is_floating_point() else w for name, w in weights.items()}
     nothing = make_bundle("nothing", state_dict=weights, preprocess=bundle.preprocess)
-    job = replace(job, model=nothing.path)
+    job = replace(job, model=nothing.path, settings=job.settings | {"output.partition_by": "[]"})
     assert job.run() == ExitCode.ERROR_BUDGET
     assert "has not one prediction (114 NON_FINITE, 6 TRUNCATED)" in job.last_line()
     assert Counter(statuses(job).values()) == {"NON_FINITE": 114, "TRUNCATED": 6}
