@@ -2,7 +2,8 @@
 
     python -m jobs.bench.poison [--images 1536] [--repeats 5] [--folder IMAGES]
 
-Protection: units of photographs decoded by ``Decoder`` in its child process and by ``decode_image`` in this one.
+Protection: units of photographs decoded by ``Decoder`` in its child process and by ``decode_image`` in this one, both
+into fresh memory of the same kind.
 A third bad: two collections through the plain loop (fetch, decode, a trivial model, commit), one of good photographs
 only, one in which two photographs are followed by a bad file: an HTML page, an empty file, one that is cut, one of
 zeros, a header that claims four gigapixels, another format, a missing file. What counts is the rate of good images.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import statistics
 import tempfile
 import time
@@ -29,6 +31,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from imgbatch.config import DecodeConfig, load_config
+from imgbatch.core.decode_protocol import UnitBuffer, create_unit_file
 from imgbatch.core.decoder import Decoder
 from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.plan import plan_run
@@ -76,9 +79,14 @@ def main() -> None:
 def unprotected(payloads: list[bytes], num_images: int) -> Cost:
     def work() -> None:
         for _ in range(num_images // UNIT_ROWS):
-            outcomes = [decode_image(data, SPEC, max_pixels=DecodeConfig().max_pixels) for data in payloads]
-            if not all(isinstance(outcome, Decoded) for outcome in outcomes):
-                raise SystemExit("a photograph failed")
+            descriptor = create_unit_file(SPEC, len(payloads))
+            pixels_NHWC = UnitBuffer(descriptor, SPEC, len(payloads)).pixels_NHWC
+            os.close(descriptor)
+            for row, data in enumerate(payloads):
+                outcome = decode_image(data, SPEC, max_pixels=DecodeConfig().max_pixels)
+                if not isinstance(outcome, Decoded):
+                    raise SystemExit("a photograph failed")
+                pixels_NHWC[row] = outcome.pixels_HWC
 
     return measure(work, num_images)
 
