@@ -163,9 +163,11 @@ def test_another_token_or_none_is_one_line(night, variables, named, monkeypatch,
 @pytest.mark.parametrize(("program", "version"), [("ray", "2.59.0"), ("Python", "3.10.1"), ("imgbatch", "9.9.9")])
 @pytest.mark.usefixtures("laptop")
 def test_another_version_is_refused(night, program, version, monkeypatch, capfd):
-    target = {"ray": "ray.__version__", "imgbatch": "imgbatch.__version__", "Python": "platform.python_version"}[
-        program
-    ]
+    target = {
+        "ray": "ray.__version__",
+        "imgbatch": "imgbatch.runtime.submit.__version__",
+        "Python": "platform.python_version",
+    }[program]
     monkeypatch.setattr(target, (lambda: version) if program == "Python" else version)
     assert run(["submit", "--no-wait", "--", *night]) == ExitCode.USAGE
     (line,) = capfd.readouterr().err.splitlines()
