@@ -86,6 +86,7 @@ def test_a_multilabel_model_has_no_accuracy_but_an_agreement(
     np.testing.assert_allclose(given_NK, expected_NK, atol=0.1)
 
 
+@pytest.mark.soak
 def test_a_compiled_network_says_what_torch_says(
     make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray
 ):

@@ -134,6 +134,7 @@ def test_no_images_stay_none(name):
     assert corrupt(np.zeros((0, 8, 8, 3), np.uint8), name, 1).shape == (0, 8, 8, 3)
 
 
+@pytest.mark.soak
 def test_the_table_and_its_curves(photo_manifest, tiny_model, tmp_path):
     result = measure_robustness(tiny_model.path, str(photo_manifest), str(tmp_path), limit=12)
     assert result.num_failed == 1

@@ -65,6 +65,7 @@ def test_a_driver_killed_while_it_removes_the_units(job: Job, oracle: Job) -> No
     assert_exactly_once(job, oracle)
 
 
+@pytest.mark.soak
 def test_a_driver_killed_again_and_again(job: Job, oracle: Job) -> None:
     for failpoint in ("commit.after=kill@2", "commit.before=kill@2", "finalize.after_layout=kill",
                       "finalize.mid_file=kill@2", "finalize.after_record=kill"):  # fmt: skip

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.notebooks.conftest import printed, shown
 
 
+@pytest.mark.soak
 def test_scenes_are_tiled_learnt_labelled_and_mapped(tmp_path, run_notebook):
     notebook = run_notebook(
         "05_satellite",
