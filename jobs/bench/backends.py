@@ -27,11 +27,12 @@ from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.optimize import optimize_bundle
 from imgbatch.core.pictures import Pictures, load_pictures
+from imgbatch.core.predictions import BatchedPredictor
 from imgbatch.core.variants import load_variants
 from jobs.bench.common import describe_machine, spread
 from jobs.bench.efficiency import run_pipeline
 
-THREADS, BATCH_SIZES = (1, 2), (1, 4, 8, 16, 32)
+THREADS, BATCH_SIZES = (1, 2), (1, 8, 32)
 RATE_IMAGES = 64
 
 
@@ -74,13 +75,17 @@ def report_rates(
     bundle: ModelBundle, backends: list[Backend], images_NHWC: np.ndarray, repeats: int, seconds: float
 ) -> None:
     """Prints a table: images/s by backend, threads and batch size, and the ratio of the best batch sizes."""
+    cases = [(backend, threads, size) for threads in THREADS for size in BATCH_SIZES for backend in backends]
+    predictors = [
+        build_predictor(bundle, backend, device="cpu", batch_size=size, num_threads=threads)
+        for backend, threads, size in cases
+    ]
     rates: dict[tuple[str, int, int], list[float]] = {}
     for _ in range(repeats):
-        for num_threads in THREADS:
-            for batch_size in BATCH_SIZES:
-                for backend in backends:
-                    rate = measure_rate(bundle, backend, images_NHWC, batch_size, num_threads, seconds)
-                    rates.setdefault((backend.name, num_threads, batch_size), []).append(rate)
+        for (backend, threads, size), predictor in zip(cases, predictors, strict=True):
+            torch.set_num_threads(threads)
+            rate = measure_rate(predictor, images_NHWC[:size], seconds)
+            rates.setdefault((backend.name, threads, size), []).append(rate)
     print(
         "| forward pass, images/s | threads |", " | ".join(f"batch {size}" for size in BATCH_SIZES), "| best / torch |"
     )
@@ -96,25 +101,14 @@ def report_rates(
             print(f"| {backend.name} | {num_threads} | {' | '.join(cells)} | {ratio:.2f} |")
 
 
-def measure_rate(
-    bundle: ModelBundle,
-    backend: Backend,
-    images_NHWC: np.ndarray,
-    batch_size: int,
-    num_threads: int,
-    seconds: float,
-) -> float:
-    """Images per second of the forward pass, for about ``seconds``."""
-    before = torch.get_num_threads()
-    predictor = build_predictor(bundle, backend, device="cpu", batch_size=batch_size, num_threads=num_threads)
-    predictor.predict(images_NHWC[:batch_size])
+def measure_rate(predictor: BatchedPredictor, batch_NHWC: np.ndarray, seconds: float) -> float:
+    """Images per second of the forward pass, for about ``seconds`` after a first batch."""
+    predictor.predict(batch_NHWC)
     started, num_images = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        predictor.predict(images_NHWC[:batch_size])
-        num_images += batch_size
-    rate = num_images / (time.perf_counter() - started)
-    torch.set_num_threads(before)
-    return rate
+        predictor.predict(batch_NHWC)
+        num_images += len(batch_NHWC)
+    return num_images / (time.perf_counter() - started)
 
 
 def report_agreement(bundle: ModelBundle, backends: list[Backend], pictures: Pictures) -> None:
