@@ -1,5 +1,5 @@
 """The tiny labelled collection that training is tested on, for the engines too."""
 
-from tests.core.training.conftest import colour_config, colour_images, colour_manifest, write_manifest
+from tests.core.training.conftest import _one_thread, colour_config, colour_images, colour_manifest, write_manifest
 
-__all__ = ["colour_config", "colour_images", "colour_manifest", "write_manifest"]
+__all__ = ["_one_thread", "colour_config", "colour_images", "colour_manifest", "write_manifest"]

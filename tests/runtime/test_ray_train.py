@@ -19,6 +19,9 @@ from imgbatch.errors import ImgbatchError
 from imgbatch.runtime.train import train
 from tests.conftest import changed
 
+_EPOCHS = 20
+"""Enough that a worker is killed long before the last."""
+
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
 
@@ -29,7 +32,7 @@ def config(colour_config: Config) -> Config:
 
 
 def on_ray(config: Config, tmp_path: Path, **flags: object) -> Config:
-    paths = {"output__path": str(tmp_path / "on_ray"), "train__storage": str(tmp_path / "ray_work")}
+    paths = {"output__path": str(tmp_path / "on_ray"), "train__storage": (tmp_path / "ray_work").as_uri()}
     return changed(config, classify__engine="ray", train__num_workers=2, **paths, **flags)
 
 
@@ -50,15 +53,16 @@ def test_two_workers_give_what_one_gives(config, tmp_path):
 
 @pytest.mark.soak
 def test_a_killed_worker_changes_nothing(config, tmp_path):
-    config = changed(config, train__epochs=40)
+    config = changed(config, train__epochs=_EPOCHS)
     disturbed = on_ray(config, tmp_path)
     paths = plan_training(disturbed).paths
     killed: list[int] = []
+    finished = threading.Event()
 
     def kill_a_worker() -> None:
-        while len(read_epochs(paths)) < 3:
+        while len(read_epochs(paths)) < 3 and not finished.is_set():
             time.sleep(0.02)
-        while not killed:
+        while not killed and not finished.is_set():
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     if not killed and "RayTrainWorker" in " ".join(process.cmdline()):
@@ -67,10 +71,13 @@ def test_a_killed_worker_changes_nothing(config, tmp_path):
 
     killer = threading.Thread(target=kill_a_worker, daemon=True)
     killer.start()
-    result = train(disturbed)
-    killer.join()
+    try:
+        result = train(disturbed)
+    finally:
+        finished.set()
+        killer.join()
     assert killed
-    assert result.metrics["steps"] == 40 * 3
+    assert result.metrics["steps"] == _EPOCHS * 3
     expected = train(config)
     assert result.metrics["validation"]["loss"] == pytest.approx(expected.metrics["validation"]["loss"], abs=0.02)
 
