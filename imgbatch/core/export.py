@@ -68,7 +68,8 @@ def export_bundle(model: str, *, file_format: Format, output: str, manifest: str
         raise UsageError(f"manifest {manifest}: not one image to compare on could be decoded")
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name, f"model{suffix}")
-        _write_onnx(bundle, staged) if file_format == "onnx" else _write_openvino(bundle, staged)
+        write = _write_onnx if file_format == "onnx" else _write_openvino
+        write(bundle, staged)
         result = _compare(bundle, staged, images_NHWC)
         if result.largest_difference > MAX_DIFFERENCE:
             raise CheckFailed(
