@@ -206,11 +206,14 @@ def test_a_server_that_ignores_the_condition_is_told_about(
     s3_bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = storage.join(s3_bucket, "out")
-    with caplog.at_level(logging.WARNING):
+    # Libraries that other tests load configure logging for the whole process, and may silence what was there before.
+    monkeypatch.setattr(logging.getLogger("imgbatch"), "disabled", False)
+    monkeypatch.setattr(logging.getLogger("imgbatch"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="imgbatch"):
         storage.check_writable(out)
-    assert not caplog.records
-    monkeypatch.setattr(s3, "put_if_absent", lambda fs, path, data: s3.put(fs, path, data) or True)
-    storage.check_writable(out)
+        assert not caplog.records
+        monkeypatch.setattr(s3, "put_if_absent", lambda fs, path, data: s3.put(fs, path, data) or True)
+        storage.check_writable(out)
     assert "ignores If-None-Match" in caplog.text
     assert storage.list_files(s3_bucket) == []
 
