@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from imgbatch.config import Config
+from imgbatch.core import storage
 from imgbatch.core.baselines import BASELINES
 from imgbatch.core.evaluate import evaluate
 from imgbatch.core.model import load_bundle
@@ -60,6 +62,17 @@ def test_what_was_measured_is_what_classification_gives(config, colour_manifest,
         query = "select avg((label = target)::int) from predictions where split = 'test'"
         assert connection.sql(query).fetchall() == [(result.metrics["test"]["top1"],)]
     assert pq.read_metadata(colour_manifest).num_rows == 48
+
+
+def test_training_may_keep_its_work_in_an_object_store(config, s3_bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    expected = train(config)
+    elsewhere = {"train__storage": f"{s3_bucket}/work", "output__path": f"{s3_bucket}/model"}
+    result = train(changed(config, **elsewhere))
+    assert result.bundle.model_id == expected.bundle.model_id
+    names = [info.uri.rsplit("/", 1)[-1] for info in storage.list_files(f"{s3_bucket}/work", "")]
+    assert {"best.safetensors", "last.pt", "outcome.json", "part-00000.npy"} <= set(names)
+    assert train(changed(config, **elsewhere)).already_finished
 
 
 def test_labels_apply_from_thresholds_that_validation_chose(config, colour_images, write_manifest, tmp_path):
