@@ -70,7 +70,7 @@ def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenClu
     finally:
         head.terminate()
         try:
-            head.wait(30)
+            head.wait(10)
         except subprocess.TimeoutExpired:
             head.kill()
             head.wait()
