@@ -77,7 +77,8 @@ def finalize(run: Run, map_parts: MapParts = in_threads) -> dict[str, Any]:
             # The other one may have finished, and removed the units.
             if not run.paths.is_finished():
                 raise
-    if not storage.exists(run.paths.spark_py):  # the last of the scripts
+    is_current = run.run_id in {entry.run_id for entry in current.load(run.paths.out)}
+    if not is_current or not storage.exists(run.paths.spark_py):  # the last of the scripts
         current.update(run.paths.out)
         failpoint("finalize.after_current")
         write_readers(run.paths)

@@ -67,6 +67,7 @@ def classify(config: Config, console: Console | None = None, stop: StopSwitch | 
         stop: ends the job after the units in flight when it is turned on.
 
     Raises:
+        NothingToDo: only unlabelled rows are wanted, and there are none.
         UsageError: bad input or configuration, or another unfinished run is in the way.
         ErrorBudgetExceeded: too many rows failed, or not one has a prediction.
         Interrupted: no unit was committed for ``run.no_progress_s``, or ``stop`` was turned on.

@@ -93,3 +93,13 @@ print("PRUNED", "shop" in filters, pruned.count())
     )
     assert f'"run_id": "{finished.run_id}"' in line
     assert f"PRUNED True {north}" in done.stdout
+
+
+def test_what_was_lost_beside_a_finished_run_comes_back(photo_config: Config) -> None:
+    result = classify(photo_config)
+    lost = [Path(result.out, "current.json"), Path(RunPaths(result.out, result.run_id).spark_py)]
+    for path in lost:
+        before = path.read_bytes()
+        path.unlink()
+        assert classify(photo_config).already_finished
+        assert path.read_bytes() == before
