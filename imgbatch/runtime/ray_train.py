@@ -120,6 +120,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     worker = Worker.current(ray.train.torch.get_device(), loader_processes=settings["loader_processes"])
     try:
         run_training(job, worker, lambda record: ray.train.report({"epoch": record["epoch"]}))
+        job.remove_local_copies()
     except ImgbatchError as error:
         # Trying again would not help: workers that start again find this file and leave.
         storage.write_json(job.paths.failure, {"message": str(error)})

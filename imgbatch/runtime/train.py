@@ -84,6 +84,7 @@ def train(config: Config, console: Console | None = None, *, overwrite: bool = F
         if not storage.exists(job.paths.outcome):
             engine.run(job, records.add)
         records.draw_curves(failed)
+        job.remove_local_copies()
     num_workers, device = int(config.train.num_workers), config.resources.device
     hardware = describe_hardware(num_workers=num_workers, device=device)
     bundle = save_trained(plan, job, failed, hardware=hardware)

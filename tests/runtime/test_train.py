@@ -72,6 +72,7 @@ def test_training_may_keep_its_work_in_an_object_store(config, s3_bucket, tmp_pa
     assert result.bundle.model_id == expected.bundle.model_id
     names = [info.uri.rsplit("/", 1)[-1] for info in storage.list_files(f"{s3_bucket}/work", "")]
     assert {"best.safetensors", "last.pt", "outcome.json", "part-00000.npy"} <= set(names)
+    assert not list(tmp_path.glob("imgbatch-crops-*"))
     assert train(changed(config, **elsewhere)).already_finished
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,12 +84,20 @@ class CropStore:
         paths = [self._local_part(part) for part in range(self.num_parts)]
         return Crops([np.load(path, mmap_mode="r") for path in paths], self.part_rows)
 
+    def remove_local_copy(self) -> None:
+        """What :meth:`open` copied to this machine; the store itself stays."""
+        shutil.rmtree(self._copy_directory, ignore_errors=True)
+
+    @property
+    def _copy_directory(self) -> Path:
+        key = hashlib.sha256(self.directory.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir(), f"imgbatch-crops-{key}")
+
     def _local_part(self, part: int) -> Path:
         uri = self.pixels_file(part)
         if storage.is_local(uri):
             return storage.local_path(uri)
-        key = hashlib.sha256(self.directory.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir(), f"imgbatch-crops-{key}", f"part-{part:05d}.npy")
+        path = self._copy_directory / f"part-{part:05d}.npy"
         storage.create_if_absent(str(path), b"" if path.exists() else storage.read_bytes(uri))
         return path
 

@@ -93,6 +93,11 @@ class TrainingJob:
     def store_of(self, split: str) -> CropStore:
         return self.stores["train" if split == TRAIN else "evaluation"]
 
+    def remove_local_copies(self) -> None:
+        """Of crops on remote storage, when training is over: workers have met in its last measurement by then."""
+        for store in self.stores.values():
+            store.remove_local_copy()
+
 
 def save_job(job: TrainingJob, initial_weights: Mapping[str, Tensor]) -> None:
     """Store a job and what it starts from; job.json is written last."""
