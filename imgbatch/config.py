@@ -126,7 +126,9 @@ class ClassifyConfig(Section):
     """Images per forward pass; auto: what was the fastest for a variant of the model, else 8 on a CPU, 256 on a GPU."""
     engine: Literal["ray", "local"] = "ray"
     """``ray``, or ``local``: the same stages in a plain loop in this process."""
-    backend: Literal["auto", "torch", "torch_compile", "openvino", "openvino_fp32", "openvino_int8"] = "auto"
+    backend: Literal["auto", "torch", "torch_bf16", "torch_compile", "openvino", "openvino_fp32", "openvino_int8"] = (
+        "auto"
+    )
     """What runs the model: torch, or a variant that ``imgbatch model optimize`` has made; auto: the fastest that the
     model holds for the device, else torch."""
     min_agreement: float = Field(0.99, ge=0, le=1)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from imgbatch.commands.common import AsJson, console, print_json
+from imgbatch.config import Config
 from imgbatch.errors import UsageError
 
 app = typer.Typer(help="Make, inspect, optimize and export model bundles.", no_args_is_help=True)
@@ -93,9 +94,11 @@ def inspect(
 
 @app.command()
 def optimize(
+    config: Config,
     model: Model,
     target: Annotated[
-        Literal["openvino-int8", "openvino-fp32", "torch-compile"], typer.Option(help="What the variant is.")
+        Literal["openvino-int8", "openvino-fp32", "torch-bf16", "torch-compile"],
+        typer.Option(help="What the variant is."),
     ],
     calibration: Annotated[
         str, typer.Option(metavar="MANIFEST", help="Images like those to be classified; targets help.")
@@ -108,11 +111,12 @@ def optimize(
     as_json: AsJson = False,
 ) -> None:
     """Make a faster variant of a model and measure how far it agrees with the original; classify then uses it."""
-    from imgbatch.config import ClassifyConfig
     from imgbatch.core.optimize import optimize_bundle
     from imgbatch.core.variants import directory_of
 
-    bundle, variant = optimize_bundle(model, target=target, calibration=calibration, output=output, limit=limit)
+    bundle, variant = optimize_bundle(
+        model, target=target, calibration=calibration, output=output, limit=limit, config=config
+    )
     if as_json:
         print_json({"variant_id": variant.variant_id, **variant.model_dump(mode="json")})
         return
@@ -123,7 +127,7 @@ def optimize(
         f"torch {variant.images_per_s['original']:,.1f}",
         markup=False,
     )
-    floor = ClassifyConfig().min_agreement
+    floor = config.classify.min_agreement
     if variant.agreement.labels < floor:
         console.print(
             f"classify leaves it out, because its labels agree on less than {floor:.0%}, unless "
@@ -134,6 +138,7 @@ def optimize(
 
 @app.command()
 def export(
+    config: Config,
     model: Model,
     file_format: Annotated[Literal["onnx", "openvino"], typer.Option("--format", help="What to write.")],
     output: Annotated[
@@ -145,7 +150,7 @@ def export(
     """Write a model for use elsewhere: uint8 crops in, probabilities out; compared with torch on real images first."""
     from imgbatch.core.export import export_bundle
 
-    result = export_bundle(model, file_format=file_format, output=output, manifest=manifest, limit=limit)
+    result = export_bundle(model, file_format=file_format, output=output, manifest=manifest, limit=limit, config=config)
     console.print(
         f"{', '.join(result.files)}: {result.same_labels:,} of {result.images:,} labels as in torch, probabilities "
         f"within {result.largest_difference:.2g}",

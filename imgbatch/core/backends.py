@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from imgbatch.config import ClassifyConfig
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.predictions import BatchedPredictor
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.core.variants import Variant, load_variants, read_files
+from imgbatch.core.variants import Target, Variant, load_variants, read_files
 from imgbatch.errors import UsageError
 
 TORCH = "torch"
@@ -71,6 +73,8 @@ def choose_backend(
         if wanted != "auto" and not variant.backend.startswith(wanted):
             continue
         reason = _why_not(variant, settings, bundle, spec, device, features=features)
+        if reason is None and wanted == "auto" and variant.speedup < 1:
+            reason = f"where it was made it had {variant.speedup:.2f} of torch's speed"
         if reason is None:
             read_files(bundle, variant)
             return Backend(variant, tuple(left_out))
@@ -128,14 +132,21 @@ def build_predictor(
         return OpenVinoPredictor(bundle, network, batch_size=batch_size, num_threads=num_threads)
     from imgbatch.core.predict import Predictor
 
+    target = backend.variant.target if backend.variant else None
     return Predictor(
         bundle,
         device=device,
         batch_size=batch_size,
         features=features,
         num_threads=num_threads,
-        compiled=backend.variant is not None,
+        compiled=target is not None and is_compiled(target, device),
+        reduced=target == "torch-bf16",
     )
+
+
+def is_compiled(target: Target, device: str) -> bool:
+    """Whether the network of a torch variant goes through ``torch.compile``."""
+    return target == "torch-compile" or (target == "torch-bf16" and device != "cpu")
 
 
 def _why_not(
@@ -171,6 +182,16 @@ def _missing_tool(variant: Variant) -> str | None:
     if variant.backend.startswith("openvino"):
         if importlib.util.find_spec("openvino") is None:
             return "openvino is not installed here; pip install 'imgbatch[openvino]'"
-    elif variant.device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+    elif variant.device == "cuda":
+        return None
+    elif variant.target == "torch-bf16":
+        if not _has_bfloat16(Path("/proc/cpuinfo")):
+            return "this processor has no bfloat16 arithmetic"
+    elif shutil.which(os.environ.get("CXX", "g++")) is None:
         return "torch.compile needs a C++ compiler; install g++ or name one in CXX"
     return None
+
+
+def _has_bfloat16(cpu_info: Path) -> bool:
+    """Without it torch computes in float32 and rounds, which is slower than float32 alone."""
+    return cpu_info.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from imgbatch import __version__
+from imgbatch.config import Config
 from imgbatch.core import openvino_build, storage
+from imgbatch.core.backends import is_compiled
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle, load_metrics, recalibrate_bundle
 from imgbatch.core.openvino_build import Calibration
@@ -52,7 +54,13 @@ class _Built:
 
 
 def optimize_bundle(
-    model: str, *, target: Target, calibration: str, output: str | None = None, limit: int = 1000
+    model: str,
+    *,
+    target: Target,
+    calibration: str,
+    output: str | None = None,
+    limit: int = 1000,
+    config: Config | None = None,
 ) -> tuple[ModelBundle, Variant]:
     """Make a variant and measure it: every second image calibrates, the others are held out to measure with.
 
@@ -61,12 +69,13 @@ def optimize_bundle(
             too, and int8 is made with accuracy control.
         output: a copy of the bundle that gets the variant; none: the bundle itself.
         limit: at most so many images, spread over the manifest.
+        config: how images are fetched and decoded; none: the defaults.
 
     Raises:
         UsageError: too few images, a network that cannot be converted, or a package that is not installed.
     """
     bundle = load_bundle(model)
-    pictures = load_pictures(open_manifest(calibration), bundle.preprocess, limit=limit)
+    pictures = load_pictures(open_manifest(calibration), bundle.preprocess, config or Config(), limit=limit)
     num_images = len(pictures.images_NHWC)
     if num_images < MIN_IMAGES:
         raise UsageError(
@@ -107,14 +116,24 @@ def optimize_bundle(
 
 
 def _build(bundle: ModelBundle, target: Target, calibration: Calibration) -> _Built:
-    if target == "torch-compile":
+    if target.startswith("torch"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        compiled = is_compiled(target, device)
 
-        def compiled(batch_size: int, num_threads: int | None) -> BatchedPredictor:
-            return Predictor(bundle, device=device, batch_size=batch_size, num_threads=num_threads, compiled=True)
+        def in_torch(batch_size: int, num_threads: int | None) -> BatchedPredictor:
+            return Predictor(
+                bundle,
+                device=device,
+                batch_size=batch_size,
+                num_threads=num_threads,
+                compiled=compiled,
+                reduced=target == "torch-bf16",
+            )
 
-        batch_size = _GPU_BATCH_SIZE if device == "cuda" else _COMPILED_BATCH_SIZE
-        return _Built(device, {}, {}, (batch_size,), compiled)
+        batch_sizes = (
+            (_GPU_BATCH_SIZE,) if device == "cuda" else (_COMPILED_BATCH_SIZE,) if compiled else _CPU_BATCH_SIZES
+        )
+        return _Built(device, {}, {}, batch_sizes, in_torch)
     network, how = openvino_build.convert_network(bundle), {}
     if target == "openvino-int8":
         network, how["quantised"] = openvino_build.quantize_network(network, bundle, calibration)

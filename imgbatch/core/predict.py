@@ -32,7 +32,8 @@ class _Output:
 class Predictor(BatchedPredictor):
     """A loaded model on a device.
 
-    float32, eager, channels_last. Measured with ResNet-18 at 224 px on one core of an AVX-512 server CPU, images/s at
+    channels_last; float32 and eager unless told otherwise, because that is what a bundle's numbers were measured
+    with. Measured with ResNet-18 at 224 px on one core of an AVX-512 server CPU, images/s at
     batches of 8 / 32 (medians of 4): contiguous 22 / 18, channels_last 26 / 23; folding batch norms by torch.fx adds
     1 to 5% but cannot trace every architecture, mkldnn tensors and TorchScript add 10 to 15% but are deprecated.
     All agree within 1e-6.
@@ -43,6 +44,7 @@ class Predictor(BatchedPredictor):
         features: give ``features_ND`` too, of the same forward pass.
         num_threads: of the CPU for one forward pass (a setting of the whole process), or none to leave it.
         compiled: by ``torch.compile``, for batches of exactly ``batch_size``: smaller ones are filled up; no features.
+        reduced: convolutions and products of matrices in bfloat16 (``torch.autocast``), the rest in float32.
 
     Raises:
         UsageError: the bundle's weights are not those it describes.
@@ -57,13 +59,14 @@ class Predictor(BatchedPredictor):
         features: bool = False,
         num_threads: int | None = None,
         compiled: bool = False,
+        reduced: bool = False,
     ) -> None:
         if compiled and features:
             raise ValueError("a compiled network gives no features")
         super().__init__(bundle, batch_size=batch_size, features=features)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self._compiled = compiled
+        self._compiled, self._reduced = compiled, reduced
         self.device = torch.device(device)
         network = load_network(bundle).requires_grad_(False)
         network = network.to(self.device).to(memory_format=torch.channels_last)
@@ -75,6 +78,10 @@ class Predictor(BatchedPredictor):
 
     @torch.inference_mode()
     def _forward(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._reduced):
+            return self._run(images_BHWC)
+
+    def _run(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
         # A copy, because what Ray hands out is read-only, and because only pinned memory is copied in the background.
         num_staged = self.batch_size if self._compiled else len(images_BHWC)
         shape = (num_staged, *images_BHWC.shape[1:])

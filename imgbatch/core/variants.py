@@ -3,6 +3,7 @@
     MODEL/variants/openvino-int8/{model.xml, model.bin, variant.json}
     MODEL/variants/openvino-fp32/{model.xml, model.bin, variant.json}
     MODEL/variants/torch-compile/variant.json
+    MODEL/variants/torch-bf16/variant.json
 
 A variant gives logits; temperature, thresholds and class names stay those of model.json, and so does ``model_id``.
 variant.json names every other file with its sha256 and is written last. Needs neither torch nor OpenVINO.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,9 +24,8 @@ from imgbatch.errors import UsageError
 
 VARIANTS_DIRECTORY, VARIANT_FILE = "variants", "variant.json"
 
-Target = Literal["openvino-int8", "openvino-fp32", "torch-compile"]
-TARGETS: tuple[Target, ...] = ("openvino-int8", "openvino-fp32", "torch-compile")
-"""Fastest first."""
+Target = Literal["openvino-int8", "openvino-fp32", "torch-bf16", "torch-compile"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 GRAPH_FILE, CONSTANTS_FILE = "model.xml", "model.bin"
 """An OpenVINO network."""
@@ -94,6 +94,11 @@ class Variant(_Plain):
         return backend_name(self.target)
 
     @property
+    def speedup(self) -> float:
+        """Its images/s divided by the original's, where it was made."""
+        return self.images_per_s["variant"] / self.images_per_s["original"]
+
+    @property
     def variant_id(self) -> str:
         """``v`` and 12 hex digits: equal for variants that give equal logits."""
         decisive = [self.target, self.weights_sha256, self.crop_size, self.mean, self.std, sorted(self.files.items())]
@@ -111,13 +116,13 @@ def directory_of(bundle_path: str, target: Target) -> str:
 
 
 def load_variants(bundle: ModelBundle) -> list[Variant]:
-    """The variants that a bundle holds, fastest first; their files are not looked at.
+    """The variants that a bundle holds, fastest where they were made first; their files are not looked at.
 
     Raises:
         UsageError: a variant.json is not what this imgbatch writes.
     """
     found = (_load_variant(bundle, target) for target in TARGETS)
-    return [variant for variant in found if variant is not None]
+    return sorted((variant for variant in found if variant is not None), key=lambda variant: -variant.speedup)
 
 
 def _load_variant(bundle: ModelBundle, target: Target) -> Variant | None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imgbatch.config import Config
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle
@@ -24,7 +25,7 @@ MakeBundle = Callable[..., ModelBundle]
 
 @pytest.fixture(name="images_NHWC", scope="module")
 def load_images(photo_manifest: Path, tiny_model: ModelBundle) -> np.ndarray:
-    return load_pictures(open_manifest(str(photo_manifest)), tiny_model.preprocess, limit=60).images_NHWC
+    return load_pictures(open_manifest(str(photo_manifest)), tiny_model.preprocess, Config(), limit=60).images_NHWC
 
 
 def variant_of(bundle: ModelBundle, target: str) -> Variant:
@@ -48,7 +49,9 @@ def test_openvino_says_what_torch_says(optimized_model: ModelBundle, images_NHWC
 
 
 def test_what_is_recorded_is_what_comes_out(optimized_model: ModelBundle, photo_manifest: Path):
-    images_NHWC = load_pictures(open_manifest(str(photo_manifest)), optimized_model.preprocess).images_NHWC[1::2]
+    images_NHWC = load_pictures(open_manifest(str(photo_manifest)), optimized_model.preprocess, Config()).images_NHWC[
+        1::2
+    ]
     expected_NK = Predictor(optimized_model).predict(images_NHWC).probs_NK
     variant = variant_of(optimized_model, "openvino-int8")
     given_NK = predictor_of(optimized_model, "openvino-int8", variant.batch_size).predict(images_NHWC).probs_NK
@@ -86,6 +89,16 @@ def test_a_multilabel_model_has_no_accuracy_but_an_agreement(
     np.testing.assert_allclose(given_NK, expected_NK, atol=0.1)
 
 
+def test_bfloat16_says_nearly_what_torch_says(make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray):
+    bundle = make_bundle()
+    _, variant = optimize_bundle(bundle.path, target="torch-bf16", calibration=str(photo_manifest))
+    assert (variant.device, variant.files) == ("cpu", {})
+    given_NK = predictor_of(bundle, "torch-bf16").predict(images_NHWC[:11]).probs_NK
+    expected_NK = Predictor(bundle).predict(images_NHWC[:11]).probs_NK
+    np.testing.assert_allclose(given_NK, expected_NK, atol=0.02)
+    assert (given_NK != expected_NK).any()
+
+
 @pytest.mark.soak
 def test_a_compiled_network_says_what_torch_says(
     make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray
@@ -95,6 +108,8 @@ def test_a_compiled_network_says_what_torch_says(
     assert (variant.device, variant.files, variant.agreement.labels) == ("cpu", {}, 1)
     given = predictor_of(bundle, "torch-compile", batch_size=8).predict(images_NHWC[:11])
     np.testing.assert_allclose(given.probs_NK, Predictor(bundle).predict(images_NHWC[:11]).probs_NK, atol=1e-5)
+    reduced_NK = Predictor(bundle, batch_size=8, compiled=True, reduced=True).predict(images_NHWC[:11]).probs_NK
+    np.testing.assert_allclose(reduced_NK, given.probs_NK, atol=0.02)
     with pytest.raises(ValueError, match="gives no features"):
         Predictor(bundle, compiled=True, features=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from imgbatch.config import ClassifyConfig
-from imgbatch.core.backends import Backend, choose_backend, planned_backend
+from imgbatch.core.backends import Backend, _has_bfloat16, choose_backend, planned_backend
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.variants import Agreement, Variant, load_variants, read_files, save_variant
 from imgbatch.errors import UsageError
@@ -61,18 +61,21 @@ def test_variants_come_back_fastest_first_and_leave_the_model_id_alone(make_bund
     bundle = make_bundle()
     assert load_variants(bundle) == []
     model_id = bundle.model_id
-    written = [plant_variant(bundle, target) for target in ("torch-compile", "openvino-fp32", "openvino-int8")]
-    assert load_variants(bundle) == written[::-1]
+    written = [
+        plant_variant(bundle, target, images_per_s={"original": 20.0, "variant": rate})
+        for target, rate in (("openvino-fp32", 30.0), ("torch-compile", 25.0), ("torch-bf16", 40.0))
+    ]
+    assert load_variants(bundle) == [written[2], written[0], written[1]]
     assert len({variant.variant_id for variant in written}) == 3
     assert bundle.model_id == model_id
-    assert read_files(bundle, written[1]) == CONTENTS
+    assert read_files(bundle, written[0]) == CONTENTS
 
 
 def test_auto_takes_the_fastest_that_agrees_well_enough(make_bundle: MakeBundle):
     bundle = make_bundle()
     assert choose(bundle) == Backend()
     plant_variant(bundle, "openvino-fp32", labels=1.0)
-    plant_variant(bundle, "openvino-int8", labels=0.985)
+    plant_variant(bundle, "openvino-int8", labels=0.985, images_per_s={"original": 1.0, "variant": 3.0})
     backend = choose(bundle)
     assert backend.name == "openvino_fp32"
     assert backend.left_out == (
@@ -118,6 +121,30 @@ def test_without_the_package_torch_runs_the_model(make_bundle: MakeBundle, monke
     assert backend.left_out == (
         "openvino-fp32 is left out: openvino is not installed here; pip install 'imgbatch[openvino]'",
     )
+
+
+def test_auto_leaves_out_what_was_slower_than_torch(make_bundle: MakeBundle):
+    bundle = make_bundle()
+    plant_variant(bundle, images_per_s={"original": 20.0, "variant": 15.0})
+    assert choose(bundle).left_out == ("openvino-fp32 is left out: where it was made it had 0.75 of torch's speed",)
+    assert choose(bundle, backend="openvino_fp32").name == "openvino_fp32"
+
+
+@pytest.mark.parametrize(
+    ("line", "serves"),
+    [
+        ("flags\t\t: avx512_vnni avx512_bf16 amx_tile", True),
+        ("Features\t: asimd bf16 sve", True),
+        ("flags\t\t: avx2 avx512_vnni", False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_have_it(make_bundle: MakeBundle, tmp_path: Path, line: str, serves: bool):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert _has_bfloat16(tmp_path / "cpuinfo") == serves
+    assert not _has_bfloat16(tmp_path / "none")
+    bundle = make_bundle()
+    plant_variant(bundle, "torch-bf16", device="cuda")
+    assert choose(bundle, device="cuda").name == "torch_bf16"
 
 
 def test_torch_compile_needs_a_compiler(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch):
