@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from imgbatch.commands.common import AsJson, console, print_json, print_table
+from imgbatch.config import Config
 
 CURVES_FILE = "robustness.png"
 
 
 def attack(
+    config: Config,
     model: Annotated[str, typer.Option("-m", "--model", help="Model bundle.")],
     manifest: Annotated[str, typer.Option("--manifest", help="Manifest with images and their targets.")],
     directory: Annotated[str, typer.Option("-o", "--output", help="Directory for the table and the curves.")],
@@ -26,7 +28,7 @@ def attack(
     from imgbatch.core.robustness import TABLE_FILE, measure_robustness
     from imgbatch.report.plots import robustness_curves
 
-    result = measure_robustness(model, manifest, directory, limit=limit, seed=seed)
+    result = measure_robustness(model, manifest, directory, limit=limit, seed=seed, config=config)
     storage.replace(storage.join(directory, CURVES_FILE), robustness_curves(result.rows))
     if as_json:
         print_json([asdict(row) for row in result.rows])

@@ -8,7 +8,7 @@ import typer
 
 from imgbatch.commands.common import Assignments, ConfigFile, console, messages
 from imgbatch.commands.report import report_after_run
-from imgbatch.config import load_config
+from imgbatch.config import Config, load_config
 from imgbatch.errors import Status
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def classify(
     config = load_config(config_file, assignments or (), flags)
     with stop_on_signals() as stop:
         result = run_job(config, messages, stop)
-    _report(result)
+    _report(result, config)
 
 
 def retry(
@@ -75,10 +75,10 @@ def retry(
     if result is None:
         console.print("nothing to retry: every row has a prediction")
     else:
-        _report(result)
+        _report(result, config)
 
 
-def _report(result: RunResult) -> None:
+def _report(result: RunResult, config: Config) -> None:
     if result.already_finished:
         console.print(f"run {result.run_id} is finished already, nothing to do", markup=False)
     rate = f", {result.images_per_s:,.1f} images/s" if result.images_per_s else ""
@@ -91,7 +91,7 @@ def _report(result: RunResult) -> None:
         if status != Status.OK:
             console.print(f"  {count:>9,} {status}", markup=False)
     console.print(f"labels:  {result.out}/predictions/run_id={result.run_id}/", markup=False)
-    report_after_run(result.out, result.run_id, keep=result.already_finished)
+    report_after_run(result.out, result.run_id, keep=result.already_finished, config=config)
     console.print(
         f'next:    imgbatch query {result.out} "select label, count(*) n from predictions group by 1"', markup=False
     )

@@ -13,7 +13,7 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 
-from imgbatch.config import load_config
+from imgbatch.config import Config, load_config
 
 ConfigFile = Annotated[
     Path | None, typer.Option("-c", "--config", help="YAML file of configuration sections.", show_default=False)
@@ -34,8 +34,12 @@ messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """``command``, which reaches object stores as the configuration says; takes ``-c`` and ``--set`` if it did not."""
+    """``command``, which reaches object stores as the configuration says; takes ``-c`` and ``--set`` if it did not.
+
+    A parameter of the type :class:`Config` is the configuration, and no option of the command line.
+    """
     signature = inspect.signature(command, eval_str=True)
+    given = [name for name, parameter in signature.parameters.items() if parameter.annotation is Config]
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in (("config_file", ConfigFile), ("assignments", Assignments))
@@ -46,10 +50,12 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def configured(**arguments: Any) -> None:
         from imgbatch.core import storage
 
-        storage.configure(load_config(arguments["config_file"], arguments["assignments"] or ()).storage)
-        command(**{name: value for name, value in arguments.items() if name in signature.parameters})
+        config = load_config(arguments["config_file"], arguments["assignments"] or ())
+        storage.configure(config.storage)
+        own = {name: value for name, value in arguments.items() if name in signature.parameters}
+        command(**own, **dict.fromkeys(given, config))
 
-    parameters = [*signature.parameters.values(), *added]
+    parameters = [*(parameter for name, parameter in signature.parameters.items() if name not in given), *added]
     configured.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     configured.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return configured

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from imgbatch.commands.common import AsJson, console, messages, print_json
+from imgbatch.config import Config
 from imgbatch.errors import UsageError
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Output directory of classify.")]
@@ -121,6 +122,7 @@ def calibrate(
 
 
 def compare(
+    config: Config,
     out_a: Annotated[str, typer.Argument(metavar="A", help="Output directory of classify.")],
     out_b: Annotated[str, typer.Argument(metavar="B", help="Another, over the same images.")],
     manifest: TargetsOption = None,
@@ -140,7 +142,7 @@ def compare(
     result = core.compare(out_a, out_b, manifest=manifest, split=split, directory=directory)
     figures = result.figures
     try:
-        page = write_comparison(result, max_thumbnails=thumbnails)
+        page = write_comparison(result, max_thumbnails=thumbnails, config=config)
     except UsageError as error:
         page = None
         messages.print(f"no page: {error}", markup=False)

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from imgbatch.commands.common import console
+from imgbatch.config import Config
 from imgbatch.errors import UsageError
 
 
 def explain(
+    config: Config,
     out: Annotated[
         str | None,
         typer.Argument(
@@ -44,12 +46,20 @@ def explain(
     image_ids = image_id or ()
     if out is not None:
         found, failed = explain_output(
-            out, model=model, manifest=manifest, directory=directory, limit=limit, image_ids=image_ids
+            out,
+            model=model,
+            manifest=manifest,
+            directory=directory,
+            limit=limit,
+            image_ids=image_ids,
+            config=config,
         )
     elif model is None or manifest is None or directory is None:
         raise UsageError("explain: name an output directory, or --model, --manifest and --output")
     else:
-        found, failed = explain_images(directory, model=model, manifest=manifest, limit=limit, image_ids=image_ids)
+        found, failed = explain_images(
+            directory, model=model, manifest=manifest, limit=limit, image_ids=image_ids, config=config
+        )
     for name, error in failed.items():
         console.print(f"not shown: {name}: {error.status} ({error.message})", markup=False)
     count = len(found.images)

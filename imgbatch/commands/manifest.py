@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from imgbatch.commands.common import AsJson, console, print_json
+from imgbatch.config import Config
 from imgbatch.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def build(
 
 @app.command()
 def check(
+    config: Config,
     manifest: Annotated[
         str, typer.Argument(metavar="MANIFEST", help="A Parquet file or a directory of them.", show_default=False)
     ],
@@ -99,7 +101,7 @@ def check(
     """
     from imgbatch.core.manifest_check import check_manifest
 
-    result = check_manifest(manifest, sample_rows=sample, seed=seed)
+    result = check_manifest(manifest, sample_rows=sample, seed=seed, config=config)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -113,6 +115,7 @@ def check(
 
 @app.command()
 def tile(
+    config: Config,
     scenes: Annotated[
         list[str],
         typer.Argument(metavar="SCENE...", help="GeoTIFFs: folders, globs, files, lists of them.", show_default=False),
@@ -162,7 +165,7 @@ def tile(
         seed=seed,
         labels=VectorLabels(labels, label_field) if labels is not None else None,
     )
-    tally = tile_scenes(scenes, output, options, overwrite=overwrite)
+    tally = tile_scenes(scenes, output, options, overwrite=overwrite, config=config)
     left_out = f", {tally.num_left_out:,} left out (--min-valid)" if tally.num_left_out else ""
     console.print(f"{output}: {tally.num_tiles:,} tiles of {tally.num_scenes:,} scenes{left_out}", markup=False)
     for failure in tally.failed[:_MAX_SAMPLE_SHOWN]:
@@ -173,6 +176,7 @@ def tile(
 
 @app.command()
 def stats(
+    config: Config,
     manifest: Annotated[
         str, typer.Argument(metavar="MANIFEST", help="A Parquet file or a directory of them.", show_default=False)
     ],
@@ -188,13 +192,12 @@ def stats(
     """
     import numpy as np
 
-    from imgbatch.config import Config
     from imgbatch.core.band_statistics import sample_bands
     from imgbatch.core.manifest import open_manifest
 
     opened = open_manifest(manifest)
     wanted = _parse_bands(bands) if bands is not None else None
-    sampled = sample_bands(opened, np.arange(opened.num_rows), wanted, num_tiles=sample, config=Config())
+    sampled = sample_bands(opened, np.arange(opened.num_rows), wanted, num_tiles=sample, config=config)
     described = sampled.describe()
     if as_json:
         print_json({"tiles": sampled.num_tiles, "failed": list(sampled.failed), "bands": described})

@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from imgbatch.commands.common import console
+from imgbatch.config import Config
 
 _MAX_SHOWN = 10
 
 
 def mosaic(
+    config: Config,
     out: Annotated[str, typer.Argument(metavar="OUT", help="Output directory of a run on tiles.")],
     directory: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Folder for the rasters.")],
     class_name: Annotated[
@@ -27,7 +29,7 @@ def mosaic(
     require_rasterio()
     from imgbatch.core.mosaic import write_mosaics
 
-    tally = write_mosaics(out, directory, class_name=class_name)
+    tally = write_mosaics(out, directory, class_name=class_name, config=config)
     for path in tally.files[:_MAX_SHOWN]:
         console.print(path, markup=False)
     if len(tally.files) > _MAX_SHOWN:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from imgbatch.commands.common import Assignments, ConfigFile, console, messages
-from imgbatch.config import load_config
+from imgbatch.config import Config, load_config
 from imgbatch.errors import normalise_message
 
 
@@ -45,15 +45,17 @@ def report(
         slice_by=slice_by or (),
         max_thumbnails=thumbnails,
         price_per_hour=config.report.price_per_hour,
+        config=config,
     )
     console.print(written, markup=False)
 
 
-def report_after_run(out: str, run_id: str, *, keep: bool) -> None:
+def report_after_run(out: str, run_id: str, *, keep: bool, config: Config | None = None) -> None:
     """Write the page on a run that has finished; whatever goes wrong is one line and never the run's fault.
 
     Args:
         keep: leave a page alone that is there already.
+        config: where images may lie, unless the run's command said; none: as it said.
     """
     from imgbatch.core import storage
     from imgbatch.core.runs import RunPaths
@@ -62,7 +64,7 @@ def report_after_run(out: str, run_id: str, *, keep: bool) -> None:
     try:
         page = RunPaths(out, run_id).report
         if not (keep and storage.exists(page)):
-            write_report(out, file=page)
+            write_report(out, file=page, config=config)
         console.print(f"report:  {page}", markup=False)
     except Exception as error:
         messages.print(f"no report: {normalise_message(error)}", markup=False)

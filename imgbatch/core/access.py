@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from imgbatch.config import FetchConfig
+from imgbatch.config import FetchConfig, parse_config
 from imgbatch.core import storage
 
 
@@ -35,3 +37,13 @@ def allowed_path(uri: str, config: FetchConfig) -> Path:
     if not any(real.is_relative_to(os.path.realpath(root)) for root in config.roots):
         raise Refused("outside the directories that images may lie in (fetch.roots)")
     return real
+
+
+def fetch_settings(plan: Mapping[str, Any], given: FetchConfig) -> FetchConfig:
+    """How the images of a run are fetched again: as its command said, but for what ``given`` says itself.
+
+    Args:
+        plan: the run's plan.json.
+    """
+    planned = parse_config(plan["config"]).fetch if "config" in plan else FetchConfig()
+    return planned.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from imgbatch.config import Config
 from imgbatch.core import openvino_build, storage
 from imgbatch.core.graph import trace_graph
 from imgbatch.core.manifest import open_manifest
@@ -46,13 +47,16 @@ class ExportResult:
     """Of a probability."""
 
 
-def export_bundle(model: str, *, file_format: Format, output: str, manifest: str, limit: int = 64) -> ExportResult:
+def export_bundle(
+    model: str, *, file_format: Format, output: str, manifest: str, limit: int = 64, config: Config | None = None
+) -> ExportResult:
     """Write a bundle's model as ONNX or OpenVINO, after what it says of real images was compared with torch.
 
     Args:
         output: ends in ``.onnx``, or in ``.xml``, beside which a ``.bin`` is written.
         manifest: of the images to compare on.
         limit: at most so many of them, spread over the manifest.
+        config: how images are fetched and decoded; none: the defaults.
 
     Raises:
         UsageError: another suffix, no image to compare on, a package that is not installed, or a network that cannot
@@ -63,9 +67,10 @@ def export_bundle(model: str, *, file_format: Format, output: str, manifest: str
     if not output.endswith(suffix):
         raise UsageError(f"-o {output}: a file of format {file_format} must end in {suffix}")
     bundle = load_bundle(model)
-    images_NHWC = load_pictures(open_manifest(manifest), bundle.preprocess, limit=limit).images_NHWC
+    pictures = load_pictures(open_manifest(manifest), bundle.preprocess, config or Config(), limit=limit)
+    images_NHWC = pictures.images_NHWC
     if not len(images_NHWC):
-        raise UsageError(f"manifest {manifest}: not one image to compare on could be decoded")
+        raise UsageError(f"manifest {manifest}: not one image to compare on could be decoded ({pictures.reasons})")
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name, f"model{suffix}")
         write = _write_onnx if file_format == "onnx" else _write_openvino

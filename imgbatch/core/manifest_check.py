@@ -76,11 +76,14 @@ class CheckResult:
         }
 
 
-def check_manifest(path: str, *, sample_rows: int = 64, seed: int = 0) -> CheckResult:
+def check_manifest(path: str, *, sample_rows: int = 64, seed: int = 0, config: Config | None = None) -> CheckResult:
     """Look at every row and decode a seeded sample of the images, as a run would.
 
     Memory is bounded for any number of rows: duplicates are found by DuckDB, which spills to a temporary folder.
     Rasters of which the manifest wants certain bands are left out of the sample.
+
+    Args:
+        config: how images are fetched and decoded; none: the defaults.
 
     Raises:
         UsageError: there is no such manifest, or it is not Parquet. What else is wrong becomes ``problems``.
@@ -96,7 +99,7 @@ def check_manifest(path: str, *, sample_rows: int = 64, seed: int = 0) -> CheckR
     scan = _Scan(manifest, chosen, result)
     result.num_duplicates, result.duplicates = _find_duplicates(scan)
     _add_column_problems(manifest, result)
-    result.sample = _decode_sample(manifest, scan.chosen_rows())
+    result.sample = _decode_sample(manifest, scan.chosen_rows(), config or Config())
     _add_sample_problems(result)
     return result
 
@@ -177,11 +180,11 @@ def _add_sample_problems(result: CheckResult) -> None:
         )
 
 
-def _decode_sample(manifest: Manifest, rows: list[dict[str, Any]]) -> list[SampledRow]:
+def _decode_sample(manifest: Manifest, rows: list[dict[str, Any]], config: Config) -> list[SampledRow]:
     rows = [row for row in rows if row.get(BANDS) is None]
     if not rows:
         return []
-    decoded = decode_sample(manifest, rows, PreprocessSpec(), Config()).decoded
+    decoded = decode_sample(manifest, rows, PreprocessSpec(), config).decoded
     return [
         SampledRow(row[ROW_ID], row[IMAGE_ID], row.get(TARGET), row.get(SPLIT), int(width), int(height), error)
         for row, width, height, error in zip(rows, decoded.widths, decoded.heights, decoded.errors, strict=True)

@@ -24,10 +24,12 @@ import rasterio
 from rasterio.io import DatasetReader
 from rasterio.shutil import copy
 
-from imgbatch.config import FetchConfig
+from imgbatch.config import Config, FetchConfig
 from imgbatch.core import storage
+from imgbatch.core.access import fetch_settings
 from imgbatch.core.rasters import RasterRejected, gdal_env, open_raster
 from imgbatch.core.row_decoder import find_raster
+from imgbatch.core.runs import RunPaths
 from imgbatch.core.scored import read_labeller
 from imgbatch.core.views import open_views
 from imgbatch.errors import RowError, UsageError
@@ -92,12 +94,15 @@ class _Cells:
         return framed[rows][:, columns]
 
 
-def write_mosaics(out: str, directory: str, *, class_name: str | None = None) -> MosaicTally:
+def write_mosaics(
+    out: str, directory: str, *, class_name: str | None = None, config: Config | None = None
+) -> MosaicTally:
     """Write ``NAME.labels.tif`` of every scene that an output has labelled tiles of, or ``NAME.CLASS.tif``.
 
     Args:
         directory: a local folder; files of the same name are replaced.
         class_name: the probability of this class, float32, instead of labels (the class's index from 0).
+        config: where scenes may lie, unless the newest run's command said; none: as it said.
 
     Raises:
         UsageError: no tiles there, not all probabilities were kept, or no such class.
@@ -114,13 +119,15 @@ def write_mosaics(out: str, directory: str, *, class_name: str | None = None) ->
             raise UsageError(
                 f"{out}: not every probability was kept; classify with --set output.probabilities=all for a mosaic"
             )
+        plan = storage.read_json(RunPaths(storage.absolute(out), labeller.run_ids[-1]).plan)
+        access = fetch_settings(plan, (config or Config()).fetch)
         columns = [column[0] for column in views.execute("describe predictions").fetchall()]
         if "window" not in columns:
             raise UsageError(f"{out}: its images are no tiles of scenes (there is no column 'window')")
         for tiles in _by_scene(views.sql(_TILES).to_arrow_reader()):
             tally.num_tiles += len(tiles.windows_N4)
             try:
-                tally.files.append(_write(tiles, storage.local_path(directory), class_names, class_name))
+                tally.files.append(_write(tiles, storage.local_path(directory), class_names, class_name, access))
             except (RasterRejected, _Unplaced) as error:
                 tally.failed.append(f"{tiles.uri}: {error}")
     return tally
@@ -156,8 +163,10 @@ def _scene_name(uri: str, image_id: str) -> str:
     return posixpath.splitext(relative if sound else posixpath.basename(uri))[0]
 
 
-def _write(tiles: _Tiles, directory: Path, class_names: tuple[str, ...], class_name: str | None) -> str:
-    place = find_raster(tiles.uri, FetchConfig())
+def _write(
+    tiles: _Tiles, directory: Path, class_names: tuple[str, ...], class_name: str | None, access: FetchConfig
+) -> str:
+    place = find_raster(tiles.uri, access)
     if isinstance(place, RowError):
         raise _Unplaced(place.message)
     cells = _Cells(tiles)

@@ -32,10 +32,16 @@ class Pictures:
     failed: dict[str, RowError]
     """By image_id, why the others could not."""
 
+    @property
+    def reasons(self) -> str:
+        """The statuses of those that could not, for a message."""
+        return ", ".join(sorted({error.status.value for error in self.failed.values()}))
+
 
 def load_pictures(
     manifest: Manifest,
     spec: PreprocessSpec,
+    config: Config,
     *,
     limit: int | None = None,
     image_ids: Sequence[str] | None = None,
@@ -44,6 +50,7 @@ def load_pictures(
     """Fetch and decode some rows of a manifest.
 
     Args:
+        config: its sections ``fetch``, ``decode`` and ``geo``.
         limit: at most so many, spread evenly over the rows, because manifests are often sorted by class.
         image_ids: these and no others, in this order.
         known_targets: only rows that have a target, all of these classes.
@@ -54,7 +61,7 @@ def load_pictures(
     rows = _choose(manifest, limit, image_ids, known_targets)
     images = rows.select(image_columns(rows.column_names))
     embedded = manifest if manifest.has_bytes else None
-    with RowDecoder(spec, Config(), columns=images.column_names, embedded=embedded) as decoder:
+    with RowDecoder(spec, config, columns=images.column_names, embedded=embedded) as decoder:
         decoded = decoder.decode(images)
     ids, targets = rows[IMAGE_ID].to_pylist(), rows[TARGETS].to_pylist()
     ok = [index for index, error in enumerate(decoded.errors) if error is None]

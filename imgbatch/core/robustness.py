@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from imgbatch.config import Config
 from imgbatch.core import storage
 from imgbatch.core.attacks import Loss, fgsm, pgd
 from imgbatch.core.corruptions import (
@@ -35,6 +36,7 @@ from imgbatch.core.model import ModelBundle, load_bundle, load_network
 from imgbatch.core.pictures import load_pictures
 from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
 from imgbatch.core.training.images import Normaliser
+from imgbatch.errors import UsageError
 
 TABLE_FILE = "robustness.parquet"
 CLEAN = "clean"
@@ -74,21 +76,35 @@ class RobustnessResult:
 
 
 def measure_robustness(
-    model: str, manifest: str, directory: str, *, limit: int, seed: int = 0, batch_size: int = 16
+    model: str,
+    manifest: str,
+    directory: str,
+    *,
+    limit: int,
+    seed: int = 0,
+    batch_size: int = 16,
+    config: Config | None = None,
 ) -> RobustnessResult:
     """Label images with a known target as they are, attacked and corrupted, and write the table to ``directory``.
 
     Args:
         limit: at most so many images, spread over the manifest.
         seed: of the noise and of where PGD begins.
+        config: how images are fetched and decoded; none: the defaults.
 
     Raises:
-        UsageError: no image with a target that the model knows.
+        UsageError: no image with a target that the model knows, or none of them could be decoded.
     """
     bundle = load_bundle(model)
     pictures = load_pictures(
-        open_manifest(manifest), bundle.preprocess, limit=limit, known_targets=set(bundle.class_names)
+        open_manifest(manifest),
+        bundle.preprocess,
+        config or Config(),
+        limit=limit,
+        known_targets=set(bundle.class_names),
     )
+    if not pictures.image_ids:
+        raise UsageError(f"manifest {manifest}: none of the images could be decoded ({pictures.reasons})")
     truth_NK = np.array(
         [[name in (names or ()) for name in bundle.class_names] for names in pictures.targets], np.float32
     ).reshape(-1, bundle.num_classes)

@@ -24,14 +24,16 @@ from rasterio.enums import MaskFlags
 from rasterio.io import DatasetReader
 from rasterio.warp import transform as to_crs
 
+from imgbatch.config import Config, FetchConfig
 from imgbatch.core import geoparquet, storage
 from imgbatch.core.geoparquet import BBOX, BBOX_TYPE, CRS, GEOMETRY, TRANSFORM
 from imgbatch.core.manifest_build import SPLIT_FOLDERS, draw_split, split_of_folders
 from imgbatch.core.manifest_sources import TableOptions, open_sources
 from imgbatch.core.parquet import BATCH_ROWS, rechunk
-from imgbatch.core.rasters import gdal_env, open_raster
+from imgbatch.core.rasters import RasterRejected, gdal_env, open_raster
+from imgbatch.core.row_decoder import find_raster
 from imgbatch.core.vector_labels import VectorLabels
-from imgbatch.errors import UsageError, normalise_message
+from imgbatch.errors import RowError, UsageError, normalise_message
 from imgbatch.schema import BANDS, IMAGE_ID, SPLIT, TARGET, URI, WINDOW, WINDOW_TYPE
 
 RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
@@ -86,11 +88,21 @@ class TileTally:
     """Scenes that cannot be opened, and why; each has one row without a window, which the job makes an error row."""
 
 
-def tile_scenes(sources: Sequence[str], output: str, options: TileOptions, *, overwrite: bool = False) -> TileTally:
+def tile_scenes(
+    sources: Sequence[str],
+    output: str,
+    options: TileOptions,
+    *,
+    overwrite: bool = False,
+    config: Config | None = None,
+) -> TileTally:
     """Write the tiles of the scenes that ``sources`` name to the Parquet file ``output``, as GeoParquet.
 
     A tile's ``image_id`` is the scene's path below its source with ``#col_off,row_off,width,height``: it stays the
     same when the collection moves.
+
+    Args:
+        config: where scenes may lie (section ``fetch``); none: the defaults.
 
     Raises:
         UsageError: a source that cannot be read, two scenes of one name, no scene, or ``output`` exists.
@@ -98,10 +110,11 @@ def tile_scenes(sources: Sequence[str], output: str, options: TileOptions, *, ov
     if storage.exists(output) and not (overwrite and storage.is_file(output)):
         raise UsageError(f"output {output}: exists; choose another name or give --overwrite")
     tally = TileTally()
+    access = (config or Config()).fetch
     bounds = _Bounds()
     schema = _schema(options)
     with gdal_env(), storage.staged_file(output) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for table in rechunk(_iter_tables(sources, options, schema, tally), BATCH_ROWS):
+        for table in rechunk(_iter_tables(sources, options, schema, tally, access), BATCH_ROWS):
             bounds.add(table[BBOX])
             writer.write_table(table, row_group_size=table.num_rows)
         if tally.num_scenes == 0:
@@ -136,7 +149,7 @@ def _schema(options: TileOptions) -> pa.Schema:
 
 
 def _iter_tables(
-    sources: Sequence[str], options: TileOptions, schema: pa.Schema, tally: TileTally
+    sources: Sequence[str], options: TileOptions, schema: pa.Schema, tally: TileTally, access: FetchConfig
 ) -> Iterator[pa.Table]:
     seen: set[str] = set()
     for uri, name in _iter_scenes(sources):
@@ -145,7 +158,7 @@ def _iter_tables(
         seen.add(name)
         tally.num_scenes += 1
         try:
-            scene = open_raster(uri)
+            scene = open_raster(_place(uri, access))
         except Exception as error:  # a damaged header raises anything
             tally.failed.append(f"{uri}: {normalise_message(error)}")
             row = {URI: uri, IMAGE_ID: name, BANDS: list(options.bands) if options.bands else None}
@@ -155,6 +168,13 @@ def _iter_tables(
             table = _tiles(scene, uri, name, options, tally).select(schema.names).cast(schema)
         tally.num_tiles += table.num_rows
         yield table
+
+
+def _place(uri: str, access: FetchConfig) -> str:
+    place = find_raster(uri, access)
+    if isinstance(place, RowError):
+        raise RasterRejected(place.status, place.message)
+    return place
 
 
 def _iter_scenes(sources: Sequence[str]) -> Iterator[tuple[str, str]]:

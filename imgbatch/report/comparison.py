@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+from imgbatch.config import Config
 from imgbatch.core import storage
 from imgbatch.core.compare import Comparison
 from imgbatch.core.database import connect
@@ -41,11 +42,14 @@ class Group:
     picks: tuple[Pick, ...]
 
 
-def write_comparison(comparison: Comparison, *, max_thumbnails: int = MAX_THUMBNAILS) -> str:
+def write_comparison(
+    comparison: Comparison, *, max_thumbnails: int = MAX_THUMBNAILS, config: Config | None = None
+) -> str:
     """Write compare.html beside compare.json and return where it stands.
 
     Args:
         max_thumbnails: images on the page, at most; 0: none.
+        config: as of :func:`make_thumbnails`.
 
     Raises:
         UsageError: the ``report`` extra is missing.
@@ -60,7 +64,7 @@ def write_comparison(comparison: Comparison, *, max_thumbnails: int = MAX_THUMBN
         verdict=_verdict(figures),
         measures=[(title, figures[name]) for name, title in _MEASURES.items() if name in figures],
         groups=groups,
-        thumbnails=make_thumbnails(figures["a"]["out"], picks),
+        thumbnails=make_thumbnails(figures["a"]["out"], picks, config),
     )
     file = storage.join(comparison.directory, PAGE_FILE)
     storage.replace(file, html.encode())

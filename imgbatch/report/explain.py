@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from imgbatch.config import Config
 from imgbatch.core import storage
+from imgbatch.core.access import fetch_settings
 from imgbatch.core.evaluate import find_mistakes
 from imgbatch.core.explain import Explainer
 from imgbatch.core.manifest import open_manifest
@@ -46,14 +48,25 @@ class _Source:
     manifest: str
     image_ids: list[str] | None
     """These and no others; none: spread over the manifest."""
+    config: Config
+    """How images are fetched and decoded."""
     limit: int | None = None
     """At most so many images."""
 
 
 def explain_images(
-    directory: str, *, model: str, manifest: str, limit: int, image_ids: Sequence[str] = ()
+    directory: str,
+    *,
+    model: str,
+    manifest: str,
+    limit: int,
+    image_ids: Sequence[str] = (),
+    config: Config | None = None,
 ) -> tuple[Explanations, dict[str, RowError]]:
     """Explain images of a manifest: ``image_ids``, or else ``limit`` of them spread over the manifest.
+
+    Args:
+        config: how images are fetched and decoded; none: the defaults.
 
     Returns:
         What was written to ``directory``, and by image_id why other images could not be shown.
@@ -62,9 +75,9 @@ def explain_images(
         UsageError: captum is not installed, no such image, or none could be decoded.
     """
     bundle = load_bundle(model)
-    return _write(
-        directory, _Source(bundle, bundle.model_id, manifest, list(image_ids) or None, None if image_ids else limit)
-    )
+    at_most = None if image_ids else limit
+    source = _Source(bundle, bundle.model_id, manifest, list(image_ids) or None, config or Config(), at_most)
+    return _write(directory, source)
 
 
 def explain_output(
@@ -75,6 +88,7 @@ def explain_output(
     directory: str | None = None,
     limit: int,
     image_ids: Sequence[str] = (),
+    config: Config | None = None,
 ) -> tuple[Explanations, dict[str, RowError]]:
     """Explain images that an output has labelled: ``image_ids``, or else its ``limit`` most confident mistakes.
 
@@ -82,6 +96,7 @@ def explain_output(
         model: the bundle; none: where the newest run found it.
         manifest: with the images and their targets; none: the one that the newest run classified.
         directory: where to write; none: the newest run's own, where the report finds it.
+        config: how images are fetched and decoded, unless the newest run's command said; none: as it said.
 
     Returns:
         As :func:`explain_images`.
@@ -108,7 +123,9 @@ def explain_output(
     manifest = manifest or _configured(plan, "input", "manifest")
     if manifest is None:
         raise UsageError(f"{out}: its plan does not say which manifest was classified; name it with --manifest")
-    return _write(directory or paths.explanations, _Source(bundle, model_id, manifest, image_ids=chosen))
+    config = config or Config()
+    config = config.model_copy(update={"fetch": fetch_settings(plan, config.fetch)})
+    return _write(directory or paths.explanations, _Source(bundle, model_id, manifest, chosen, config))
 
 
 def _bundle_of_run(out: str, plan: dict[str, Any], model: str | None) -> ModelBundle:
@@ -130,10 +147,11 @@ def _configured(plan: dict[str, Any], section: str, key: str) -> str | None:
 def _write(directory: str, source: _Source) -> tuple[Explanations, dict[str, RowError]]:
     explainer = Explainer(source.bundle)
     manifest = open_manifest(source.manifest)
-    pictures = load_pictures(manifest, source.bundle.preprocess, limit=source.limit, image_ids=source.image_ids)
+    pictures = load_pictures(
+        manifest, source.bundle.preprocess, source.config, limit=source.limit, image_ids=source.image_ids
+    )
     if not pictures.image_ids:
-        reasons = ", ".join(sorted({error.status.value for error in pictures.failed.values()}))
-        raise UsageError(f"manifest {source.manifest}: none of the images could be decoded ({reasons})")
+        raise UsageError(f"manifest {source.manifest}: none of the images could be decoded ({pictures.reasons})")
     before = read_explanations(directory)
     images: list[Explanation] = []
     for heat_map in draw_heat_maps(explainer, source.bundle, pictures):

@@ -14,6 +14,7 @@ from typing import Any
 
 import duckdb
 
+from imgbatch.config import Config
 from imgbatch.core import current, storage
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.scored import Labeller, bounded_memory, read_labeller
@@ -62,6 +63,7 @@ def write_report(
     slice_by: Sequence[str] = (),
     max_thumbnails: int = MAX_THUMBNAILS,
     price_per_hour: float | None = None,
+    config: Config | None = None,
 ) -> str:
     """Write the page on ``out`` and return where it stands.
 
@@ -74,6 +76,7 @@ def write_report(
         slice_by: manifest columns to compare the values of; none: those with few values.
         max_thumbnails: images on the page, at most; 0: none.
         price_per_hour: of everything the runs used; none: what their configuration says.
+        config: as of :func:`make_thumbnails`.
 
     Raises:
         UsageError: no finished run, the ``report`` extra is missing, or targets that were asked for do not fit.
@@ -101,7 +104,7 @@ def write_report(
         quality=quality if isinstance(quality, Quality) else None,
         not_measured=quality if isinstance(quality, str) else None,
         galleries=galleries,
-        thumbnails=make_thumbnails(out, galleries.all_picks),
+        thumbnails=make_thumbnails(out, galleries.all_picks, config),
         heat_maps=_show_heat_maps(out, labeller) if isinstance(labeller, Labeller) and max_thumbnails else (),
         heat_maps_title=explanations.TITLE,
         heat_maps_legend=explanations.LEGEND,

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from imgbatch.config import Config, parse_config
+from imgbatch.config import Config, FetchConfig, parse_config
 from imgbatch.core import storage
+from imgbatch.core.access import fetch_settings
 from imgbatch.core.bands import visible_rgb
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.row_decoder import RowDecoder, image_columns
@@ -46,11 +47,15 @@ RowKey = tuple[str, int]
 """run_id and row_id."""
 
 
-def make_thumbnails(out: str, picks: Iterable[Pick]) -> dict[RowKey, Thumbnail]:
+def make_thumbnails(out: str, picks: Iterable[Pick], config: Config | None = None) -> dict[RowKey, Thumbnail]:
     """A centre crop of every image of ``picks``, by run_id and row_id; each image is read once.
 
     Reading is less patient than the job's: a page can do without a picture.
+
+    Args:
+        config: its section ``fetch`` holds where the runs' commands said nothing else; none: as they said.
     """
+    access = (config or Config()).fetch
     by_run: dict[str, dict[int, Pick]] = {}
     for pick in picks:
         by_run.setdefault(pick.run_id, {})[pick.row_id] = pick
@@ -58,15 +63,16 @@ def make_thumbnails(out: str, picks: Iterable[Pick]) -> dict[RowKey, Thumbnail]:
     for run_id, wanted in by_run.items():
         # In row order, so that a row group of embedded images is read once.
         in_order = [wanted[row_id] for row_id in sorted(wanted)]
-        thumbnails = _of_run(RunPaths(storage.absolute(out), run_id), in_order)
+        thumbnails = _of_run(RunPaths(storage.absolute(out), run_id), in_order, access)
         made |= {(run_id, pick.row_id): thumbnail for pick, thumbnail in zip(in_order, thumbnails, strict=True)}
     return made
 
 
-def _of_run(paths: RunPaths, picks: Sequence[Pick]) -> Iterator[Thumbnail]:
+def _of_run(paths: RunPaths, picks: Sequence[Pick], access: FetchConfig) -> Iterator[Thumbnail]:
     plan = storage.read_json(paths.plan)
     # A retry classifies rows of the same manifest under the parent's row_ids.
     config = parse_config(plan["config"]) if "config" in plan else Config()
+    config = config.model_copy(update={"fetch": fetch_settings(plan, access)})
     spec = _spec(plan["fields"].get("preprocess"))
     try:
         embedded = open_manifest(str(config.input.manifest)) if plan.get("has_bytes") else None

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from imgbatch.config import Config
 from imgbatch.core import storage
+from imgbatch.core.access import fetch_settings
 from imgbatch.core.budget import ErrorBudget
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.finalize import finalize
@@ -83,7 +84,8 @@ def retry(
 ) -> RunResult | None:
     """Classify the rows of a finished run that have no prediction yet, as a child run; none where there are none.
 
-    ``config`` gives resources and fetch settings; what changes results comes from the parent's plan.
+    ``config`` gives resources, and fetch settings where the parent's command is not to be followed; what changes
+    results comes from the parent's plan.
     """
     console = console or Console(quiet=True)
     storage.configure(config.storage)
@@ -98,7 +100,7 @@ def retry(
     config = settled.model_copy(
         update={
             "resources": config.resources,
-            "fetch": config.fetch,
+            "fetch": fetch_settings(parent.plan, config.fetch),
             "errors": config.errors,
             "run": config.run,
             "storage": config.storage,

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from imgbatch.config import Config
 from imgbatch.core import storage
+from imgbatch.core.access import fetch_settings
 from imgbatch.core.plan import Run, open_inputs, open_run, read_plan
 from imgbatch.core.repair import Damage, find_damage, missing_units, rebuild
 from imgbatch.core.runs import RunEntry, heartbeat
@@ -34,7 +35,8 @@ class RepairedRun:
 def repair(config: Config, run_id: str | None, console: Console | None = None) -> list[RepairedRun]:
     """Repair a run of ``output.path`` and its retries; none: the newest that is no retry.
 
-    ``config`` gives resources and fetch settings; what changes results comes from each run's plan.
+    ``config`` gives resources, and fetch settings where the run's command is not to be followed; what changes results
+    comes from each run's plan.
 
     Raises:
         UsageError: the run is unfinished, or its model or manifest is not what it was.
@@ -56,7 +58,8 @@ def repair(config: Config, run_id: str | None, console: Console | None = None) -
 
 def _open(config: Config, entry: RunEntry) -> Run:
     settled = read_plan(entry).config
-    updates = {name: getattr(config, name) for name in ("resources", "fetch", "run", "storage", "ray")}
+    updates = {name: getattr(config, name) for name in ("resources", "run", "storage", "ray")}
+    updates["fetch"] = fetch_settings(entry.plan, config.fetch)
     updates["classify"] = settled.classify.model_copy(update={"engine": config.classify.engine})
     updates["output"] = settled.output.model_copy(update={"path": entry.paths.out})
     config = settled.model_copy(update=updates)

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from imgbatch.config import Config
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle
@@ -50,7 +51,7 @@ def main() -> None:
         bundle = load_bundle(arguments.model)
         if arguments.calibration:
             bundle = make_variants(bundle.path, arguments.calibration, str(scratch / "model"))
-        pictures = load_pictures(open_manifest(arguments.test), bundle.preprocess)
+        pictures = load_pictures(open_manifest(arguments.test), bundle.preprocess, Config())
         print(f"{bundle.arch}, {bundle.preprocess.describe()}; {len(pictures.image_ids)} test images")
         print(f"{describe_machine()}\n")
         backends = [Backend(), *(Backend(variant) for variant in reversed(load_variants(bundle)))]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from imgbatch.config import Config
 from imgbatch.core import export
 from imgbatch.core.export import export_bundle
 from imgbatch.core.manifest import open_manifest
@@ -32,7 +33,9 @@ def test_a_file_holds_the_whole_model(
     )
     assert sorted(result.files) == sorted(str(file) for file in path.parent.iterdir())
     assert result.images == result.same_labels > 0
-    images_NHWC = load_pictures(open_manifest(str(photo_manifest)), tiny_model.preprocess, limit=5).images_NHWC
+    images_NHWC = load_pictures(
+        open_manifest(str(photo_manifest)), tiny_model.preprocess, Config(), limit=5
+    ).images_NHWC
     given_NK = openvino.Core().compile_model(str(path), "CPU")({"images": images_NHWC})["probabilities"]
     np.testing.assert_allclose(given_NK, Predictor(tiny_model).predict(images_NHWC).probs_NK, atol=1e-3)
 
