@@ -78,9 +78,9 @@ def optimize_bundle(
     pictures = load_pictures(open_manifest(calibration), bundle.preprocess, config or Config(), limit=limit)
     num_images = len(pictures.images_NHWC)
     if num_images < MIN_IMAGES:
-        others = f" ({pictures.reasons})" if pictures.failed else ""
+        others = f" (the others: {pictures.reasons})" if pictures.failed else ""
         raise UsageError(
-            f"manifest {calibration}: {num_images} images could be decoded{others}, and at least {MIN_IMAGES} are needed"
+            f"manifest {calibration}: {num_images} images could be decoded, and at least {MIN_IMAGES} are needed{others}"
         )
     class_index_N = _class_indices(pictures, bundle)
     built = _build(bundle, target, Calibration(pictures.images_NHWC[::2], class_index_N[::2]))
