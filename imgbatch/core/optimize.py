@@ -80,7 +80,8 @@ def optimize_bundle(
     if num_images < MIN_IMAGES:
         others = f" (the others: {pictures.reasons})" if pictures.failed else ""
         raise UsageError(
-            f"manifest {calibration}: {num_images} images could be decoded, and at least {MIN_IMAGES} are needed{others}"
+            f"manifest {calibration}: {num_images} images could be decoded, and at least {MIN_IMAGES} are needed"
+            f"{others}"
         )
     class_index_N = _class_indices(pictures, bundle)
     built = _build(bundle, target, Calibration(pictures.images_NHWC[::2], class_index_N[::2]))
