@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,7 +16,7 @@ app = typer.Typer(help="Make, inspect, optimize and export model bundles.", no_a
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model bundle.", show_default=False)]
 
-_NAME_WIDTH = 16
+_NAME_WIDTH = 22
 _ITEMS_SHOWN = 10
 
 
@@ -89,7 +91,9 @@ def inspect(
     }
     for name, value in facts.items():
         if name != "preprocess":
-            console.print(f"{name:<{_NAME_WIDTH}}{_text(value)}", markup=False)
+            # Into a pipe every fact stays on one line.
+            for line in _lines(name, value, "", console.width if console.is_terminal else sys.maxsize):
+                console.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -190,13 +194,33 @@ def _facts(model: str) -> dict[str, Any]:
     }
 
 
+def _lines(name: str, value: Any, indent: str, width: int) -> list[str]:
+    """A fact as aligned text: one paragraph, but a line for each entry of what holds further groups or is outermost."""
+    if isinstance(value, dict) and (not indent or any(isinstance(item, dict) for item in value.values())):
+        inner = [line for key, item in value.items() for line in _lines(key, item, indent + "  ", width)]
+        return [f"{indent}{name}", *inner] if inner else [f"{indent}{name:<{_NAME_WIDTH}}none"]
+    start = f"{indent}{name} ".ljust(len(indent) + _NAME_WIDTH)
+    hanging = indent + " " * _NAME_WIDTH
+    return textwrap.wrap(
+        _text(value),
+        width=max(width, 2 * _NAME_WIDTH),
+        initial_indent=start,
+        subsequent_indent=hanging,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        rows = (f"{name}: {_text(item)}" for name, item in value.items())
-        return f"\n{'':<{_NAME_WIDTH}}".join(rows) or "none"
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        shown = ", ".join(str(item) for item in value[:_ITEMS_SHOWN])
+        shown = ", ".join(_text(item) for item in value[:_ITEMS_SHOWN])
         return shown if len(value) <= _ITEMS_SHOWN else f"{shown} and {len(value) - _ITEMS_SHOWN} more"
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "none" if value is None else str(value)

@@ -68,19 +68,27 @@ def test_inspect_prints_a_line_for_each_fact(
     bundle = make_bundle(
         class_names=[f"class {index}" for index in range(12)],
         thresholds={"accept": {"class 3": 0.5}},
-        metrics={"validation": {"top1": 0.75}},
-        provenance={"made_by": "a test"},
+        metrics={"validation": {"top1": 0.7512345, "per_class": {"cat": {"images": 1200, "f1": 1.0}}}, "epochs": 2},
+        provenance={"made_by": "a test", "images": {"train": 6, "test": 2}},
     )
     assert run(["model", "inspect", bundle.path]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    printed = capsys.readouterr().out
+    lines = dict(line.split(maxsplit=1) for line in printed.splitlines() if line.strip().count(" "))
     assert lines["model_id"] == bundle.model_id
     assert lines["arch"] == "simple_cnn"
     assert lines["class_names"].endswith("class 9 and 2 more")
     assert lines["preprocessing"] == bundle.preprocess.describe()
     assert lines["parameters"] == "95,020"
-    assert lines["thresholds"] == "accept: class 3: 0.5"
-    assert lines["metrics"] == "validation: top1: 0.75"
-    assert lines["provenance"] == "made_by: a test"
+    assert "thresholds\n  accept                class 3 0.5\n" in printed
+    assert "provenance\n  made_by               a test\n  images                train 6, test 2\n" in printed
+    assert (
+        "metrics\n"
+        "  validation\n"
+        "    top1                  0.7512\n"
+        "    per_class\n"
+        "      cat                   images 1,200, f1 1\n"
+        "  epochs                2\n"
+    ) in printed
 
 
 def test_inspect_as_json(make_bundle: Callable[..., ModelBundle], capsys: pytest.CaptureFixture[str]) -> None:
