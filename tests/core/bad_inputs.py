@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from imgbatch.errors import Status
 
@@ -108,6 +108,17 @@ def looping_tiff() -> bytes:
     return patched(data, directory + 2 + 12 * entries, struct.pack("<I", directory))
 
 
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+def float_tiff(*samples: float) -> bytes:
+    """A column of each of the samples, 4 px high."""
+    return encode(Image.fromarray(np.array([samples] * 4, np.float32)), "TIFF")
+
+
 def animation(kind: str) -> bytes:
     frames = [Image.new("RGB", (10, 10), colour) for colour in (GREY, (255, 0, 0), (0, 255, 0))]
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -171,6 +182,16 @@ BAD_INPUTS = [
         Status.OK,
     ),
     BadInput("a colour profile of 1 MB", lambda: encode(photograph(), "JPEG", icc_profile=bytes(10**6)), Status.OK),
+    BadInput("a progressive JPEG", lambda: encoded("JPEG progressive"), Status.OK),
+    BadInput("a CMYK JPEG", lambda: encode(photograph().convert("CMYK"), "JPEG"), Status.OK),
+    BadInput("a photograph that EXIF turns", lambda: encode(photograph(), "JPEG", exif=turned(6)), Status.OK),
+    BadInput("a palette PNG", lambda: encode(photograph().quantize(16), "PNG"), Status.OK),
+    BadInput("grey with alpha", lambda: encode(photograph().convert("LA"), "PNG"), Status.OK),
+    BadInput("one bit a pixel", lambda: encode(photograph().convert("1"), "PNG"), Status.OK),
+    BadInput("16-bit grey", lambda: deep_png(0, 40000), Status.OK),
+    BadInput("16-bit RGB", lambda: deep_png(2, 40000, 20000, 65535), Status.OK),
+    BadInput("a float TIFF with some NaN", lambda: float_tiff(np.nan, 0.5), Status.OK),
+    BadInput("a float TIFF of nothing but NaN", lambda: float_tiff(np.nan, np.nan), Status.CORRUPT),
     BadInput("an animated GIF", lambda: animation("GIF"), Status.OK),
     BadInput("an animated WebP", lambda: animation("WEBP"), Status.OK),
     BadInput("a TIFF of several pages", lambda: animation("TIFF"), Status.OK),
