@@ -348,14 +348,15 @@ def check_writable(directory: str) -> None:
     """
     probe = join(directory, f".probe-{uuid.uuid4().hex}")
     try:
-        first, second = create_if_absent(probe, b"probe"), create_if_absent(probe, b"again")
+        create_if_absent(probe, b"probe")  # whose answer may get lost, which looks as if it had been there
+        created_again = create_if_absent(probe, b"again")
     except UsageError:
         raise
     except Exception as error:  # every object store's client has exceptions of its own
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"output {directory}: cannot write there ({normalise_message(reason)})") from error
     remove(probe)
-    if first and not second:
+    if not created_again:
         return
     if not is_s3(directory):
         raise UsageError(
