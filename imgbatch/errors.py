@@ -58,6 +58,10 @@ class CheckFailed(ImgbatchError):
     exit_code = ExitCode.CHECK_FAILED
 
 
+class CannotWrite(ImgbatchError):
+    """What was worked out cannot be stored, which trying again from the start would not change."""
+
+
 class Status(StrEnum):
     """The outcome of one row. Everything but ``OK`` is an error row."""
 

@@ -18,11 +18,10 @@ import fsspec.asyn
 
 from imgbatch.config import StorageConfig
 from imgbatch.core import s3
-from imgbatch.core.retry import TRANSIENT_HTTP, http_status
+from imgbatch.core.retry import TRANSIENT_HTTP, http_status, may_pass
 
 ClientName = Literal["s3fs", "obstore"]
 
-_NETWORK_PACKAGES = ("aiohttp", "botocore", "urllib3")
 _CREDENTIAL_ERRORS = ("CredentialRetrievalError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 _CREDENTIALS_ASKED_EVERY = timedelta(minutes=5)
 _ANSWERED = re.compile(r"status code: (\d{3})")
@@ -114,10 +113,7 @@ def _translated(error: Exception) -> OSError:
         return PermissionError(str(error))
     if status == 404:
         return FileNotFoundError(str(error))
-    unanswered = status is None and (
-        isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES
-    )
-    return RequestFailed(f"{type(error).__name__}: {error}", may_pass=unanswered or status in TRANSIENT_HTTP)
+    return RequestFailed(f"{type(error).__name__}: {error}", may_pass=may_pass(error))
 
 
 class ObstoreClient:

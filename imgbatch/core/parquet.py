@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgbatch.core import storage
+from imgbatch.core.retry import may_pass
 from imgbatch.core.storage import FileInfo
 from imgbatch.errors import UsageError, normalise_message
 from imgbatch.schema import BYTES, plain_type, to_plain
@@ -117,8 +118,11 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
             raise UsageError(f"{uri}: there is no such file") from error
         except pa.ArrowInvalid as error:
             raise UsageError(f"{uri}: not a readable Parquet file ({normalise_message(error)})") from error
-        except OSError as error:
-            raise UsageError(f"{uri}: cannot be read ({normalise_message(error.strerror or error)})") from error
+        except Exception as error:
+            if not isinstance(error, OSError) and not may_pass(error):  # clients have network errors of their own
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{uri}: cannot be read ({normalise_message(reason)})") from error
         yield reader
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from imgbatch.core import storage
 from imgbatch.core.runs import RunPaths
-from imgbatch.errors import MAY_PASS, RowError, Status
+from imgbatch.errors import MAY_PASS, CannotWrite, RowError, Status, normalise_message
 from imgbatch.schema import ROW_ID, TOP_K_TYPE, UNIT_SCHEMA
 
 DEFAULT_LABEL_THRESHOLD = 0.5
@@ -189,6 +189,7 @@ def commit_unit(
 
     Raises:
         ValueError: the results are not exactly the unit's rows; nothing was written.
+        CannotWrite: the file cannot be written.
     """
     if not results.schema.equals(UNIT_SCHEMA) or not results[ROW_ID].combine_chunks().equals(expected_row_ids):
         raise ValueError(f"unit {unit_index}: the results are not the rows that were planned")
@@ -197,11 +198,21 @@ def commit_unit(
     if defer_above is not None and may_pass > defer_above * results.num_rows:
         outcome = "deferred"
     else:
-        created = storage.create_if_absent(paths.unit_file(unit_index), _parquet_bytes(results))
+        created = _create(paths.unit_file(unit_index), _parquet_bytes(results))
         outcome = "committed" if created else "existed"
     failed = results.filter(pc.not_equal(results["status"], Status.OK.value))
     examples = dict(zip(failed["status"].to_pylist()[::-1], failed["error_message"].to_pylist()[::-1], strict=True))
     return Receipt(unit_index, outcome, results.num_rows, counts, examples)
+
+
+def _create(uri: str, data: bytes) -> bool:
+    try:
+        return storage.create_if_absent(uri, data)
+    except Exception as error:  # every object store's client has exceptions of its own
+        reason = f"{type(error).__name__}: {normalise_message(error)}"
+        raise CannotWrite(
+            f"unit file {uri}: cannot be written ({reason}); put it right and run the same command again"
+        ) from error
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:

@@ -7,6 +7,8 @@ import random
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 10.0
 
+_NETWORK_PACKAGES = ("aiohttp", "botocore", "urllib3")
+
 TRANSIENT_HTTP = frozenset({429, 500, 502, 503, 504})
 """Answers that a later attempt may not get."""
 
@@ -25,3 +27,11 @@ def http_status(error: BaseException | None) -> int | None:
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         error = error.__cause__
     return None
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a request to an object store that failed like this may succeed later: no answer, or one that passes."""
+    status = http_status(error)
+    if status is not None:
+        return status in TRANSIENT_HTTP
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES

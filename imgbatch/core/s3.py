@@ -14,16 +14,15 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
-from botocore.exceptions import ClientError
 from botocore.utils import parse_timestamp
 
 from imgbatch.config import StorageConfig
-from imgbatch.core.retry import backoff_s, http_status
+from imgbatch.core.retry import backoff_s, http_status, may_pass
 
 _ATTEMPTS = 5
 """Of each request, with botocore's backoff and jitter; s3fs tries again on top where a body broke off."""
 _BODY_ATTEMPTS = 3
-_CONFLICT_ATTEMPTS = 8
+_PUT_ATTEMPTS = 8
 _CONNECTIONS = 64
 _READ_AHEAD_BYTES = 8 * 2**20
 """s3fs's own 50 MB are as much memory for every open file, and are fetched for every jump in one."""
@@ -98,10 +97,10 @@ def unquoted_etag(etag: str | None) -> str:
 def put_if_absent(fs: Any, path: str, data: bytes) -> bool:
     """One PUT with ``If-None-Match: *``. True: this call created it; False: it was there.
 
-    A lost race is a 412, which clients translate in different ways; a 409, of a race still going on, is tried again
-    with backoff. A server that knows no such condition gets a plain PUT, where nothing is there yet: then the last
-    of several writers at once wins. An answer that got lost on the way counts as "was there" when the retry meets
-    what the first attempt wrote.
+    A lost race is a 412, which clients translate in different ways. A 409, of a race still going on, and failures that
+    may pass are tried again for a minute or so: much work may have gone into ``data``. A server that knows no such
+    condition gets a plain PUT, where nothing is there yet: then the last of several writers at once wins. An answer
+    that got lost on the way counts as "was there" when the retry meets what the first attempt wrote.
     """
     bucket, key, _ = fs.split_path(path)
     for attempt in itertools.count(1):
@@ -109,18 +108,18 @@ def put_if_absent(fs: Any, path: str, data: bytes) -> bool:
             fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
         except FileExistsError:
             return False
-        except (OSError, ClientError) as error:
+        except Exception as error:
             status = http_status(error)
             if status == _PRECONDITION_FAILED:
                 return False
             if status == _NOT_IMPLEMENTED:
                 return _put_unless_seen(fs, path, data)
-            if status == _CONFLICT and attempt < _CONFLICT_ATTEMPTS:
-                time.sleep(backoff_s(attempt))
-                continue
             if status is None and getattr(error, "errno", None) == errno.EINVAL and fs.exists(path):
                 return False
-            raise
+            if attempt == _PUT_ATTEMPTS or not (status == _CONFLICT or may_pass(error)):
+                raise
+            time.sleep(backoff_s(attempt))
+            continue
         return True
     raise AssertionError("unreachable")
 

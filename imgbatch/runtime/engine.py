@@ -28,7 +28,7 @@ class Engine(Protocol):
         """One line for a person."""
 
     def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
-        """A receipt per unit; raises :class:`EngineStopped` when it cannot go on."""
+        """A receipt per unit; raises :class:`EngineStopped` when it cannot go on, ``CannotWrite`` if no pass could."""
 
     def classify_isolated(self, unit: int) -> Receipt:
         """The last resort for one unit."""

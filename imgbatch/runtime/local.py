@@ -8,6 +8,7 @@ from imgbatch.core.parallel import MapParts, in_threads
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import ClassifyStage, CommitStage, DecodeStage
+from imgbatch.errors import CannotWrite
 from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import classify_isolated
 from imgbatch.runtime.pools import choose_batch_size, this_machine
@@ -50,6 +51,8 @@ class LocalEngine:
     def _receipt(self, unit: int, commit: CommitStage) -> Receipt:
         try:
             return commit(self._classify(self._decode(unit)))
+        except CannotWrite:
+            raise
         except Exception as error:
             raise EngineStopped(f"{type(error).__name__}: {error}") from error
 

@@ -8,6 +8,8 @@ block size Ray never splits one.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,7 @@ from imgbatch.core.parallel import Context, MapParts, Part, Result
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT
+from imgbatch.errors import CannotWrite
 from imgbatch.runtime.actors import ClassifyActor, CommitActor, DecodeActor, read_receipts
 from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import classify_isolated
@@ -32,6 +35,8 @@ from imgbatch.runtime.watchdog import watched
 
 FINITE_RETRIES = {"max_restarts": 3, "max_task_retries": 3}
 """Ray Data's own defaults are infinite: one image that kills its actor would do so for ever."""
+_STATS_TIMEOUT_S = 5.0
+_ACTOR = re.compile(r"\((\w+)Actor\)")
 
 
 class RayEngine:
@@ -66,6 +71,7 @@ class RayEngine:
 
         Raises:
             EngineStopped: an actor died or failed more often than it is tried again.
+            CannotWrite: a unit's results cannot be stored.
             Interrupted: nothing was committed for ``run.no_progress_s``.
         """
         with warnings.catch_warnings():
@@ -74,12 +80,26 @@ class RayEngine:
             pipeline = self._pipeline(units, defer)
         blocks = pipeline.iter_batches(batch_size=None, batch_format="pyarrow")
         try:
-            for block in watched(blocks, self._run.config.run.no_progress_s):
+            for block in watched(blocks, self._run.config.run.no_progress_s, self._where):
                 for receipt in read_receipts(block):
                     self._metrics.add(receipt)
                     yield receipt
         except RayError as error:
-            raise EngineStopped(_root_cause(error)) from error
+            cause = _root_cause(error)
+            if isinstance(cause, CannotWrite):
+                raise cause from error
+            raise EngineStopped(f"{type(cause).__name__}: {cause}") from error
+
+    def _where(self) -> str:
+        """How many units are through each stage of the pass, which shows the one that is waited for."""
+        done = units_done_by_stage()
+        if not done:
+            return ""
+        free = ray.available_resources()
+        return (
+            f"which has {', '.join(f'{count} units through {stage}' for stage, count in done.items())}, and "
+            f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
+        )
 
     def _pipeline(self, units: Sequence[int], defer: bool) -> Dataset:
         run, pools = self._run, self._pools
@@ -180,7 +200,25 @@ def configure_ray_data() -> None:
     context.execution_no_progress_timeout_s = -1
 
 
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+def units_done_by_stage() -> dict[str, int]:
+    """Units that each actor class has finished in the newest pass of this job; empty where Ray does not say."""
+    # Ray keeps it for its dashboard and shows it nowhere else; a message is all that depends on it.
+    with contextlib.suppress(Exception):
+        from ray.data._internal.stats import get_or_create_stats_actor
+
+        asked = get_or_create_stats_actor().get_datasets.remote(ray.get_runtime_context().get_job_id())
+        newest = max(ray.get(asked, timeout=_STATS_TIMEOUT_S).values(), key=lambda dataset: dataset["start_time"])
+        found = {_ACTOR.search(name): state["progress"] for name, state in newest["operators"].items()}
+        return {match[1].lower(): count for match, count in found.items() if match}
+    return {}
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What an actor raised, or else the last thing that is known."""
+    while not isinstance(error, CannotWrite) or isinstance(error, RayError):
+        # What crosses processes keeps its cause in an attribute of its own.
+        inner = error.__cause__ or (error.cause if isinstance(error, RayTaskError) else None)
+        if not isinstance(inner, BaseException) or inner is error:
+            break
+        error = inner
+    return error

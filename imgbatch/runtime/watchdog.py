@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,8 +18,12 @@ class _End:
     error: BaseException | None
 
 
-def watched(items: Iterable[T], timeout_s: float) -> Iterator[T]:
-    """``items``, as they come; raises :class:`Interrupted` if none comes for ``timeout_s`` seconds."""
+def watched(items: Iterable[T], timeout_s: float, where: Callable[[], str] = str) -> Iterator[T]:
+    """``items``, as they come; raises :class:`Interrupted` if none comes for ``timeout_s`` seconds.
+
+    Args:
+        where: how far the work has come, asked for when it stands still; empty where nobody knows.
+    """
     arrived: queue.Queue[T | _End] = queue.Queue()
 
     def pump() -> None:
@@ -37,8 +41,8 @@ def watched(items: Iterable[T], timeout_s: float) -> Iterator[T]:
             item = arrived.get(timeout=timeout_s)
         except queue.Empty:
             raise Interrupted(
-                f"no unit was committed for {timeout_s:g} s (run.no_progress_s): the driver waited for the engine; "
-                f"run the same command again to continue"
+                f"no unit was committed for {timeout_s:g} s (run.no_progress_s): the driver waited for the engine, "
+                f"{where() or 'which says nothing'}; run the same command again to continue"
             ) from None
         if not isinstance(item, _End):
             yield item

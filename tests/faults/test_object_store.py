@@ -222,7 +222,7 @@ def test_a_manifest_that_does_not_come_is_one_line(
 ) -> None:
     faults.faults = [Fault(method, MANIFEST, action) for method in ("GET", "HEAD")]
     assert object_job.run() == ExitCode.USAGE, object_job.log.read_text()
-    assert f"manifest {object_job.base}/manifest.parquet" in object_job.last_line()
+    assert f"{object_job.base}/manifest.parquet: " in object_job.last_line()
     assert "Traceback" not in object_job.log.read_text()
     faults.faults = []
     assert object_job.run() == ExitCode.DONE
@@ -250,6 +250,6 @@ def test_a_wrong_endpoint_and_then_the_right_one(object_job: ObjectJob, oracle: 
     """Nobody listens there, so not even the manifest can be had; the same command with the right one does it all."""
     wrong = replace(object_job, settings=object_job.settings | {"storage.endpoint_url": "http://127.0.0.1:1"})
     assert wrong.run() == ExitCode.USAGE
-    assert f"manifest {object_job.base}/manifest.parquet" in object_job.last_line()
+    assert f"{object_job.base}/manifest.parquet: " in object_job.last_line()
     assert object_job.run() == ExitCode.DONE
     assert_no_trace(object_job, oracle, faults, at_least=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ ON_RAY = {
 }
 BOUNDED_S = 300.0
 STORE_BYTES = 300 * 10**6
+GB = 10**9
 
 
 @pytest.fixture
@@ -101,6 +103,7 @@ def test_an_actor_that_hangs_ends_the_job_and_the_run_goes_on_elsewhere(ray_job:
     with started(ray_job, "classify.unit[48]=hang", run__no_progress_s=90) as process:
         assert process.wait(BOUNDED_S) == ExitCode.INTERRUPTED, ray_job.log.read_text()
     assert "no unit was committed for 90 s (run.no_progress_s)" in ray_job.last_line()
+    assert re.search(r"[1-8] units through decode, [0-7] units through classify", ray_job.last_line())
     assert job_on_one_process(ray_job).run() == ExitCode.DONE
     assert_exactly_once(ray_job, oracle)
 
@@ -117,6 +120,75 @@ def test_ctrl_c_finishes_the_units_in_flight(ray_job: Job, oracle: Job) -> None:
     assert 2 <= units_done(job) < 30
     assert job_on_one_process(job).run() == ExitCode.DONE
     assert_exactly_once(job, oracle)
+
+
+def test_a_unit_that_cannot_be_written_ends_the_run_in_one_line(ray_job: Job, oracle: Job) -> None:
+    with started(ray_job, "storage.create[unit-00000002.parquet]=raise", once=False) as process:
+        assert process.wait(BOUNDED_S) == ExitCode.FAILED, ray_job.log.read_text()
+    assert "unit-00000002.parquet: cannot be written (FailpointHit" in ray_job.last_line()
+    assert "ended early" not in ray_job.log.read_text(), "another pass would have met the same"
+    assert job_on_one_process(ray_job).run() == ExitCode.DONE
+    assert_exactly_once(ray_job, oracle)
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]], ids=["twice", "term"])
+def test_stopped_at_once(signals: list[signal.Signals], ray_job: Job, oracle: Job) -> None:
+    """While a unit is under way that would take for ever."""
+    with started(ray_job, "classify.unit[48]=hang") as process:
+        wait_until(lambda: units_done(ray_job) >= 2, 180)
+        for number, sent in enumerate(signals, start=1):
+            process.send_signal(sent)
+            if number < len(signals):
+                wait_until(lambda: "Ctrl-C again stops now" in ray_job.log.read_text())
+        assert process.wait(60) == ExitCode.INTERRUPTED, ray_job.log.read_text()
+    assert "the same command continues" in ray_job.last_line()
+    assert job_on_one_process(ray_job).run() == ExitCode.DONE
+    assert_exactly_once(ray_job, oracle)
+
+
+def test_actors_killed_for_want_of_memory_cost_no_row(
+    ray_job: Job, oracle: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's monitor ends workers while the machine's memory is used beyond the threshold, here by this process."""
+    memory = psutil.virtual_memory()
+    limit_bytes = memory.total - memory.available + 5 * GB
+    if limit_bytes > 0.95 * memory.total:
+        pytest.skip(f"{memory.available / GB:.0f} GB of memory are free, and {5 + 0.05 * memory.total / GB:.0f} needed")
+    monkeypatch.setenv("RAY_memory_usage_threshold", str(limit_bytes / memory.total))
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    job = replace(ray_job, settings=ray_job.settings | {"classify.unit_rows": 4})
+    with started(job, "classify.unit=delay:0.5", once=False) as process:
+        wait_until(lambda: units_done(job) >= 2, 180)
+        logs = ray_logs(process.pid)
+        eaten = []
+        deadline = time.monotonic() + 60
+        while not was_short_of_memory(logs) and time.monotonic() < deadline:
+            # Pages count once they are written to; others' memory comes and goes meanwhile.
+            eaten.append(b"x" * (GB // 4) if in_use() < limit_bytes + GB // 4 else b"")
+            time.sleep(0.1)
+        eaten.clear()
+        assert was_short_of_memory(logs)
+        code = process.wait(BOUNDED_S)
+    monkeypatch.delenv("RAY_memory_usage_threshold")
+    finish(job, code, "")
+    assert_exactly_once(job, oracle)
+
+
+def in_use() -> int:
+    """Bytes of the machine's memory, as Ray counts them."""
+    memory = psutil.virtual_memory()
+    return memory.total - memory.available
+
+
+def ray_logs(driver_pid: int) -> Path:
+    """Of the Ray that the driver started."""
+    (raylet,) = (child for child in _descendants(driver_pid) if child.name() == "raylet")
+    (option,) = (part for part in raylet.cmdline() if part.startswith("--log_dir="))
+    return Path(option.removeprefix("--log_dir="))
+
+
+def was_short_of_memory(logs: Path) -> bool:
+    return any("OOM kill reason" in path.read_text(errors="replace") for path in logs.glob("raylet*.out"))
 
 
 def job_on_one_process(job: Job) -> Job:
