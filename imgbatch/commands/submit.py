@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from imgbatch.commands.common import AsJson, console, messages, print_json, print_table
 from imgbatch.config import load_config
+from imgbatch.core import storage
 from imgbatch.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +44,8 @@ class Command:
     config_file: Path | None
     read: tuple[str, ...]
     written: tuple[str, ...]
+    endpoint_url: str | None = None
+    """Where the configuration says that the object store is."""
 
 
 def submit(
@@ -57,6 +63,8 @@ def submit(
 
     package = collect_package(working_dir, parsed.config_file)
     check_paths(parsed, package)
+    if warning := endpoint_warning(parsed, address):
+        messages.print(f"imgbatch: warning: {warning}", markup=False)
     server = JobServer(address)
     server.check_versions(package)
     job_id = server.submit(with_config(parsed.words, package.config), package)
@@ -137,6 +145,7 @@ def parse_command(words: list[str]) -> Command:
         config_file=given.get("config_file"),
         read=tuple(path for path in read if path),
         written=tuple(path for path in written if path),
+        endpoint_url=config.storage.endpoint_url,
     )
 
 
@@ -151,6 +160,30 @@ def check_paths(command: Command, package: Package) -> None:
     for path in command.read:
         if _is_relative(path) and path not in package:
             raise UsageError(f"{path}: not among the files that the job takes along; give a path that all nodes share")
+
+
+def endpoint_warning(command: Command, address: str) -> str | None:
+    """One line about an object store of this machine, which the nodes of a cluster elsewhere do not reach."""
+    if _is_loopback(address) or not any(storage.is_s3(path) for path in (*command.read, *command.written)):
+        return None
+    advice = "set storage.endpoint_url to a name under which the nodes reach the server"
+    if command.endpoint_url is not None:
+        if _is_loopback(command.endpoint_url):
+            return f"storage.endpoint_url {command.endpoint_url} is on each node that node itself; {advice}"
+        return None
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        url = os.environ.get(name)
+        if url and _is_loopback(url):
+            return f"{name} {url} is this machine and does not go along; {advice}"
+    return None
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _is_relative(path: str) -> bool:

@@ -25,12 +25,13 @@ from imgbatch.core.plan import (
     segments_of,
     wanted_rows,
 )
+from imgbatch.core.regions import region_warnings
 from imgbatch.core.runs import list_runs
 from imgbatch.core.sample import DecodedSample, classify_sample, decode_sample, sample_rows
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import UsageError
 from imgbatch.runtime.pools import Machine, Pools, choose_batch_size, choose_device, choose_pools, this_machine
-from imgbatch.schema import TARGET, TARGETS
+from imgbatch.schema import TARGET, TARGETS, URI
 
 _START_UP_S = 30.0
 _MUCH_LARGER = 4.0
@@ -85,7 +86,7 @@ def forecast(config: Config) -> Forecast:
     """
     manifest, bundle, spec = open_inputs(config)
     out = storage.absolute(str(config.output.path))
-    with _machine(config) as (machine, warnings):
+    with _place(config) as (machine, regions, warnings):
         device = choose_device(config.resources, machine)
         pools = choose_pools(config.resources, device, machine)
     wanted = wanted_rows(config, manifest, bundle, out)
@@ -100,6 +101,8 @@ def forecast(config: Config) -> Forecast:
     hours = (left / rates[limit] + _START_UP_S) / 3600 if limit and state != "finished" else None
     statuses = Counter(error.status.value for error in sample.decoded.errors if error) if sample else Counter()
     warnings += [*backend.left_out, *input_warnings(sample, bundle, spec)]
+    images = [row.get(URI) for row in sample.rows] if sample else []
+    warnings += region_warnings([config.input.manifest, config.model.path, out, *images], regions)
     if layout.num_units > _MANY_UNITS:
         warnings.append(f"{layout.num_units:,} units are many for one driver; raise classify.unit_rows")
     return Forecast(
@@ -127,16 +130,18 @@ def forecast(config: Config) -> Forecast:
 
 
 @contextlib.contextmanager
-def _machine(config: Config) -> Iterator[tuple[Machine, list[str]]]:
-    """What there is to run on, and what to say of it; a cluster is connected for the block."""
+def _place(config: Config) -> Iterator[tuple[Machine, list[str], list[str]]]:
+    """What there is to run on, in which regions, and what to say of it; a cluster is connected for the block."""
+    configured = [config.storage.region] if config.storage.region else []
     if config.classify.engine == "ray":
-        from imgbatch.runtime.session import cluster_address, cluster_machine, cluster_zones, ray_session
+        from imgbatch.runtime import session
 
-        if cluster_address(config) is not None:
-            with ray_session(config):
-                yield cluster_machine(), zone_warnings(*cluster_zones())
+        if session.cluster_address(config) is not None:
+            with session.ray_session(config):
+                regions = session.cluster_regions() or configured
+                yield session.cluster_machine(), regions, zone_warnings(*session.cluster_zones())
             return
-    yield this_machine(), []
+    yield this_machine(), configured, []
 
 
 def _existing(fields: dict[str, Any], out: str) -> tuple[str, str, int]:

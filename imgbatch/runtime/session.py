@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -85,12 +86,22 @@ def cluster_machine() -> Machine:
 def cluster_zones() -> tuple[list[str], list[str]]:
     """Availability zones of the nodes without and with GPUs, as their labels say; nodes without work are left out."""
     zones: tuple[set[str], set[str]] = (set(), set())
-    for node in ray.nodes():
-        zone = node["Labels"].get("ray.io/availability-zone")
-        resources = node["Resources"]
-        if node["Alive"] and zone and (resources.get("CPU") or resources.get("GPU")):
-            zones["GPU" in resources].add(zone)
+    for node in _working_nodes():
+        if zone := node["Labels"].get("ray.io/availability-zone"):
+            zones["GPU" in node["Resources"]].add(zone)
     return sorted(zones[0]), sorted(zones[1])
+
+
+def cluster_regions() -> list[str]:
+    """Regions of the nodes that work, as their labels say."""
+    return sorted({node["Labels"].get("ray.io/availability-region", "") for node in _working_nodes()} - {""})
+
+
+def _working_nodes() -> list[dict[str, Any]]:
+    def works(node: dict[str, Any]) -> bool:
+        return node["Alive"] and bool(node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+
+    return [node for node in ray.nodes() if works(node)]
 
 
 def _store_bytes(config: Config, pools: Pools | None) -> int | None:

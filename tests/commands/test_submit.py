@@ -10,7 +10,7 @@ import pytest
 from typer.exceptions import TyperException
 
 from imgbatch.cli import run
-from imgbatch.commands.submit import check_paths, parse_command, with_config
+from imgbatch.commands.submit import check_paths, endpoint_warning, parse_command, with_config
 from imgbatch.errors import ExitCode, UsageError
 from imgbatch.runtime.package import collect_package
 from imgbatch.runtime.submit import read_token
@@ -106,6 +106,33 @@ def test_what_is_packed_or_shared_may_be_read(night):
     (night / "m.parquet").touch()
     command = parse_command(["classify", "-c", "night.yaml", "--manifest", "m.parquet", "-m", "/efs/model"])
     check_paths(command, collect_package(night, command.config_file))
+
+
+@pytest.mark.usefixtures("night")
+@pytest.mark.parametrize(
+    ("setting", "variable", "address", "named"),
+    [
+        ("http://127.0.0.1:9000", None, "http://10.0.0.5:8265", "storage.endpoint_url"),
+        (None, "http://localhost:9000", "http://head.example:8265", "AWS_ENDPOINT_URL"),
+        ("http://127.0.0.1:9000", None, "http://localhost:8265", None),
+        ("http://s3.example:9000", "http://localhost:9000", "http://10.0.0.5:8265", None),
+        (None, "http://10.0.0.9:9000", "http://10.0.0.5:8265", None),
+        (None, None, "http://10.0.0.5:8265", None),
+    ],
+)
+def test_a_store_of_this_machine_is_none_of_another_cluster(setting, variable, address, named, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    if variable:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", variable)
+    given = ["--set", f"storage.endpoint_url={setting}"] if setting else []
+    warning = endpoint_warning(parse_command([*CLASSIFY, *given]), address)
+    assert (warning is None) == (named is None)
+    if warning:
+        assert named in warning
+        assert warning.count("\n") == 0
+    local = parse_command(["classify", "-m", "/m", "--manifest", "/m.parquet", "-o", "/out", *given])
+    assert endpoint_warning(local, address) is None
 
 
 @pytest.mark.parametrize("given", [["-c", "x/n.yaml"], ["--config", "x/n.yaml"], ["--config=x/n.yaml"], ["-cx/n.yaml"]])

@@ -18,6 +18,7 @@ from imgbatch.cli import run
 from imgbatch.config import StorageConfig
 from imgbatch.core import storage
 from imgbatch.core.model import ModelBundle
+from imgbatch.core.regions import bucket_region
 from tests.conftest import TINY_CLASSES
 
 Command = Callable[..., str]
@@ -104,6 +105,24 @@ def test_every_command_on_objects(images: str, model: str, s3_bucket: str, imgba
     for entry in reversed(json.loads(imgbatch("status", out, "--json"))):
         imgbatch("clean", out, "--run", entry["run_id"], "--yes")
     assert [info.uri for info in storage.list_files(out)] == [f"{out}/current.json"]
+
+
+def test_plan_tells_of_a_bucket_in_another_region(images: str, model: str, s3_bucket: str, imgbatch: Command) -> None:
+    region = bucket_region(s3_bucket)
+    if region is None:
+        pytest.skip("the server does not tell regions")
+    manifest = storage.join(s3_bucket, "m.parquet")
+    imgbatch("manifest", "build", images, "-o", manifest)
+    arguments = ("plan", "-m", model, "--manifest", manifest, "-o", storage.join(s3_bucket, "out"), "--json")
+    arguments += ("--set", "classify.engine=local", "--set", "plan.sample_rows=4")
+
+    def warnings(where: str) -> list[str]:
+        printed = json.loads(imgbatch(*arguments, "--set", f"storage.region={where}"))
+        return [line for line in printed["warnings"] if "region" in line]
+
+    assert warnings(region) == []
+    (line,) = warnings("eu-west-1")
+    assert f"{s3_bucket} in region {region}, and the work in eu-west-1" in line
 
 
 def test_objects_that_changed_since_they_were_listed(

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+import pytest
+
+from imgbatch.config import StorageConfig
+from imgbatch.core import storage
+from imgbatch.core.regions import bucket_region, region_warnings
+
+
+@pytest.fixture
+def bucket_in_europe(s3_bucket: str) -> str:
+    """Beside the one of the fixture, which stands where the client is."""
+    fs, path = storage.filesystem(f"{s3_bucket}-eu")
+    try:
+        fs.call_s3("create_bucket", Bucket=path, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    except Exception as error:  # a server of one region only
+        pytest.skip(str(error))
+    return f"{s3_bucket}-eu"
+
+
+def test_buckets_elsewhere_are_named_once(s3_bucket: str, bucket_in_europe: str) -> None:
+    here = bucket_region(s3_bucket)
+    if here is None:
+        pytest.skip("the server does not tell regions")
+    uris = [f"{s3_bucket}/m.parquet", f"{bucket_in_europe}/1.jpg", f"{bucket_in_europe}/2.jpg", "/local.jpg", None]
+    (line,) = region_warnings(uris, [here])
+    assert f"{bucket_in_europe} in region eu-west-1" in line
+    assert "work in us-east-1" in line
+    assert region_warnings(uris, [here, "eu-west-1"]) == []
+
+
+def test_without_a_region_to_compare_nobody_is_asked() -> None:
+    assert region_warnings(["s3://bucket-that-is-nowhere/x"], []) == []
+
+
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    """A server that answers every HEAD with ``status`` and no region."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Not on the terminal."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("status", [200, 403, 404])
+def test_a_server_that_does_not_tell_is_met_with_silence(status: int, s3_bucket: str) -> None:
+    with answering(status) as url:
+        storage.configure(StorageConfig(endpoint_url=url))
+        assert bucket_region(s3_bucket) is None
+        assert region_warnings([f"{s3_bucket}/x"], ["us-east-1"]) == []
