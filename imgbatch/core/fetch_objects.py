@@ -18,11 +18,10 @@ import fsspec.asyn
 
 from imgbatch.config import StorageConfig
 from imgbatch.core import s3
-from imgbatch.core.retry import TRANSIENT_HTTP, http_status, may_pass
+from imgbatch.core.retry import CREDENTIAL_ERRORS, TRANSIENT_HTTP, http_status, may_pass
 
 ClientName = Literal["s3fs", "obstore"]
 
-_CREDENTIAL_ERRORS = ("CredentialRetrievalError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 _CREDENTIALS_ASKED_EVERY = timedelta(minutes=5)
 _ANSWERED = re.compile(r"status code: (\d{3})")
 
@@ -109,7 +108,7 @@ class S3fsClient:
 
 def _translated(error: Exception) -> OSError:
     status = http_status(error)
-    if status in (401, 403) or type(error).__name__ in _CREDENTIAL_ERRORS:
+    if status in (401, 403) or type(error).__name__ in CREDENTIAL_ERRORS:
         return PermissionError(str(error))
     if status == 404:
         return FileNotFoundError(str(error))

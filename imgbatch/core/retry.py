@@ -7,7 +7,10 @@ import random
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 10.0
 
+CREDENTIAL_ERRORS = ("CredentialRetrievalError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+"""Names of botocore's."""
 _NETWORK_PACKAGES = ("aiohttp", "botocore", "urllib3")
+_CALLERS_MISTAKE = "ParamValidationError"
 
 TRANSIENT_HTTP = frozenset({429, 500, 502, 503, 504})
 """Answers that a later attempt may not get."""
@@ -34,4 +37,6 @@ def may_pass(error: Exception) -> bool:
     status = http_status(error)
     if status is not None:
         return status in TRANSIENT_HTTP
+    if type(error).__name__ in (*CREDENTIAL_ERRORS, _CALLERS_MISTAKE):
+        return False
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES

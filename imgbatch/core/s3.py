@@ -22,7 +22,8 @@ from imgbatch.core.retry import backoff_s, http_status, may_pass
 _ATTEMPTS = 5
 """Of each request, with botocore's backoff and jitter; s3fs tries again on top where a body broke off."""
 _BODY_ATTEMPTS = 3
-_PUT_ATTEMPTS = 8
+_PUT_PATIENCE_S = 30.0
+"""For which a conditional PUT is tried again, each time with all the attempts above."""
 _CONNECTIONS = 64
 _READ_AHEAD_BYTES = 8 * 2**20
 """s3fs's own 50 MB are as much memory for every open file, and are fetched for every jump in one."""
@@ -98,11 +99,12 @@ def put_if_absent(fs: Any, path: str, data: bytes) -> bool:
     """One PUT with ``If-None-Match: *``. True: this call created it; False: it was there.
 
     A lost race is a 412, which clients translate in different ways. A 409, of a race still going on, and failures that
-    may pass are tried again for a minute or so: much work may have gone into ``data``. A server that knows no such
+    may pass are tried again for half a minute: much work may have gone into ``data``. A server that knows no such
     condition gets a plain PUT, where nothing is there yet: then the last of several writers at once wins. An answer
     that got lost on the way counts as "was there" when the retry meets what the first attempt wrote.
     """
     bucket, key, _ = fs.split_path(path)
+    give_up = time.monotonic() + _PUT_PATIENCE_S
     for attempt in itertools.count(1):
         try:
             fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
@@ -116,7 +118,7 @@ def put_if_absent(fs: Any, path: str, data: bytes) -> bool:
                 return _put_unless_seen(fs, path, data)
             if status is None and getattr(error, "errno", None) == errno.EINVAL and fs.exists(path):
                 return False
-            if attempt == _PUT_ATTEMPTS or not (status == _CONFLICT or may_pass(error)):
+            if time.monotonic() > give_up or not (status == _CONFLICT or may_pass(error)):
                 raise
             time.sleep(backoff_s(attempt))
             continue
