@@ -29,20 +29,27 @@ def find_photographs(folder: Path | None, scratch: Path, *, num_drawn: int = 200
 
 def save_trivial_model(path: Path, num_classes: int = 10) -> str:
     """A bundle of three convolutions at 64 px with random weights, so that the pipeline and not the network counts."""
+    from imgbatch.core.architectures import SIMPLE_CNN
+
+    return save_random_model(path, SIMPLE_CNN, num_classes, resize_size=72, crop_size=64)
+
+
+def save_random_model(path: Path, arch: str, num_classes: int, *, resize_size: int = 256, crop_size: int = 224) -> str:
+    """A bundle of any architecture with random weights."""
     import torch
 
-    from imgbatch.core.architectures import SIMPLE_CNN, build_network
+    from imgbatch.core.architectures import build_network
     from imgbatch.core.model import save_bundle
     from imgbatch.core.transforms import PreprocessSpec
 
     torch.manual_seed(0)
     return save_bundle(
         str(path),
-        arch=SIMPLE_CNN,
+        arch=arch,
         task="multiclass",
         class_names=[f"class {index}" for index in range(num_classes)],
-        preprocess=PreprocessSpec(resize_size=72, crop_size=64),
-        state_dict=build_network(SIMPLE_CNN, num_classes).state_dict(),
+        preprocess=PreprocessSpec(resize_size=resize_size, crop_size=crop_size),
+        state_dict=build_network(arch, num_classes).state_dict(),
     ).path
 
 

@@ -1,0 +1,156 @@
+"""imgbatch beside its peers, on the same files with the same weights.
+
+    python -m jobs.bench.peers [--images 400] [--repeats 1] [--model BUNDLE] [--folder IMAGES] [--calibration MANIFEST]
+                               [--only NAME,...] [-o RESULT]
+
+Peers are written in our own words in the shape in which they are published (see ``task``), each in a module of this
+package. The clock starts when an engine is up and its workers have run 64 empty tasks, and stops after the write.
+imgbatch is the installed command, from ``engine_ready_at`` to ``finished_at`` in run.json: its probabilities and error
+rows count in its time, though no peer writes any. It runs three times: with torch, and with the OpenVINO variants that
+``imgbatch model optimize`` makes before the contest; those get ``--times`` as many images, so that their runs last.
+
+Daft and Spark are the extra ``peers``; Daft wants an older pyarrow, so give it an environment of its own. Without
+``--model`` the ResNet-18 has random weights: the time is the same, labels say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgbatch.runtime.pools import this_machine
+from jobs.bench.common import find_photographs, save_random_model
+from jobs.bench.contest import Contestant, compete, write_result
+
+OBJECT_STORE_MB = 1000
+OURS = {"imgbatch": "torch", "imgbatch openvino-fp32": "openvino_fp32", "imgbatch openvino-int8": "openvino_int8"}
+"""``classify.backend`` of each."""
+PEERS = {
+    "Ray Data": "ray_data",
+    "Daft": "daft_frame",
+    "Spark": "spark_udf",
+    "DataLoader": "data_loader",
+    "processes": "process_pool",
+}
+"""Module of each."""
+NEEDS = {"Daft": "daft", "Spark": "pyspark"}
+YARDSTICK = "Ray Data"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    names = arguments.only.split(",") if arguments.only else [*PEERS, *OURS]
+    check_installed(names)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        photographs = find_photographs(arguments.folder, scratch)
+        manifest = scratch / "manifest.parquet"
+        longest = arguments.images * arguments.times
+        repeated = [str(photographs[index % len(photographs)].resolve()) for index in range(longest)]
+        pq.write_table(pa.table({"uri": repeated, "image_id": [str(index) for index in range(longest)]}), manifest)
+        given = arguments.model or save_random_model(scratch / "random", "resnet18", 10)
+        model = str(shutil.copytree(given, scratch / "model"))
+        calibration = arguments.calibration or str(manifest)
+        for target in ("openvino-fp32", "openvino-int8"):
+            optimize(model, target, calibration)
+        runs = scratch / "runs"
+        contestants = [contestant(name, manifest, model, arguments) for name in names]
+        outcomes = compete(contestants, repeats=arguments.repeats, scratch=runs)
+        labels = {name: read_labels(runs / name / "0") for name in names}
+    intro = (
+        f"    python -m jobs.bench.peers {' '.join(sys.argv[1:])}\n\n"
+        f"ResNet-18 at 224 px over {arguments.images:,} photographs ({len(photographs):,} different ones, repeated; "
+        f"{arguments.times} times as many for the OpenVINO variants), from local disk, {arguments.repeats} rounds in "
+        f"turn. Object stores of {OBJECT_STORE_MB:,} MB."
+    )
+    yardstick = YARDSTICK if YARDSTICK in names else names[0]
+    title = f"imgbatch and its peers, {arguments.output.name[:10]}"
+    write_result(arguments.output, title, intro, outcomes, yardstick=yardstick, notes=describe_labels(labels))
+    print(arguments.output.with_suffix(".md").read_text())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--model", help="a bundle of ResNet-18 at 224 px")
+    parser.add_argument("--folder", type=Path, help="JPEG files, in folders named after their class")
+    parser.add_argument("--calibration", help="manifest for the variants; default: the images themselves")
+    parser.add_argument("--only", help=f"some of {', '.join([*PEERS, *OURS])}")
+    parser.add_argument("-o", "--output", type=Path, default=Path(tempfile.gettempdir(), "peers"))
+    return parser.parse_args()
+
+
+def check_installed(names: list[str]) -> None:
+    """Stops in one line where a peer is missing."""
+    missing = [NEEDS[name] for name in names if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None]
+    if missing:
+        raise SystemExit(
+            f"{', '.join(missing)}: not installed here; pip install 'imgbatch[peers]', or choose with --only"
+        )
+
+
+def optimize(model: str, target: str, calibration: str) -> None:
+    command = [str(Path(sys.executable).with_name("imgbatch")), "model", "optimize", model]
+    subprocess.run([*command, "--target", target, "--calibration", calibration], check=True)
+
+
+def contestant(name: str, manifest: Path, model: str, arguments: argparse.Namespace) -> Contestant:
+    backend = OURS.get(name)
+    module = "imgbatch_command" if backend else PEERS[name]
+    limit = arguments.images * (arguments.times if backend not in (None, "torch") else 1)
+    command = [sys.executable, "-m", f"jobs.bench.peers.{module}", "--out", "{out}", "--result", "{result}"]
+    command += ["--manifest", str(manifest), "--model", model, "--limit", str(limit)]
+    command += ["--object-store-mb", str(OBJECT_STORE_MB)]
+    command += ["--backend", backend] if backend else ["--cores", str(this_machine().num_cpus)]
+    return Contestant(name, command, {"RAY_AUTH_MODE": "disabled", "DO_NOT_TRACK": "true", "DAFT_PROGRESS_BAR": "0"})
+
+
+@dataclass(frozen=True)
+class Labels:
+    """By location; a repeated one counts once."""
+
+    by_uri: Mapping[str, str]
+
+    @property
+    def accuracy(self) -> float:
+        """Against the name of the image's folder."""
+        return sum(Path(uri).parent.name == label for uri, label in self.by_uri.items()) / len(self.by_uri)
+
+    def agreement(self, other: Labels) -> float:
+        common = self.by_uri.keys() & other.by_uri.keys()
+        return sum(self.by_uri[uri] == other.by_uri[uri] for uri in common) / len(common)
+
+
+def read_labels(out: Path) -> Labels:
+    """What a contestant wrote, ours or a peer's."""
+    root = out / "predictions" if (out / "predictions").exists() else out
+    tables = [pq.ParquetFile(path).read(columns=["uri", "label"]) for path in root.rglob("*.parquet")]
+    rows = pa.concat_tables(tables).to_pylist()
+    return Labels({row["uri"]: row["label"] for row in rows})
+
+
+def describe_labels(labels: Mapping[str, Labels]) -> str:
+    """A table of agreement and, where the folders are classes, of accuracy."""
+    reference = labels.get("imgbatch")
+    known = any(value.accuracy > 0 for value in labels.values())
+    lines = ["| | same label as imgbatch in torch | accuracy |", "| --- | --- | --- |"]
+    for name, value in labels.items():
+        agreement = f"{value.agreement(reference):.2%}" if reference else "–"
+        lines.append(f"| {name} | {agreement} | {f'{value.accuracy:.2%}' if known else '–'} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""A process for each core by hand, each with decoding and a model of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.bench.peers.task import (
+    NUM_EMPTY_TASKS,
+    Stopwatch,
+    Task,
+    TunedModel,
+    batched,
+    open_rgb,
+    parse_task,
+    tuned_transform,
+)
+
+_model: Any = None
+
+
+def prepare(task: Task) -> None:
+    global _model
+    _model = TunedModel(task, num_threads=1)
+
+
+def label(uris: Sequence[str]) -> list[str]:
+    import torch
+
+    transform = tuned_transform()
+    return _model(torch.stack([transform(open_rgb(uri)) for uri in uris])) if uris else []
+
+
+def main() -> None:
+    task = parse_task()
+    watch = Stopwatch(task)
+    with multiprocessing.get_context("spawn").Pool(task.cores, prepare, (task,)) as pool:
+        pool.map(label, [[]] * NUM_EMPTY_TASKS, chunksize=1)
+        uris = task.uris()
+        watch.start()
+        labels = [name for names in pool.imap(label, batched(uris)) for name in names]
+        task.write(uris, labels)
+    watch.stop()
+
+
+if __name__ == "__main__":
+    main()

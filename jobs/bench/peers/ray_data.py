@@ -1,0 +1,65 @@
+"""Ray Data as its documentation shows it: map to tensors, then a pool of actors with the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy
+
+from jobs.bench.peers.task import (
+    BATCH_SIZE,
+    NUM_EMPTY_TASKS,
+    Stopwatch,
+    Task,
+    open_rgb,
+    parse_task,
+    published_transform,
+)
+
+
+def load(row: dict[str, Any]) -> dict[str, Any]:
+    return {"uri": row["uri"], "pixels": published_transform()(open_rgb(row["uri"])).numpy()}
+
+
+class Classify:
+    def __init__(self, task: Task) -> None:
+        self._names, self._network = task.class_names(), task.network()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        with torch.inference_mode():
+            indices = self._network(torch.from_numpy(batch["pixels"])).argmax(dim=1).tolist()
+        return {"uri": batch["uri"], "label": [self._names[index] for index in indices]}
+
+
+@ray.remote
+def nothing() -> None:
+    """Makes a worker start."""
+
+
+def main() -> None:
+    task = parse_task()
+    watch = Stopwatch(task)
+    ray.init(num_cpus=task.cores, object_store_memory=task.object_store_mb * 10**6, include_dashboard=False)
+    ray.get([nothing.remote() for _ in range(NUM_EMPTY_TASKS)])
+    watch.start()
+    (
+        ray.data.read_parquet(task.manifest, columns=["uri"])
+        .limit(task.limit)
+        .map(load)
+        .map_batches(
+            Classify,
+            fn_constructor_args=(task,),
+            batch_size=BATCH_SIZE,
+            compute=ActorPoolStrategy(size=1),
+            num_cpus=1,
+        )
+        .write_parquet(task.out)
+    )
+    watch.stop()
+
+
+if __name__ == "__main__":
+    main()
