@@ -20,6 +20,7 @@ from imgbatch.commands import (
     mosaic,
     output,
     plan,
+    publish,
     repair,
     report,
     review,
@@ -54,6 +55,7 @@ app.command("verify")(output.verify)
 app.command("repair")(repair.repair)
 app.command("query")(output.query)
 app.command("compact")(output.compact)
+app.command("publish")(publish.publish)
 app.command("mosaic")(mosaic.mosaic)
 app.command("clean")(output.clean)
 app.command("train")(train.train)

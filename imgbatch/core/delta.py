@@ -1,0 +1,155 @@
+"""Finished runs as commits of a Delta table (extra ``delta``): each in one transaction, and never twice.
+
+The run's id is the application id of its transaction, which Delta keeps for ever: a run that is there is not written
+again, and of two publishers at once one is refused by the table itself. The table is partitioned by ``run_id`` and
+holds copies, so that neither cleaning the output nor vacuuming the table hurts the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from imgbatch.core import current, storage
+from imgbatch.core.current import CurrentRun
+from imgbatch.core.database import spilling
+from imgbatch.core.regions import bucket_region
+from imgbatch.core.runs import find_run
+from imgbatch.core.views import view_statements
+from imgbatch.errors import UsageError, normalise_message
+from imgbatch.schema import to_plain
+
+_MEMORY = "2GB"
+_BATCH_ROWS = 65_536
+_APP_VERSION = 1
+"""Of a run's only transaction; its rows never change."""
+_RUN_ID = "run_id"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of one run."""
+
+    run_id: str
+    num_rows: int
+    version: int | None
+    """Of the table, that the run made; none: it was there already, or has no prediction."""
+    already_there: bool
+
+
+def publish(out: str, table: str, run_id: str | None = None) -> list[Published]:
+    """Append the predictions of finished runs to the Delta table ``table``, which is made where there is none.
+
+    Args:
+        run_id: one run; none: every finished run, oldest first.
+
+    Raises:
+        UsageError: no such run or none finished, ``deltalake`` is missing, or the table does not take the columns.
+    """
+    try:
+        import deltalake  # noqa: F401
+    except ImportError as error:
+        raise UsageError("publish: needs the package deltalake; install imgbatch[delta]") from error
+    runs = current.load(out)
+    if run_id is not None:
+        find_run(out, run_id)
+    chosen = [run for run in runs if run_id in (None, run.run_id)]
+    if not chosen:
+        raise UsageError(f"{out}: no finished run there" + (f" of the name {run_id}" if run_id else ""))
+    table = storage.absolute(table)
+    return [_publish_run(out, run, table, storage_options(table)) for run in chosen]
+
+
+def _publish_run(out: str, run: CurrentRun, table: str, options: dict[str, str] | None) -> Published:
+    from deltalake import CommitProperties, Transaction, write_deltalake
+    from deltalake.exceptions import CommitFailedError, DeltaError
+
+    if not run.num_predictions:
+        return Published(run.run_id, 0, None, already_there=False)
+    there = Published(run.run_id, run.num_predictions, None, already_there=True)
+    properties = CommitProperties(
+        app_transactions=[Transaction(run.run_id, _APP_VERSION)],
+        custom_metadata={"imgbatch.model_id": run.model_id, "imgbatch.output": storage.absolute(out)},
+    )
+    try:
+        with spilling(out, memory_limit=_MEMORY) as connection:
+            rows = _read(connection, out, run)
+            # The table as it is now: what others commit from here on is in conflict with this transaction.
+            opened = _open(table, rows.schema, options)
+            if opened.transaction_version(run.run_id) is not None:
+                return there
+            write_deltalake(opened, rows, mode="append", schema_mode="merge", commit_properties=properties)
+    except CommitFailedError as error:
+        if _open(table, None, options).transaction_version(run.run_id) is not None:  # another publisher was first
+            return there
+        raise UsageError(f"{table}: {run.run_id}: {normalise_message(error)}; run the same command again") from error
+    except (DeltaError, OSError, ValueError) as error:
+        raise UsageError(f"{table}: {run.run_id}: {normalise_message(error)}") from error
+    return Published(run.run_id, run.num_predictions, opened.version(), already_there=False)
+
+
+def _open(table: str, schema: pa.Schema | None, options: dict[str, str] | None) -> Any:
+    """The table; with a ``schema`` it is made, empty, where there is none, and refused where its columns differ.
+
+    deltalake itself would cast what comes to the type that is there, nulls for what does not fit.
+    """
+    from deltalake import DeltaTable, Schema
+    from deltalake.exceptions import TableNotFoundError
+
+    try:
+        opened = DeltaTable(table, storage_options=options)
+    except TableNotFoundError:
+        if schema is None:
+            raise
+        DeltaTable.create(table, schema, mode="ignore", partition_by=[_RUN_ID], storage_options=options)
+        opened = DeltaTable(table, storage_options=options)
+    if schema is not None:
+        types = {field.name: field.type for field in opened.schema().fields}
+        for field in Schema.from_arrow(schema).fields:
+            if types.get(field.name, field.type) != field.type:
+                raise UsageError(
+                    f"{table}: column {field.name!r} is {types[field.name]} there and {field.type} in the run; "
+                    f"publish to another table"
+                )
+    return opened
+
+
+def _read(connection: Any, out: str, run: CurrentRun) -> pa.RecordBatchReader:
+    """The run's predictions with its run_id and its partition columns, plain types."""
+    for statement in view_statements(out, [run]):
+        connection.execute(statement)
+    reader = connection.sql("from all_predictions").to_arrow_reader(_BATCH_ROWS)
+    schema = to_plain(reader.schema.empty_table()).schema
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for batch in reader:
+            yield from to_plain(pa.Table.from_batches([batch])).cast(schema).to_batches()
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def storage_options(table: str) -> dict[str, str] | None:
+    """How deltalake reaches an S3 bucket: as s3fs does; none elsewhere."""
+    if not storage.is_s3(table):
+        return None
+    import botocore.session
+
+    settings = storage.settings()
+    fs, _ = storage.filesystem(table)
+    fs.connect()
+    endpoint = fs.s3.meta.endpoint_url
+    region = bucket_region("/".join(table.split("/")[:3])) or fs.s3.meta.region_name or "us-east-1"
+    options = {"AWS_REGION": region}
+    if not endpoint.endswith(".amazonaws.com"):
+        options |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": str(endpoint.startswith("http://")).lower()}
+    if settings.anonymous:
+        return options | {"AWS_SKIP_SIGNATURE": "true"}
+    credentials = botocore.session.Session(profile=settings.profile).get_credentials()
+    if credentials is None:
+        raise UsageError(f"{table}: no credentials in the environment, a profile or a role")
+    frozen = credentials.get_frozen_credentials()
+    options |= {"AWS_ACCESS_KEY_ID": frozen.access_key, "AWS_SECRET_ACCESS_KEY": frozen.secret_key}
+    return options | ({"AWS_SESSION_TOKEN": frozen.token} if frozen.token else {})

@@ -1,0 +1,125 @@
+"""Runs in a Delta table, read back by deltalake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from imgbatch.cli import run
+from imgbatch.core import storage
+from imgbatch.core.delta import publish, storage_options
+from imgbatch.core.views import open_views
+from imgbatch.errors import ExitCode, UsageError
+
+deltalake = pytest.importorskip("deltalake", reason="deltalake is not installed (extra delta)")
+
+CLASSES = ("hat", "shoe")
+PROBS_NK = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], np.float32)
+
+
+@pytest.fixture
+def out(store_run: Callable[..., Path]) -> Path:
+    """Two nights; the second knows a column that the first lacks."""
+    store_run(CLASSES, PROBS_NK, run_id="r000000000001", columns={"shop": ["north", "south", None]})
+    return store_run(
+        CLASSES,
+        PROBS_NK[:2],
+        run_id="r000000000002",
+        columns={"shop": ["north", "east"], "price": [1.5, None]},
+        predicted_at="2026-01-03T03:04:05.000000+00:00",
+    )
+
+
+def rows_of(table: str) -> pa.Table:
+    """Everything in the table, as any reader of its log would find it."""
+    opened = deltalake.DeltaTable(table)
+    return pa.table(deltalake.QueryBuilder().register("t", opened).execute("select * from t").read_all())
+
+
+def test_every_run_is_one_transaction_and_is_there_once(out: Path, tmp_path: Path) -> None:
+    table = str(tmp_path / "table")
+    first = publish(str(out), table, "r000000000001")
+    assert [(entry.run_id, entry.num_rows, entry.version) for entry in first] == [("r000000000001", 3, 1)]
+    both = publish(str(out), table)
+    assert [(entry.already_there, entry.version) for entry in both] == [(True, None), (False, 2)]
+    again = publish(str(out), table)
+    assert [entry.already_there for entry in again] == [True, True]
+    assert deltalake.DeltaTable(table).version() == 2
+
+
+def test_the_table_says_what_the_views_say(out: Path, tmp_path: Path) -> None:
+    table = str(tmp_path / "table")
+    publish(str(out), table)
+    columns = "run_id, row_id, image_id, label, probability, top_k, probabilities, predicted_at, shop, price"
+    query = f"select {columns} from {{}} order by run_id, row_id"
+    with duckdb.connect() as connection, open_views(str(out)) as views:
+        connection.execute("set timezone = 'UTC'")
+        connection.register("found", rows_of(table))
+        found = connection.sql(query.format("found")).fetchall()
+        assert found == views.sql(query.format("all_predictions")).fetchall()
+    files = deltalake.DeltaTable(table).file_uris()
+    assert {part.split("run_id=")[1].split("/")[0] for part in files} == {"r000000000001", "r000000000002"}
+
+
+def test_of_publishers_at_once_one_wins(out: Path, tmp_path: Path) -> None:
+    """Also to a table that none of them finds."""
+    table = str(tmp_path / "table")
+    for run_id in ("r000000000001", "r000000000002"):
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: publish(str(out), table, run_id), range(4)))  # noqa: B023 - done below
+        assert sum(entry.version is not None for (entry,) in results) == 1
+        assert sum(entry.already_there for (entry,) in results) == 3
+    assert rows_of(table).num_rows == 5
+
+
+def test_columns_that_the_table_has_otherwise_are_one_line(
+    out: Path, store_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    table = str(tmp_path / "table")
+    publish(str(out), table)
+    other = store_run(CLASSES, PROBS_NK[:1], out="other", run_id="r00000000000f", columns={"price": ["cheap"]})
+    with pytest.raises(UsageError, match="'price'") as raised:
+        publish(str(other), table)
+    assert "\n" not in str(raised.value)
+    assert deltalake.DeltaTable(table).version() == 2
+
+
+def test_a_run_without_a_prediction_leaves_no_trace(store_run: Callable[..., Path], tmp_path: Path) -> None:
+    failed = {"image_id": ["a"], "status": ["NOT_FOUND"]}
+    out = store_run(CLASSES, PROBS_NK[:0], failed=failed)
+    (entry,) = publish(str(out), str(tmp_path / "table"))
+    assert (entry.version, entry.already_there) == (None, False)
+    assert not (tmp_path / "table").exists()
+
+
+def test_the_command(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = str(tmp_path / "table")
+    assert run(["publish", str(out), "--delta", table, "--run", "r000000000001"]) == ExitCode.DONE
+    assert capsys.readouterr().out == f"r000000000001: 3 predictions, version 1 of {table}\n"
+    assert run(["publish", str(out), "--delta", table, "--json"]) == ExitCode.DONE
+    printed: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert [entry["version"] for entry in printed] == [None, 2]
+    assert run(["publish", str(out), "--delta", table, "--run", "nobody"]) == ExitCode.USAGE
+    assert "nobody" in capsys.readouterr().err
+
+
+def test_a_table_in_a_bucket(out: Path, s3_bucket: str) -> None:
+    table = storage.join(s3_bucket, "table")
+    assert [entry.version for entry in publish(str(out), table)] == [1, 2]
+    assert [entry.already_there for entry in publish(str(out), table)] == [True, True]
+    opened = deltalake.DeltaTable(table, storage_options=storage_options(table))
+    assert sum(pa.table(opened.get_add_actions())["num_records"].to_pylist()) == 5
+    prefix = storage.listing_prefix(table)
+    assert {info.uri.removeprefix(prefix).split("/")[0] for info in storage.list_files(table)} == {
+        "_delta_log",
+        "run_id=r000000000001",
+        "run_id=r000000000002",
+    }
