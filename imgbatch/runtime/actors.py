@@ -13,9 +13,11 @@ import pyarrow as pa
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT, ClassifyStage, CommitStage, DecodeStage
+from imgbatch.errors import CannotWrite
 from imgbatch.runtime.metrics import WaitMetric
 
 RECEIPT = "receipt"
+_CANNOT_WRITE = "cannot_write"
 
 
 def _dies_visibly(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Table], pa.Table]:
@@ -56,16 +58,27 @@ class ClassifyActor:
 
 
 class CommitActor:
-    """Asks for no CPU: writes the unit file; what goes on to the driver is one small row."""
+    """Asks for no CPU: writes the unit file; what goes on to the driver is one small row.
+
+    That nothing can be written is told in the same way: of an exception, Ray Data keeps little.
+    """
 
     def __init__(self, run: Run, defer: bool) -> None:
         self._commit = CommitStage(run, defer=defer)
 
     @_dies_visibly
     def __call__(self, block: pa.Table) -> pa.Table:
-        return pa.table({RECEIPT: [json.dumps(self._commit(block).to_dict())]})
+        try:
+            told = self._commit(block).to_dict()
+        except CannotWrite as error:
+            told = {_CANNOT_WRITE: str(error)}
+        return pa.table({RECEIPT: [json.dumps(told)]})
 
 
 def read_receipts(block: pa.Table) -> list[Receipt]:
-    """The receipts of a block of :class:`CommitActor`."""
-    return [Receipt(**json.loads(text)) for text in block[RECEIPT].to_pylist()]
+    """The receipts of a block of :class:`CommitActor`; raises :class:`CannotWrite` where that is what it tells."""
+    told = [json.loads(text) for text in block[RECEIPT].to_pylist()]
+    for values in told:
+        if _CANNOT_WRITE in values:
+            raise CannotWrite(values[_CANNOT_WRITE])
+    return [Receipt(**values) for values in told]

@@ -31,7 +31,7 @@ class Engine(Protocol):
         """A receipt per unit; raises :class:`EngineStopped` when it cannot go on, ``CannotWrite`` if no pass could."""
 
     def classify_isolated(self, unit: int) -> Receipt:
-        """The last resort for one unit."""
+        """The last resort for one unit; raises :class:`EngineStopped` when what looked after it died."""
 
     @property
     def map_parts(self) -> MapParts:

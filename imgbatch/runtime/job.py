@@ -306,7 +306,11 @@ class _Passes:
     def _isolate(self, units: list[int]) -> None:
         for unit in units:
             self._reporter.say(f"unit {unit}: classified row by row, in processes of their own", unit_id=unit)
-            self._take(self._engine.classify_isolated(unit))
+            try:
+                self._take(self._engine.classify_isolated(unit))
+            except EngineStopped as error:
+                # As when the node dies that it is done on.
+                self._reporter.say(f"unit {unit}: not done yet: {normalise_message(error)}", unit_id=unit)
 
     def _take(self, receipt: Receipt) -> None:
         self._log.add(receipt)

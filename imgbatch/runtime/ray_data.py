@@ -25,7 +25,6 @@ from imgbatch.core.parallel import Context, MapParts, Part, Result
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT
-from imgbatch.errors import CannotWrite
 from imgbatch.runtime.actors import ClassifyActor, CommitActor, DecodeActor, read_receipts
 from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import classify_isolated
@@ -85,10 +84,7 @@ class RayEngine:
                     self._metrics.add(receipt)
                     yield receipt
         except RayError as error:
-            cause = _root_cause(error)
-            if isinstance(cause, CannotWrite):
-                raise cause from error
-            raise EngineStopped(f"{type(cause).__name__}: {cause}") from error
+            raise EngineStopped(describe_failure(error)) from error
 
     def _where(self) -> str:
         """How many units are through each stage of the pass, which shows the one that is waited for."""
@@ -155,7 +151,13 @@ class RayEngine:
             label_selector=self._run.config.resources.classify_labels or None,
             max_retries=0,
         )(classify_isolated)
-        return ray.get(isolated.remote(self._run, unit))
+        try:
+            return ray.get(isolated.remote(self._run, unit))
+        except RayTaskError as error:
+            # What the function raised, not what Ray made of it.
+            raise error.cause from error
+        except RayError as error:
+            raise EngineStopped(describe_failure(error)) from error
 
     @property
     def map_parts(self) -> MapParts:
@@ -213,12 +215,13 @@ def units_done_by_stage() -> dict[str, int]:
     return {}
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """What an actor raised, or else the last thing that is known."""
-    while not isinstance(error, CannotWrite) or isinstance(error, RayError):
-        # What crosses processes keeps its cause in an attribute of its own.
-        inner = error.__cause__ or (error.cause if isinstance(error, RayTaskError) else None)
-        if not isinstance(inner, BaseException) or inner is error:
-            break
-        error = inner
-    return error
+def describe_failure(error: BaseException) -> str:
+    """Class and message of what an actor raised, or else of the last thing that is known, in one line."""
+    while error.__cause__ is not None and not isinstance(error, RayTaskError):
+        error = error.__cause__
+    if isinstance(error, RayTaskError):
+        # Ray Data puts an exception of its own around the actor's, whose traceback is all that arrives of it.
+        lines = str(error).partition("\nThe above exception was the direct cause")[0].strip().splitlines()
+        frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
+        return " ".join(lines[frames[-1] + 1 if frames else 0 :])
+    return f"{type(error).__name__}: {error}"
