@@ -3,18 +3,18 @@
     python -m jobs.bench.scale [--rows 1000000] [--unit-rows 8192] [--classes 10]
 
 Decode and model are put out of the way: a block holds no pixels and every image gets the same probabilities; what is
-left is what the engine, the driver and the storage cost. Prints seconds and rates of each step, the driver's peak
-memory (VmHWM) after each, and how many objects a step left behind.
+left is what the engine, the driver and the storage cost. Prints of each step its seconds and rate, what the driver
+needed of CPU time and memory (its peak, VmHWM), and how many objects there were afterwards. Of the passes over the
+units, the first line is the start of the actors, up to the first receipt.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import re
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,7 @@ class NoDecode:
         constants = {
             UNIT: pa.scalar(unit.index, pa.int32()),
             "started_at": time.time(),
+            "num_changed": pa.scalar(0, pa.int32()),
             "fetch_s": 0.0,
             "decode_s": 0.0,
         }
@@ -92,52 +93,74 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10)
     arguments = parser.parse_args()
     print(f"{arguments.rows:,} rows in units of {arguments.unit_rows:,}; {describe_machine()}\n")
-    print("| step | seconds | rate | driver's peak, MB | objects |\n| --- | --- | --- | --- | --- |")
+    print("| step | seconds | rate | driver's CPU, s | driver's peak, MB | objects |\n|" + " --- |" * 6)
     with tempfile.TemporaryDirectory() as name:
-        simulate(Path(name), arguments.rows, arguments.unit_rows, arguments.classes)
+        # In a process of its own, so that the memory of torch and of a manifest's rows is not the driver's.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            pool.apply(_write_inputs, (Path(name), arguments.rows, arguments.classes))
+        simulate(Path(name), arguments.unit_rows)
 
 
-def simulate(scratch: Path, num_rows: int, unit_rows: int, num_classes: int) -> None:
+def _write_inputs(scratch: Path, num_rows: int, num_classes: int) -> None:
+    write_manifest(scratch / "manifest.parquet", num_rows)
+    save_trivial_model(scratch / "model", num_classes)
+
+
+def simulate(scratch: Path, unit_rows: int) -> None:
     """Every step once, a line each."""
-    manifest = scratch / "manifest.parquet"
-    write_manifest(manifest, num_rows)
     flags = {
-        "input.manifest": str(manifest),
-        "model.path": save_trivial_model(scratch / "model", num_classes),
+        "input.manifest": str(scratch / "manifest.parquet"),
+        "model.path": str(scratch / "model"),
         "output.path": str(scratch / "out"),
         "classify.unit_rows": unit_rows,
         "resources.device": "cpu",
     }
-    with _step("plan", num_rows, "rows/s", scratch / "out"):
-        run = plan_run(load_config(flags=flags), "cpu")
+    steps = Steps(scratch / "out")
+    run = plan_run(load_config(flags=flags), "cpu")
+    num_rows, num_units = run.plan.layout.num_rows, run.plan.layout.num_units
+    steps.done("plan", num_rows, "rows/s")
     pools = choose_pools(run.config.resources, "cpu", this_machine())
     with ray_session(run.config, pools):
         engine = SimulatedEngine(run, pools)
-        num_units = run.plan.layout.num_units
-        with _step("classify (nothing)", num_units, "units/s", scratch / "out"):
-            while pending := run.pending_units()[:MAX_PASS_UNITS]:
-                for _ in engine.classify_units(pending, defer=False):
-                    pass
-        with _step("see what is left", num_units, "units/s", scratch / "out"):
-            run.pending_units()
-        with _step("finalize", num_rows, "rows/s", scratch / "out"):
-            finalize(run, engine.map_parts)
-    with _step("verify", num_rows, "rows/s", scratch / "out"):
-        result = verify(run.paths.out)
+        steps.done("start Ray", 0, "")
+        while pending := run.pending_units()[:MAX_PASS_UNITS]:
+            receipts = engine.classify_units(pending, defer=False)
+            next(receipts)
+            steps.done("first unit of a pass", 0, "")
+            for _ in receipts:
+                pass
+            steps.done(f"the other {len(pending) - 1:,} units", len(pending) - 1, "units/s")
+        run.pending_units()
+        steps.done("see what is left", num_units, "units/s")
+        finalize(run, engine.map_parts)
+        steps.done("finalize", num_rows, "rows/s")
+    result = verify(run.paths.out)
+    steps.done("verify", num_rows, "rows/s")
     if not result.ok:
         raise SystemExit(f"verify: {[check for check in result.checks if not check.ok]}")
 
 
-@contextmanager
-def _step(name: str, count: int, unit: str, out: Path) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    elapsed = time.perf_counter() - started
-    peak_kb = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
-    objects = len(storage.list_files(str(out)))
-    print(
-        f"| {name} | {elapsed:,.1f} | {count / elapsed:,.0f} {unit} | {peak_kb / 1000:,.0f} | {objects:,} |", flush=True
-    )
+class Steps:
+    """Prints a line for each step, from the end of the one before."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._start()
+
+    def _start(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        self._wall_s, self._cpu_s = time.perf_counter(), time.process_time()
+
+    def done(self, name: str, count: int, unit: str) -> None:
+        """A step has ended: ``count`` things, of which ``unit`` is the rate; 0: no rate."""
+        elapsed, cpu = time.perf_counter() - self._wall_s, time.process_time() - self._cpu_s
+        (peak_kb,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        rate = f"{count / elapsed:,.0f} {unit}" if count else ""
+        objects = len(storage.list_files(str(self._out)))
+        print(
+            f"| {name} | {elapsed:,.1f} | {rate} | {cpu:,.1f} | {int(peak_kb) / 1000:,.0f} | {objects:,} |", flush=True
+        )
+        self._start()
 
 
 if __name__ == "__main__":
