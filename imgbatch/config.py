@@ -79,6 +79,9 @@ class FetchConfig(Section):
     than a core decodes."""
     max_bytes: PositiveInt = 256 * 2**20
     """A larger file is ``TOO_LARGE``."""
+    hedge_after_s: float | None = Field(None, gt=0)
+    """Seconds without an answer from S3 after which the same is asked once more, and the faster answer taken; a good
+    value is what one request in a hundred takes longer than. None: never."""
     client: Literal["auto", "s3fs", "obstore"] = "auto"
     """What gets objects from S3; auto: obstore where it is installed, which takes less CPU."""
     schemes: tuple[Literal["file", "s3", "https"], ...] = ("file", "s3")

@@ -22,6 +22,7 @@ OPTIONS = [
     "fetch.retries",
     "fetch.in_flight",
     "fetch.max_bytes",
+    "fetch.hedge_after_s",
     "fetch.client",
     "fetch.schemes",
     "fetch.roots",

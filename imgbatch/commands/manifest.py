@@ -30,13 +30,18 @@ class From(StrEnum):
     FOLDER = "folder"
 
 
+class TargetsFrom(StrEnum):
+    FOLDER = "folder"
+    CLS = "cls"
+
+
 @app.command()
 def build(
     sources: Annotated[
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Folders, globs, images, CSV or TSV lists, Parquet; local or s3://.",
+            help="Folders, globs, images, tar shards, CSV or TSV lists, Parquet; local or s3://.",
             show_default=False,
         ),
     ],
@@ -53,7 +58,10 @@ def build(
     targets_separator: Annotated[
         str | None, typer.Option(help="Splits the column 'targets' into several classes, like '|'.")
     ] = None,
-    targets_from: Annotated[From | None, typer.Option(help="folder: the class is the parent folder's name.")] = None,
+    targets_from: Annotated[
+        TargetsFrom | None,
+        typer.Option(help="folder: the class is the parent folder's name; cls: of shards, what KEY.cls says."),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -74,8 +82,13 @@ def build(
     from imgbatch.core.manifest_sources import TableOptions
 
     options = BuildOptions(
-        table=TableOptions(columns=_parse_columns(column or []), root=root, targets_separator=targets_separator),
-        targets_from="folder" if targets_from else None,
+        table=TableOptions(
+            columns=_parse_columns(column or []),
+            root=root,
+            targets_separator=targets_separator,
+            targets_from_cls=targets_from is TargetsFrom.CLS,
+        ),
+        targets_from="folder" if targets_from is TargetsFrom.FOLDER else None,
         split_shares=parse_split_shares(split) if split is not None else None,
         split_from="folder" if split_from else None,
         seed=seed,

@@ -15,6 +15,7 @@ from typing import TypeGuard
 from imgbatch.config import FetchConfig, IfChanged
 from imgbatch.core import storage
 from imgbatch.core.access import Refused, allowed_path, check_scheme
+from imgbatch.core.byte_ranges import ByteRange, split_range
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.fetch_objects import ObjectClient, ObjectTooLarge, RequestFailed, choose_client, open_client
 from imgbatch.core.https import HttpsReader
@@ -134,6 +135,7 @@ class Fetcher:
     def _read_local(self, uri: str) -> bytes:
         if not uri:
             raise _Rejected(Status.NOT_FOUND, "the uri is empty")
+        uri, byte_range = split_range(uri)
         path = allowed_path(uri, self._config)
         # Looked at before it is opened, because opening a named pipe waits for a writer.
         found = path.stat()
@@ -141,14 +143,18 @@ class Fetcher:
             raise _Rejected(Status.NOT_FOUND, "a directory, not a file")
         if not stat.S_ISREG(found.st_mode):
             raise _Rejected(Status.REFUSED, "not a regular file")
-        if found.st_size > self._config.max_bytes:
-            raise self._too_large(f"{found.st_size} bytes, more")
+        size = byte_range.size if byte_range else found.st_size
+        if size > self._config.max_bytes:
+            raise self._too_large(f"{size} bytes, more")
         with path.open("rb", buffering=0) as file:
-            return file.read()
+            if byte_range is None:
+                return file.read()
+            file.seek(byte_range.first)
+            return _whole(file.read(size), byte_range)
 
     def _read_remote(self, uri: str, etag: str | None) -> bytes:
         if check_scheme(uri, self._config) != "https":
-            return self._read_object(uri, etag)
+            return self._read_object(*split_range(uri), etag)
         with self._lock:
             reader = self._https = self._https or HttpsReader(self._config)
         try:
@@ -156,13 +162,14 @@ class Fetcher:
         except ObjectTooLarge as error:
             raise self._too_large(f"{error.size} bytes, more") from error
 
-    def _read_object(self, uri: str, etag: str | None) -> bytes:
+    def _read_object(self, uri: str, byte_range: ByteRange | None, etag: str | None) -> bytes:
         # A key may hold a question mark.
         bucket, _, key = uri.partition("://")[2].partition("/")
         if not bucket or not key:
             raise _Rejected(Status.NOT_FOUND, "a bucket, not an object")
         try:
-            found = self._object_client().get(bucket, key, max_bytes=self._config.max_bytes)
+            client = self._object_client()
+            found = client.get(bucket, key, max_bytes=self._config.max_bytes, byte_range=byte_range)
         except ObjectTooLarge as error:
             raise self._too_large(f"{error.size} bytes, more") from error
         if etag and self._if_changed != "ignore" and found.etag and found.etag != etag.strip('"'):
@@ -170,17 +177,26 @@ class Fetcher:
                 self.num_changed += 1
             if self._if_changed == "error":
                 raise _Rejected(Status.CHANGED, f"the object's etag is {found.etag}, the manifest's {etag}")
-        return found.data
+        return _whole(found.data, byte_range)
 
     def _object_client(self) -> ObjectClient:
         with self._lock:
             if self._client is None:
                 name = choose_client(self._config.client)
-                self._client = open_client(name, storage.settings(), timeout_s=self._config.timeout_s)
+                config = self._config
+                self._client = open_client(
+                    name, storage.settings(), timeout_s=config.timeout_s, hedge_after_s=config.hedge_after_s
+                )
             return self._client
 
     def _too_large(self, size: str) -> _Rejected:
         return _Rejected(Status.TOO_LARGE, f"{size} than fetch.max_bytes ({self._config.max_bytes}) allows")
+
+
+def _whole(data: bytes, byte_range: ByteRange | None) -> bytes:
+    if byte_range is not None and len(data) < byte_range.size:
+        raise _Rejected(Status.CHANGED, f"the file ends before byte {byte_range.last}, which the manifest names")
+    return data
 
 
 def _is_remote(uri: str | None) -> TypeGuard[str]:

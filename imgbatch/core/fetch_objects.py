@@ -12,13 +12,18 @@ import re
 import threading
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import fsspec.asyn
 
 from imgbatch.config import StorageConfig
 from imgbatch.core import s3
+from imgbatch.core.byte_ranges import ByteRange
+from imgbatch.core.hedging import first_answer
 from imgbatch.core.retry import CREDENTIAL_ERRORS, TRANSIENT_HTTP, http_status, may_pass
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
 
 ClientName = Literal["s3fs", "obstore"]
 
@@ -41,6 +46,10 @@ class ObjectTooLarge(Exception):
         self.size = size
 
 
+_FINAL = (FileNotFoundError, PermissionError, ObjectTooLarge)
+"""Failures that a second request would meet as well."""
+
+
 class RequestFailed(OSError):
     """A request that failed in no way that has an exception of its own; ``may_pass``: another try is worth it."""
 
@@ -52,8 +61,9 @@ class RequestFailed(OSError):
 class ObjectClient(Protocol):
     """Gets objects, for any thread."""
 
-    def get(self, bucket: str, key: str, *, max_bytes: int) -> StoredObject:
-        """One request, one attempt.
+    def get(self, bucket: str, key: str, *, max_bytes: int, byte_range: ByteRange | None = None) -> StoredObject:
+        """One attempt: one request, or two where hedging is on. With a ``byte_range`` only those bytes, fewer where the
+        object ends before.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -71,33 +81,45 @@ def choose_client(configured: Literal["auto", "s3fs", "obstore"]) -> ClientName:
     return "obstore" if find_spec("obstore") else "s3fs"
 
 
-def open_client(name: ClientName, settings: StorageConfig, *, timeout_s: float) -> ObjectClient:
-    """A client of ``settings``; ``timeout_s``: for one request, its content included."""
-    s3fs_client = S3fsClient(settings, timeout_s)
-    return ObstoreClient(settings, timeout_s, s3fs_client) if name == "obstore" else s3fs_client
+def open_client(
+    name: ClientName, settings: StorageConfig, *, timeout_s: float, hedge_after_s: float | None = None
+) -> ObjectClient:
+    """A client of ``settings``.
+
+    Args:
+        timeout_s: for one request, its content included.
+        hedge_after_s: a second request is sent where the first has not been answered by then; none: never.
+    """
+    s3fs_client = S3fsClient(settings, timeout_s, hedge_after_s)
+    return ObstoreClient(settings, timeout_s, s3fs_client, hedge_after_s) if name == "obstore" else s3fs_client
 
 
 class S3fsClient:
     """Through the client that s3fs holds, in fsspec's thread."""
 
-    def __init__(self, settings: StorageConfig, timeout_s: float) -> None:
+    def __init__(self, settings: StorageConfig, timeout_s: float, hedge_after_s: float | None = None) -> None:
         self.fs = s3.open_filesystem(settings, attempts=1)
         self._timeout_s = timeout_s
+        self._hedge_after_s = hedge_after_s
 
-    def get(self, bucket: str, key: str, *, max_bytes: int) -> StoredObject:
+    def get(self, bucket: str, key: str, *, max_bytes: int, byte_range: ByteRange | None = None) -> StoredObject:
         """See :class:`ObjectClient`."""
         try:
-            return fsspec.asyn.sync(self.fs.loop, self._get, bucket, key, max_bytes)
+            return fsspec.asyn.sync(self.fs.loop, self._get, bucket, key, max_bytes, byte_range)
         except (ObjectTooLarge, FileNotFoundError, PermissionError, TimeoutError):
             raise
         except Exception as error:
             raise _translated(error) from error
 
-    async def _get(self, bucket: str, key: str, max_bytes: int) -> StoredObject:
-        return await asyncio.wait_for(self._read(bucket, key, max_bytes), self._timeout_s)
+    async def _get(self, bucket: str, key: str, max_bytes: int, byte_range: ByteRange | None) -> StoredObject:
+        async def ask() -> StoredObject:
+            return await asyncio.wait_for(self._read(bucket, key, max_bytes, byte_range), self._timeout_s)
 
-    async def _read(self, bucket: str, key: str, max_bytes: int) -> StoredObject:
-        answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key)
+        return await (ask() if self._hedge_after_s is None else first_answer(ask, self._hedge_after_s, _FINAL))
+
+    async def _read(self, bucket: str, key: str, max_bytes: int, byte_range: ByteRange | None) -> StoredObject:
+        part = {"Range": byte_range.header} if byte_range else {}
+        answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, **part)
         try:
             if answer["ContentLength"] > max_bytes:
                 raise ObjectTooLarge(answer["ContentLength"])
@@ -118,25 +140,24 @@ def _translated(error: Exception) -> OSError:
 class ObstoreClient:
     """Through object_store in Rust. Where the server is and who asks is what s3fs found."""
 
-    def __init__(self, settings: StorageConfig, timeout_s: float, s3fs_client: S3fsClient) -> None:
+    def __init__(
+        self, settings: StorageConfig, timeout_s: float, s3fs_client: S3fsClient, hedge_after_s: float | None = None
+    ) -> None:
         self._settings = settings
         self._timeout_s = timeout_s
         self._s3fs = s3fs_client
+        self._hedge_after_s = hedge_after_s
         self._stores: dict[str, Any] = {}
         self._lock = threading.Lock()
 
-    def get(self, bucket: str, key: str, *, max_bytes: int) -> StoredObject:
+    def get(self, bucket: str, key: str, *, max_bytes: int, byte_range: ByteRange | None = None) -> StoredObject:
         """See :class:`ObjectClient`."""
-        import obstore
         from obstore import exceptions
 
         if not _is_normal(key):
-            return self._s3fs.get(bucket, key, max_bytes=max_bytes)
+            return self._s3fs.get(bucket, key, max_bytes=max_bytes, byte_range=byte_range)
         try:
-            found = obstore.get(self._store(bucket), key)
-            if found.meta["size"] > max_bytes:
-                raise ObjectTooLarge(found.meta["size"])
-            return StoredObject(bytes(found.bytes()), s3.unquoted_etag(found.meta["e_tag"]))
+            return self._ask(self._store(bucket), key, max_bytes, byte_range)
         except FileNotFoundError as error:
             raise FileNotFoundError(_first_line(error)) from error
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
@@ -145,6 +166,27 @@ class ObstoreClient:
             message = _first_line(error)
             answered = _ANSWERED.search(message)
             raise RequestFailed(message, may_pass=not answered or int(answered[1]) in TRANSIENT_HTTP) from error
+
+    def _ask(self, store: Any, key: str, max_bytes: int, byte_range: ByteRange | None) -> StoredObject:
+        import obstore
+
+        options: GetOptions | None = {"range": (byte_range.first, byte_range.last + 1)} if byte_range else None
+
+        def judged(found: Any) -> Any:
+            first, end = found.range
+            if end - first > max_bytes:
+                raise ObjectTooLarge(end - first)
+            return found
+
+        async def ask() -> StoredObject:
+            found = judged(await obstore.get_async(store, key, options=options))
+            return StoredObject(bytes(await found.bytes_async()), s3.unquoted_etag(found.meta["e_tag"]))
+
+        if self._hedge_after_s is not None:
+            # In the thread where s3fs waits for its answers.
+            return fsspec.asyn.sync(self._s3fs.fs.loop, first_answer, ask, self._hedge_after_s, _FINAL)
+        found = judged(obstore.get(store, key, options=options))
+        return StoredObject(bytes(found.bytes()), s3.unquoted_etag(found.meta["e_tag"]))
 
     def _store(self, bucket: str) -> Any:
         with self._lock:

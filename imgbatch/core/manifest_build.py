@@ -143,6 +143,8 @@ def _manifest_schema(sources: Sequence[Source], options: BuildOptions) -> pa.Sch
             raise UsageError(f"{origin[name]}: has a column {name!r} already; leave away the option that makes another")
         if wanted:
             fields[name] = pa.field(name, pa.string())
+    if options.table.targets_from_cls and TARGET not in fields:
+        raise UsageError(f"{sources[0].path}: --targets-from cls is for tar shards")
     _check_one_kind(sources)
     order = [name for name in _FIRST_COLUMNS if name in fields]
     schema = pa.schema([fields[name] for name in [*order, *(name for name in fields if name not in order)]])
@@ -190,7 +192,7 @@ def _split_keys(rows: SourceRows) -> list[str]:
     So the splits stay when the collection moves, the windows of one raster never straddle splits, and neither do
     copies of one embedded image.
     """
-    if IMAGE_ID in rows.table.column_names:
+    if IMAGE_ID in rows.table.column_names and not rows.ids_are_paths:
         return [str(value) for value in rows.table[IMAGE_ID].to_pylist()]
     if rows.names is not None:
         return [str(name) for name in rows.names]
@@ -200,7 +202,8 @@ def _split_keys(rows: SourceRows) -> list[str]:
 def _map_uris(rows: SourceRows, source: Source, function: Callable[[str], str]) -> list[str | None]:
     if URI not in rows.table.column_names:
         raise UsageError(f"{source.path}: embedded images lie in no folder, so --targets-from folder cannot name any")
-    return [uri and function(uri) for uri in rows.table[URI].to_pylist()]
+    paths = rows.table[IMAGE_ID if rows.ids_are_paths else URI].to_pylist()
+    return [path and function(path) for path in paths]
 
 
 def _parent_name(uri: str) -> str:

@@ -1,4 +1,4 @@
-"""What a manifest is built from: folders and globs of images, single images, CSV or TSV lists, and Parquet.
+"""What a manifest is built from: folders and globs of images, single images, tar shards, CSV or TSV lists, and Parquet.
 
 Every source knows its columns before it is read, and streams its rows in one fixed order.
 """
@@ -30,6 +30,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".b
 
 LIST_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
+SHARD_SUFFIX = ".tar"
+COMPRESSED_SHARD_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -37,12 +40,14 @@ class SourceRows(NamedTuple):
     """Some rows of a source: ``table``, and each row's uri as the source itself spells it, where it has one.
 
     ``names`` are paths below the folder that was listed, or the cells of a list: they stay the same when the
-    collection moves. ``folder`` is the name of the folder that was listed.
+    collection moves. ``folder`` is the name of the folder that was listed. ``ids_are_paths``: the uris say nothing of
+    folders, but the source's ``image_id``, which it made, is the image's path.
     """
 
     table: pa.Table
     names: list[str | None] | None
     folder: str = ""
+    ids_are_paths: bool = False
 
 
 class Source(Protocol):
@@ -72,6 +77,8 @@ class TableOptions:
     """The manifest's name to the source's name; columns that are not named here keep theirs."""
     root: str | None = None
     targets_separator: str | None = None
+    targets_from_cls: bool = False
+    """Tar shards: the class is what the member ``KEY.cls`` beside an image says."""
 
     def rename(self, path: str, names: Iterable[str]) -> dict[str, str]:
         """The source's names to the manifest's, in order; raises :class:`UsageError`."""
@@ -103,13 +110,21 @@ def open_sources(paths: Iterable[str], options: TableOptions) -> list[Source]:
 
 
 def _open_source(path: str, given: str, options: TableOptions) -> Iterator[Source]:
+    # Which builds upon this module.
+    from imgbatch.core.manifest_shards import TarShards
+
     lowered = path.lower()
+    if lowered.endswith(COMPRESSED_SHARD_SUFFIXES):
+        raise UsageError(f"{given}: images are read in place, which a compressed shard does not allow; make it a .tar")
     if _MAGIC.search(path) and not _exists(path):
         root, pattern = _split_glob(path)
+        if lowered.endswith(SHARD_SUFFIX):
+            yield TarShards(root, pattern, options.targets_from_cls)
+            return
         if not lowered.endswith((*LIST_SUFFIXES, SUFFIX)):
             yield ImageFolder(root, pattern)
             return
-        matches = list(_iter_matches(root, pattern))
+        matches = list(iter_matches(root, pattern))
         if not matches:
             raise UsageError(f"{given}: no file matches")
         for info in matches:
@@ -120,10 +135,12 @@ def _open_source(path: str, given: str, options: TableOptions) -> Iterator[Sourc
         yield ListFile(path, options)
     elif lowered.endswith(SUFFIX) or _holds_parquet(path):
         yield ParquetTable(open_dataset(path), options)
+    elif lowered.endswith(SHARD_SUFFIX) and storage.is_file(path):
+        yield TarShards(path, None, options.targets_from_cls)
     elif lowered.endswith(IMAGE_SUFFIXES) and storage.is_file(path):
         yield ImageFile(path)
     elif storage.is_file(path):
-        known = ", ".join((*LIST_SUFFIXES, SUFFIX, *IMAGE_SUFFIXES))
+        known = ", ".join((*LIST_SUFFIXES, SUFFIX, SHARD_SUFFIX, *IMAGE_SUFFIXES))
         raise UsageError(f"{given}: of no known kind ({known})")
     else:
         yield ImageFolder(path)
@@ -166,7 +183,7 @@ class ImageFolder:
 
     def iter_rows(self) -> Iterator[SourceRows]:
         prefix = storage.listing_prefix(self.path)
-        found = _iter_matches(self.path, self.pattern)
+        found = iter_matches(self.path, self.pattern)
         images = (info for info in found if info.uri.lower().endswith(IMAGE_SUFFIXES))
         while batch := list(islice(images, BATCH_ROWS)):
             names = [info.uri.removeprefix(prefix) for info in batch]
@@ -296,7 +313,8 @@ def _image_rows(images: Sequence[FileInfo], names: list[str], folder: str, schem
     return SourceRows(table, [*names], folder)
 
 
-def _iter_matches(root: str, pattern: str) -> Iterator[FileInfo]:
+def iter_matches(root: str, pattern: str) -> Iterator[FileInfo]:
+    """The files below ``root`` that match a glob, hidden ones left out; raises :class:`UsageError`."""
     prefix = storage.listing_prefix(root)
     matches = re.compile(glob_translate(pattern)).match
     try:
@@ -335,7 +353,7 @@ def _exists(path: str) -> bool:
         return storage.exists(path)
     except UsageError:
         raise
-    except Exception as error:  # as in _iter_matches
+    except Exception as error:  # as in iter_matches
         raise UsageError(f"{path}: cannot be read ({normalise_message(error)})") from error
 
 

@@ -86,6 +86,8 @@ class ObjectServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
+        self.stalled = threading.Event()
+        """Set: the requests that stall go on."""
 
 
 class ObjectHandler(BaseHTTPRequestHandler):
@@ -103,6 +105,8 @@ class ObjectHandler(BaseHTTPRequestHandler):
             time.sleep(0.05)
         if key.startswith("stuck"):
             time.sleep(2)
+        if key.startswith("stalls") and seen <= int(key[6:]):
+            self.server.stalled.wait(30)
         if times and seen <= int(times):
             self.answer(int(status), b"<Error><Code>%s</Code><Message>no</Message></Error>" % status.encode())
         elif key == "reset":
@@ -138,6 +142,7 @@ def objects(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         monkeypatch.setattr(retry, "FIRST_BACKOFF_S", 0.01)
         yield server
+        server.stalled.set()
         server.shutdown()
         storage.configure(StorageConfig())
 
@@ -257,3 +262,26 @@ def test_several_threads_fetch_at_once_each_its_own(objects: ObjectServer) -> No
         found = list(pool.map(lambda own: list(fetcher.fetch(own)), uris))
     assert found == [[f"{name}{index}".encode() * 10 for index in range(15)] for name in ("a", "b", "c")]
     assert objects.most_busy <= 4
+
+
+def test_a_request_that_stalls_is_overtaken_by_a_second(objects: ObjectServer) -> None:
+    """The server answers the first only after the test."""
+    uris = [f"s3://bucket/{key}" for key in ("stalls1", "quick", "404x9")]
+    with Fetcher(FetchConfig(hedge_after_s=0.5, retries=0)) as fetcher:
+        stalled, quick, missing = fetcher.fetch(uris)
+    assert (stalled, quick) == (b"stalls1" * 10, b"quick" * 10)
+    assert isinstance(missing, RowError)
+    assert missing.status is Status.NOT_FOUND
+    assert objects.requests["stalls1"] == 2
+    assert objects.requests["404x9"] == 1
+
+
+def test_without_hedging_a_request_is_waited_for(objects: ObjectServer) -> None:
+    error = fetch_error("s3://bucket/stalls1", timeout_s=0.5, retries=0)
+    assert (error.status, objects.requests["stalls1"]) == (Status.FETCH_FAILED, 1)
+
+
+def test_when_both_requests_stall_the_timeout_holds(objects: ObjectServer) -> None:
+    error = fetch_error("s3://bucket/stalls9", hedge_after_s=0.2, timeout_s=1.0, retries=0)
+    assert (error.status, error.attempts) == (Status.FETCH_FAILED, 1)
+    assert objects.requests["stalls9"] == 2

@@ -1,0 +1,177 @@
+"""Tar shards as a source of manifests, on a disk and in a bucket, and their members as the images of a run."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgbatch.config import Config, FetchConfig, StorageConfig
+from imgbatch.core import fetch, storage
+from imgbatch.core.byte_ranges import ByteRange, ranged_uri, split_range
+from imgbatch.core.fetch import Fetcher
+from imgbatch.core.manifest_build import BuildOptions, build_manifest
+from imgbatch.core.manifest_sources import TableOptions
+from imgbatch.core.verify import verify
+from imgbatch.core.views import open_views
+from imgbatch.errors import RowError, Status, UsageError
+from imgbatch.runtime.job import classify
+from tests.conftest import TINY_CLASSES, changed
+
+
+def write_shard(path: Path, members: Mapping[str, bytes], tar_format: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def build(tmp_path: Path, *sources: object, **options: object) -> pa.Table:
+    output = str(tmp_path / "m.parquet")
+    given = BuildOptions(**{"table": TableOptions(), **options})  # type: ignore[arg-type]
+    build_manifest([str(source) for source in sources], output, given, overwrite=True)
+    return pq.read_table(output)
+
+
+def contents(uris: list[str]) -> list[bytes | RowError]:
+    with Fetcher(FetchConfig()) as fetcher:
+        return list(fetcher.fetch(uris))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards of samples as WebDataset writes them, one of names too long for a plain header."""
+    long = "deep/" * 30 + "c.seg.png"
+    members = {
+        "a.jpg": b"image a",
+        "a.cls": b"7\n",
+        "a.json": b"{}",
+        "b.jpg": b"image bb",
+        ".c.jpg": b"x",
+        "d.txt": b"",
+    }
+    write_shard(tmp_path / "shards" / "train-000.tar", members)
+    write_shard(tmp_path / "shards" / "train-001.tar", {"./cat/a.png": b"third", long: b"fourth", "e.jpg": b""})
+    return tmp_path / "shards"
+
+
+def test_a_range_of_a_tar_file_is_written_and_read_alike() -> None:
+    assert split_range(ranged_uri("s3://b/a.tar", ByteRange(512, 611))) == ("s3://b/a.tar", ByteRange(512, 611))
+    assert ByteRange(512, 611).size == 100
+    for whole in ("s3://b/a.tar", "s3://b/a.jpg#bytes=0-3", "/a.tar#bytes=9-3", "/a.tar#bytes=x-3"):
+        assert split_range(whole) == (whole, None)
+
+
+def test_every_image_is_a_row_that_says_where_it_is(shards: Path, tmp_path: Path) -> None:
+    table = build(tmp_path, f"{shards}/*.tar")
+    names = [image_id.removeprefix(f"{shards}/") for image_id in table["image_id"].to_pylist()]
+    assert names == [
+        "train-000.tar/a.jpg",
+        "train-000.tar/b.jpg",
+        "train-001.tar/cat/a.png",
+        "train-001.tar/" + "deep/" * 30 + "c.seg.png",
+    ]
+    assert contents(table["uri"].to_pylist()) == [b"image a", b"image bb", b"third", b"fourth"]
+
+
+def test_gnu_headers_are_read_as_well(tmp_path: Path) -> None:
+    name = "x" * 150 + ".jpg"
+    shard = write_shard(tmp_path / "gnu.tar", {name: b"long", "b.jpg": b"short"}, tarfile.GNU_FORMAT)
+    assert contents(build(tmp_path, shard)["uri"].to_pylist()) == [b"long", b"short"]
+
+
+def test_targets_are_classes_or_folders(shards: Path, tmp_path: Path) -> None:
+    of_classes = build(tmp_path, shards / "train-000.tar", table=TableOptions(targets_from_cls=True))
+    assert of_classes["target"].to_pylist() == ["7", None]
+    of_folders = build(tmp_path, shards / "train-001.tar", targets_from="folder")
+    assert of_folders["target"].to_pylist() == ["cat", "deep"]
+    with pytest.raises(UsageError, match="is for tar shards"):
+        build(tmp_path, shards, table=TableOptions(targets_from_cls=True))
+
+
+def test_splits_stay_when_the_shards_move(shards: Path, tmp_path: Path) -> None:
+    options = {"split_shares": {"train": 0.5, "test": 0.5}}
+    before = build(tmp_path, f"{shards}/*.tar", **options)["split"].to_pylist()
+    moved = shards.rename(tmp_path / "moved")
+    assert build(tmp_path, f"{moved}/*.tar", **options)["split"].to_pylist() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar" * 200, None], ids=["empty", "other", "cut short"])
+def test_what_is_no_tar_file_is_one_line(shards: Path, tmp_path: Path, content: bytes | None) -> None:
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes((shards / "train-000.tar").read_bytes()[:600] if content is None else content)
+    with pytest.raises(UsageError, match=r"broken\.tar: no readable tar file"):
+        build(tmp_path, broken)
+
+
+def test_a_compressed_shard_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"x")
+    with pytest.raises(UsageError, match="compressed shard"):
+        build(tmp_path, tmp_path / "a.tar.gz")
+
+
+def test_a_shard_that_shrank_or_went_is_an_outcome(shards: Path, tmp_path: Path) -> None:
+    uris = build(tmp_path, shards / "train-000.tar")["uri"].to_pylist()
+    shard = shards / "train-000.tar"
+    shard.write_bytes(shard.read_bytes()[:600])
+    with Fetcher(FetchConfig(max_bytes=7)) as fetcher:
+        shrunk, too_large = fetcher.fetch([uris[0].replace("#bytes=512", "#bytes=596"), uris[1]])
+    assert isinstance(too_large, RowError)
+    assert too_large.status is Status.TOO_LARGE
+    shard.unlink()
+    (gone,) = contents(uris[:1])
+    assert isinstance(gone, RowError)
+    assert gone.status is Status.NOT_FOUND
+    assert isinstance(shrunk, RowError)
+
+
+def test_a_run_over_shards_says_what_one_over_files_says(
+    photos: list[Path], photo_config: Config, tmp_path: Path
+) -> None:
+    for first in (0, 60):
+        files = {f"{TINY_CLASSES[n % 3]}/{photos[n].name}": photos[n].read_bytes() for n in range(first, first + 60)}
+        write_shard(tmp_path / f"shard-{first:03d}.tar", files)
+    build(tmp_path, tmp_path / "shard-*.tar", targets_from="folder")
+
+    def labels(config: Config) -> list[tuple[object, ...]]:
+        out = classify(config).out
+        assert verify(out).ok
+        with open_views(out) as connection:
+            return connection.sql("select row_id, target, label, probability from predictions order by 1").fetchall()
+
+    of_files = labels(photo_config)
+    of_shards = labels(
+        changed(photo_config, input__manifest=str(tmp_path / "m.parquet"), output__path=str(tmp_path / "shards"))
+    )
+    assert of_shards == of_files
+
+
+@pytest.mark.parametrize("client", ["s3fs", "obstore"])
+def test_shards_in_a_bucket_are_read_in_place(
+    client: str, shards: Path, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "choose_client", lambda _: client)
+    for path in shards.iterdir():
+        storage.replace(storage.join(s3_bucket, "shards", path.name), path.read_bytes())
+    table = build(tmp_path, f"{s3_bucket}/shards/*.tar")
+    assert table["size"].to_pylist() == [7, 8, 5, 6]
+    uris, etags = table["uri"].to_pylist(), table["etag"].to_pylist()
+    storage.configure(StorageConfig(endpoint_url=None))
+    with Fetcher(FetchConfig()) as fetcher:
+        assert list(fetcher.fetch(uris, etags)) == [b"image a", b"image bb", b"third", b"fourth"]
+        storage.replace(storage.join(s3_bucket, "shards", "train-000.tar"), b"another" * 1000)
+        (changed_since,) = fetcher.fetch(uris[:1], etags[:1])
+        beyond = ranged_uri(storage.join(s3_bucket, "shards", "train-000.tar"), ByteRange(6990, 7010))
+        (cut,) = fetcher.fetch([beyond])
+    assert isinstance(changed_since, RowError)
+    assert changed_since.status is Status.CHANGED
+    assert isinstance(cut, RowError)
+    assert cut.status is Status.CHANGED
