@@ -9,6 +9,7 @@ block size Ray never splits one.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import warnings
 from collections import deque
@@ -200,6 +201,10 @@ def configure_ray_data() -> None:
     context.execution_options.preserve_order = False
     # Our own watchdog (run.no_progress_s) says what waited for what.
     context.execution_no_progress_timeout_s = -1
+    for handler in logging.getLogger("ray.data").handlers:
+        # What went wrong is told in one line; Ray's log file in the session's directory keeps the tracebacks.
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
 
 
 def units_done_by_stage() -> dict[str, int]:
