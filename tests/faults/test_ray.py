@@ -88,7 +88,7 @@ def test_a_row_that_kills_whoever_touches_it_ends_alone(ray_job: Job, oracle: Jo
 
 
 def test_a_head_that_dies_ends_the_driver_and_the_run_goes_on_elsewhere(ray_job: Job, oracle: Job) -> None:
-    with started(ray_job, "classify.unit[48]=hang", run__no_progress_s=60) as process:
+    with started(ray_job, "classify.unit=hang@3", run__no_progress_s=60) as process:
         wait_until(lambda: units_done(ray_job) >= 2, 120)
         for child in _descendants(process.pid):
             if "gcs_server" in child.name():
@@ -135,8 +135,8 @@ def test_a_unit_that_cannot_be_written_ends_the_run_in_one_line(ray_job: Job, or
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]], ids=["twice", "term"])
 def test_stopped_at_once(signals: list[signal.Signals], ray_job: Job, oracle: Job) -> None:
-    """While a unit is under way that would take for ever."""
-    with started(ray_job, "classify.unit[48]=hang") as process:
+    """While a unit is under way that would take for ever, the third that comes to be classified."""
+    with started(ray_job, "classify.unit=hang@3") as process:
         wait_until(lambda: units_done(ray_job) >= 2, 180)
         for number, sent in enumerate(signals, start=1):
             process.send_signal(sent)
@@ -190,7 +190,9 @@ def ray_logs(driver_pid: int) -> Path:
 
 
 def was_short_of_memory(logs: Path) -> bool:
-    return any("OOM kill reason" in path.read_text(errors="replace") for path in logs.glob("raylet*.out"))
+    """Whether the raylet has written that it killed for want of memory."""
+    said = "".join(path.read_text(errors="replace") for path in logs.glob("raylet*.out"))
+    return "OOM kill reason" in said or "killed due to memory pressure" in said
 
 
 def job_on_one_process(job: Job) -> Job:
