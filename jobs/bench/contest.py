@@ -126,7 +126,8 @@ def write_result(
     target: Path, title: str, intro: str, outcomes: Mapping[str, Sequence[Outcome]], *, yardstick: str, notes: str = ""
 ) -> None:
     """TARGET.md, TARGET.json and TARGET.png: rates, ratios to ``yardstick`` round by round, start-up, memory."""
-    lines = [f"# {title}", "", intro, f"Machine: {describe_machine()}.", ""]
+    today = time.strftime("%Y-%m-%d")
+    lines = [f"# {title}, {today}", "", intro, f"Machine: {describe_machine()}.", ""]
     lines += [
         f"| | images/s | times {yardstick} | seconds a run | up after, s | peak memory, MB |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -137,12 +138,14 @@ def write_result(
         lines.append(
             f"| {name} | {spread([run.rate for run in runs])} | {spread(ratios)} | "
             f"{statistics.median(run.seconds for run in runs):.0f} | "
-            f"{spread([run.startup_seconds for run in runs])} | {spread([run.peak_mb for run in runs])} |"
+            f"{spread([run.startup_seconds for run in runs])} | "
+            f"{statistics.median(run.peak_mb for run in runs):,.0f} "
+            f"({min(run.peak_mb for run in runs):,.0f} to {max(run.peak_mb for run in runs):,.0f}) |"
         )
     lines += ["", "Medians, with the lowest and highest in brackets; ratios are taken within a round.", "", notes]
     target.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
     rows = {name: [asdict(run) for run in runs] for name, runs in outcomes.items()}
-    values = {"at": time.strftime("%Y-%m-%d"), "machine": describe_machine(), "runs": rows}
+    values = {"at": today, "machine": describe_machine(), "runs": rows}
     target.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
     _draw(target.with_suffix(".png"), outcomes)
 

@@ -60,9 +60,8 @@ def main() -> None:
         pq.write_table(pa.table({"uri": repeated, "image_id": [str(index) for index in range(longest)]}), manifest)
         given = arguments.model or save_random_model(scratch / "random", "resnet18", 10)
         model = str(shutil.copytree(given, scratch / "model"))
-        calibration = arguments.calibration or str(manifest)
-        for target in ("openvino-fp32", "openvino-int8"):
-            optimize(model, target, calibration)
+        for backend in sorted({OURS[name] for name in names if name in OURS} - {"torch"}):
+            optimize(model, backend.replace("_", "-"), arguments.calibration or str(manifest))
         runs = scratch / "runs"
         contestants = [contestant(name, manifest, model, arguments) for name in names]
         outcomes = compete(contestants, repeats=arguments.repeats, scratch=runs)
@@ -74,8 +73,9 @@ def main() -> None:
         f"turn. Object stores of {OBJECT_STORE_MB:,} MB."
     )
     yardstick = YARDSTICK if YARDSTICK in names else names[0]
-    title = f"imgbatch and its peers, {arguments.output.name[:10]}"
-    write_result(arguments.output, title, intro, outcomes, yardstick=yardstick, notes=describe_labels(labels))
+    write_result(
+        arguments.output, "imgbatch and its peers", intro, outcomes, yardstick=yardstick, notes=describe_labels(labels)
+    )
     print(arguments.output.with_suffix(".md").read_text())
 
 
@@ -102,6 +102,9 @@ def check_installed(names: list[str]) -> None:
 
 
 def optimize(model: str, target: str, calibration: str) -> None:
+    """Makes a variant, unless the bundle came with one."""
+    if Path(model, "variants", target).exists():
+        return
     command = [str(Path(sys.executable).with_name("imgbatch")), "model", "optimize", model]
     subprocess.run([*command, "--target", target, "--calibration", calibration], check=True)
 
@@ -114,7 +117,8 @@ def contestant(name: str, manifest: Path, model: str, arguments: argparse.Namesp
     command += ["--manifest", str(manifest), "--model", model, "--limit", str(limit)]
     command += ["--object-store-mb", str(OBJECT_STORE_MB)]
     command += ["--backend", backend] if backend else ["--cores", str(this_machine().num_cpus)]
-    return Contestant(name, command, {"RAY_AUTH_MODE": "disabled", "DO_NOT_TRACK": "true", "DAFT_PROGRESS_BAR": "0"})
+    environment = {"RAY_AUTH_MODE": "disabled", "DO_NOT_TRACK": "true", "DAFT_PROGRESS_BAR": "0"}
+    return Contestant(name, command, {**environment, "PYSPARK_PYTHON": sys.executable})
 
 
 @dataclass(frozen=True)
