@@ -23,7 +23,7 @@ from imgbatch.core.manifest_sources import Source, SourceRows, TableOptions, ope
 from imgbatch.core.parquet import BATCH_ROWS, rechunk
 from imgbatch.core.tally import Tally
 from imgbatch.errors import UsageError, normalise_message
-from imgbatch.schema import BYTES, IMAGE_ID, SPLIT, TARGET, TARGETS, URI
+from imgbatch.schema import BYTES, IMAGE_ID, SPLIT, TARGET, TARGETS, URI, WINDOW
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -168,7 +168,7 @@ def _check_one_kind(sources: Sequence[Source]) -> None:
 def _iter_tables(sources: Sequence[Source], schema: pa.Schema, options: BuildOptions) -> Iterator[pa.Table]:
     for source in sources:
         for rows in source.iter_rows():
-            made: dict[str, pa.Array] = {}
+            made: dict[str, pa.Array | pa.ChunkedArray] = {}
             if options.targets_from:
                 made[TARGET] = pa.array(_map_uris(rows, source, _parent_name), pa.string())
             if options.split_shares:
@@ -176,6 +176,8 @@ def _iter_tables(sources: Sequence[Source], schema: pa.Schema, options: BuildOpt
                 made[SPLIT] = pa.array([draw_split(key, shares, seed) for key in _split_keys(rows)], pa.string())
             if options.split_from:
                 made[SPLIT] = pa.array(_folder_splits(rows, source), pa.string())
+            if IMAGE_ID in schema.names and {URI, IMAGE_ID, WINDOW} & {*rows.table.column_names} == {URI}:
+                made[IMAGE_ID] = rows.table[URI]  # its default, where only other sources have ids
             columns = [
                 made[name] if name in made else _column_or_nulls(rows.table, name, schema) for name in schema.names
             ]

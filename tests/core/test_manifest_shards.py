@@ -82,6 +82,13 @@ def test_every_image_is_a_row_that_says_where_it_is(shards: Path, tmp_path: Path
     assert contents(table["uri"].to_pylist()) == [b"image a", b"image bb", b"third", b"fourth"]
 
 
+def test_files_beside_shards_go_by_their_uri(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "alone.jpg").write_bytes(b"alone")
+    table = build(tmp_path, tmp_path / "alone.jpg", shards / "train-000.tar")
+    assert table["image_id"].to_pylist()[:2] == [str(tmp_path / "alone.jpg"), f"{shards}/train-000.tar/a.jpg"]
+    assert contents(table["uri"].to_pylist()) == [b"alone", b"image a", b"image bb"]
+
+
 def test_gnu_headers_are_read_as_well(tmp_path: Path) -> None:
     name = "x" * 150 + ".jpg"
     shard = write_shard(tmp_path / "gnu.tar", {name: b"long", "b.jpg": b"short"}, tarfile.GNU_FORMAT)
