@@ -16,26 +16,23 @@ from imgbatch.core.backends import Backend, choose_backend, planned_backend
 from imgbatch.core.bands import require_rasterio
 from imgbatch.core.database import spilling
 from imgbatch.core.failpoints import failpoint
-from imgbatch.core.fingerprint import ProbabilityMode, fingerprint_of, probability_mode, result_fields
+from imgbatch.core.fingerprint import ProbabilityMode, fingerprint_of, result_fields
 from imgbatch.core.geoparquet import carried_metadata
 from imgbatch.core.incremental import unlabelled_rows
+from imgbatch.core.layout import choose_layout, cut_rows
 from imgbatch.core.manifest import Manifest, open_manifest
-from imgbatch.core.model import ModelBundle, count_features, load_bundle
+from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.partitions import Partition, PartitionCheck, check_class_names, parse_partitions
 from imgbatch.core.row_decoder import reads_rasters
 from imgbatch.core.rows import RowsReader, normalise_columns, select_rows, write_rows
 from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, utc_now
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.core.units import UnitLayout, choose_unit_rows
+from imgbatch.core.units import UnitLayout
 from imgbatch.errors import NothingToDo, UsageError
 from imgbatch.schema import IMAGE_ID, ROW_ID
 
 DeviceKind = Literal["cpu", "cuda"]
 
-_BASE_ROW_BYTES = 200
-_PROBABILITY_BYTES = 4
-_TOP_K_ENTRY_BYTES = 24
-_FEATURE_BYTES = 4
 _CHECK_MEMORY = "256MB"
 
 
@@ -155,10 +152,10 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
     paths = RunPaths(out, run_id)
     if not storage.exists(paths.plan):
         wanted = wanted_rows(config, manifest, bundle, out)
-        segments = segments_of(manifest, wanted)
+        layout = choose_layout(config, manifest, wanted, bundle, spec)
         tables = (normalise_columns(table) for table in _manifest_rows(manifest, wanted))
         plan = _new_plan(
-            config, fields, run_id, segments, bundle, spec, has_bytes=manifest.has_bytes, parent=None, device=device
+            config, fields, run_id, layout, bundle, has_bytes=manifest.has_bytes, parent=None, device=device
         )
         _create(paths, plan, tables, check_duplicates=config.input.duplicates == "error")
     return replace(open_run(paths, config, bundle, spec), backend=backend)
@@ -190,9 +187,8 @@ def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: 
             config,
             fields,
             run_id,
-            (len(failed_rows),),
+            cut_rows(config, (len(failed_rows),), bundle, spec),
             bundle,
-            spec,
             has_bytes=manifest.has_bytes,
             parent=parent.run_id,
             device=device,
@@ -279,22 +275,12 @@ def _manifest_rows(manifest: Manifest, wanted: np.ndarray) -> Iterator[pa.Table]
         first_row = end
 
 
-def segments_of(manifest: Manifest, wanted: np.ndarray) -> tuple[int, ...]:
-    """Numbers of wanted rows that no unit may straddle: all, or of each row group where images are embedded."""
-    if not manifest.has_bytes:
-        return (int(wanted.sum()),)
-    ends = np.cumsum([group.num_rows for group in manifest.row_groups])
-    counts = [int(part.sum()) for part in np.split(wanted, ends[:-1])]
-    return tuple(count for count in counts if count)
-
-
 def _new_plan(
     config: Config,
     fields: dict[str, Any],
     run_id: str,
-    segments: tuple[int, ...],
+    layout: UnitLayout,
     bundle: ModelBundle,
-    spec: PreprocessSpec,
     *,
     has_bytes: bool,
     parent: str | None,
@@ -305,7 +291,7 @@ def _new_plan(
         run_id=run_id,
         fingerprint=fingerprint_of(fields),
         fields=fields,
-        layout=choose_layout(config, segments, bundle, spec),
+        layout=layout,
         predicted_at=utc_now(),
         probabilities=fields["output.probabilities"],
         device=device,
@@ -314,25 +300,6 @@ def _new_plan(
         parent=parent,
         config=config,
     )
-
-
-def choose_layout(config: Config, segments: tuple[int, ...], bundle: ModelBundle, spec: PreprocessSpec) -> UnitLayout:
-    """``segments`` (rows that no unit straddles) cut into units of ``classify.unit_rows``."""
-    unit_rows = config.classify.unit_rows
-    if unit_rows == "auto":
-        unit_rows = choose_unit_rows(spec.pixel_bytes, estimate_row_bytes(config, bundle), sum(segments))
-    return UnitLayout(unit_rows, segments)
-
-
-def estimate_row_bytes(config: Config, bundle: ModelBundle) -> int:
-    """Bytes of one result row before compression, about."""
-    probabilities, num_classes = probability_mode(config, bundle), len(bundle.class_names)
-    row_bytes = _BASE_ROW_BYTES + (_PROBABILITY_BYTES * num_classes if probabilities == "all" else 0)
-    if probabilities != "none":
-        row_bytes += _TOP_K_ENTRY_BYTES * min(config.output.top_k, num_classes)
-    if config.output.embeddings:
-        row_bytes += _FEATURE_BYTES * count_features(bundle)
-    return row_bytes
 
 
 def read_plan(entry: RunEntry) -> RunPlan:

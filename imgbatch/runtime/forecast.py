@@ -15,16 +15,10 @@ from imgbatch.config import Config, PlanConfig
 from imgbatch.core import storage
 from imgbatch.core.backends import Backend, choose_backend
 from imgbatch.core.fingerprint import fingerprint_of, result_fields
+from imgbatch.core.layout import choose_layout, estimate_row_bytes
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.model import ModelBundle
-from imgbatch.core.plan import (
-    DeviceKind,
-    choose_layout,
-    estimate_row_bytes,
-    open_inputs,
-    segments_of,
-    wanted_rows,
-)
+from imgbatch.core.plan import DeviceKind, open_inputs, wanted_rows
 from imgbatch.core.regions import region_warnings
 from imgbatch.core.runs import list_runs
 from imgbatch.core.sample import DecodedSample, classify_sample, decode_sample, sample_rows
@@ -90,7 +84,7 @@ def forecast(config: Config) -> Forecast:
         device = choose_device(config.resources, machine)
         pools = choose_pools(config.resources, device, machine)
     wanted = wanted_rows(config, manifest, bundle, out)
-    layout = choose_layout(config, segments_of(manifest, wanted), bundle, spec)
+    layout = choose_layout(config, manifest, wanted, bundle, spec)
     backend = choose_backend(config.classify, bundle, spec, device, features=config.output.embeddings)
     fields = result_fields(config, manifest, bundle, spec, device, backend)
     run_id, state, units_done = _existing(fields, out)
