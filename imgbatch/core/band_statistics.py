@@ -204,7 +204,8 @@ def _read_tile(request: RasterRequest) -> _Outcome:
     """The bands read, and some of their values; or why there are none. Runs in the child."""
     from rasterio.io import MemoryFile
 
-    from imgbatch.core.rasters import all_bands, checked_window, open_raster, read_samples
+    from imgbatch.core.raster_samples import all_bands, read_samples
+    from imgbatch.core.rasters import checked_window, open_raster
 
     try:
         uri = request.uri or MemoryFile(request.data or b"").name

@@ -27,7 +27,8 @@ from rasterio.shutil import copy
 from imgbatch.config import Config, FetchConfig
 from imgbatch.core import storage
 from imgbatch.core.access import fetch_settings
-from imgbatch.core.rasters import RasterRejected, gdal_env, open_raster
+from imgbatch.core.raster_samples import RasterRejected
+from imgbatch.core.rasters import gdal_env, open_raster
 from imgbatch.core.row_decoder import find_raster
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.scored import read_labeller

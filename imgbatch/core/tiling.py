@@ -30,7 +30,8 @@ from imgbatch.core.geoparquet import BBOX, BBOX_TYPE, CRS, GEOMETRY, TRANSFORM
 from imgbatch.core.manifest_build import SPLIT_FOLDERS, draw_split, split_of_folders
 from imgbatch.core.manifest_sources import TableOptions, open_sources
 from imgbatch.core.parquet import BATCH_ROWS, rechunk
-from imgbatch.core.rasters import RasterRejected, gdal_env, open_raster
+from imgbatch.core.raster_samples import RasterRejected
+from imgbatch.core.rasters import gdal_env, open_raster
 from imgbatch.core.row_decoder import find_raster
 from imgbatch.core.vector_labels import VectorLabels
 from imgbatch.errors import RowError, UsageError, normalise_message

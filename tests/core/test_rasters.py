@@ -14,7 +14,8 @@ from rasterio.shutil import copy
 from imgbatch.core.bands import BandSpec
 from imgbatch.core.images import Decoded
 from imgbatch.core.raster_request import RasterRequest, Window
-from imgbatch.core.rasters import RasterDecoder, RasterRejected, gdal_env, open_raster, read_samples
+from imgbatch.core.raster_samples import RasterRejected, read_samples
+from imgbatch.core.rasters import RasterDecoder, gdal_env, open_raster
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, Status
 from tests.rasters import noise, write_raster
