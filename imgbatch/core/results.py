@@ -5,6 +5,7 @@ Shape suffixes: N images, K classes, D features, T entries of ``top_k``.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -198,17 +199,21 @@ def commit_unit(
     if defer_above is not None and may_pass > defer_above * results.num_rows:
         outcome = "deferred"
     else:
-        created = _create(paths.unit_file(unit_index), _parquet_bytes(results))
+        created = _create(paths, unit_index, _parquet_bytes(results))
         outcome = "committed" if created else "existed"
     failed = results.filter(pc.not_equal(results["status"], Status.OK.value))
     examples = dict(zip(failed["status"].to_pylist()[::-1], failed["error_message"].to_pylist()[::-1], strict=True))
     return Receipt(unit_index, outcome, results.num_rows, counts, examples)
 
 
-def _create(uri: str, data: bytes) -> bool:
+def _create(paths: RunPaths, unit_index: int, data: bytes) -> bool:
+    uri = paths.unit_file(unit_index)
     try:
         return storage.create_if_absent(uri, data)
     except Exception as error:  # every object store's client has exceptions of its own
+        with contextlib.suppress(Exception):
+            if paths.is_finished():
+                return False  # another driver was faster, and has removed the units' directory
         reason = f"{type(error).__name__}: {normalise_message(error)}"
         raise CannotWrite(
             f"unit file {uri}: cannot be written ({reason}); put it right and run the same command again"
