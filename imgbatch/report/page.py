@@ -25,6 +25,7 @@ from imgbatch.report.explanations import Explanation
 from imgbatch.report.picks import Gallery, Pick
 from imgbatch.report.quality import Quality, measure
 from imgbatch.report.rendering import check_installed, render
+from imgbatch.report.scenes import summarise_scenes
 from imgbatch.report.summary import Summary, summarise
 from imgbatch.report.thumbnails import make_thumbnails, shrink_picture
 
@@ -92,6 +93,7 @@ def write_report(
             quality = measure(connection, out, labeller, manifest=manifest, split=split, slice_by=slice_by)
         elif summary.num_predictions:
             quality = f"Not measured: {labeller}."
+        scenes = summarise_scenes(connection)
         galleries = _pick(connection, summary, quality, max_thumbnails, is_multilabel=is_multilabel)
     run = RunPaths(out, current.load(out)[-1].run_id)
     html = render(
@@ -103,6 +105,7 @@ def write_report(
         labeller=labeller if isinstance(labeller, Labeller) else None,
         quality=quality if isinstance(quality, Quality) else None,
         not_measured=quality if isinstance(quality, str) else None,
+        scenes=scenes,
         galleries=galleries,
         thumbnails=make_thumbnails(out, galleries.all_picks, config),
         heat_maps=_show_heat_maps(out, labeller) if isinstance(labeller, Labeller) and max_thumbnails else (),
