@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import rasterio
 import rasterio.windows
 from PIL import Image, ImageFilter
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.io import DatasetReader, MemoryFile
 
@@ -122,6 +124,9 @@ class RasterDecoder:
         try:
             samples = read_samples(scene, window, bands, step=step)
         except RasterioIOError as error:
+            with suppress(CPLE_BaseError):
+                # GDAL still holds the error, and would raise it while the next window is read.
+                _ = scene.colorinterp
             status = Status.TRUNCATED if _ends_early(scene, window) else Status.CORRUPT
             raise RasterRejected(_status_of(error, status), str(_deepest(error))) from error
         if (missing := samples.missing_share) > self._max_nodata:

@@ -275,6 +275,22 @@ def test_what_is_wrong_with_a_file_is_its_status(tmp_path, damage: Callable[[Pat
     assert failure(path).status is status
 
 
+def test_a_tile_that_cannot_be_read_says_nothing_about_the_next(tmp_path):
+    path = write_raster(tmp_path / "a.tif", noise(3, 192, 192), tiled=True, blockxsize=64, blockysize=64)
+    decoder = RasterDecoder(RGB, max_pixels=10**6, max_nodata=0.5)
+    whole = decoder.decode(RasterRequest(str(path), Window(0, 0, 32, 32)))
+    broken = write_raster(tmp_path / "b.tif", noise(3, 192, 192), tiled=True, blockxsize=64, blockysize=64)
+    cut(broken)
+    for _ in range(2):
+        lost = decoder.decode(RasterRequest(str(broken), Window(160, 160, 32, 32)))
+        assert isinstance(lost, RowError)
+        assert lost.status == Status.TRUNCATED
+        for uri in (path, broken):
+            found = decoder.decode(RasterRequest(str(uri), Window(0, 0, 32, 32)))
+            assert isinstance(found, Decoded)
+            np.testing.assert_array_equal(found.pixels_HWC, whole.pixels_HWC)
+
+
 def test_a_file_that_names_another_is_not_followed(tmp_path):
     target = write_raster(tmp_path / "scene.tif", noise(1, 16, 16))
     copy(str(target), str(tmp_path / "link.vrt"), driver="VRT")
