@@ -1,43 +1,55 @@
-"""Classes drawn on a map, as polygons or points of a GeoJSON file, as the targets of tiles. Needs the extra ``geo``."""
+"""Classes drawn on a map, as polygons or points, as the targets of tiles.
+
+GeoJSON is read with the extra ``geo``; GeoPackage and what else GDAL knows (shapefiles in a .zip, FlatGeobuf) with
+pyogrio, which the extra brings too.
+"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import shapely
 
 from imgbatch.core import storage
 from imgbatch.errors import UsageError
 
+_GEOJSON = (".geojson", ".json")
+_LONGITUDE_LATITUDE = "OGC:CRS84"
+
 
 class VectorLabels:
-    """Labelled features in longitude and latitude, as GeoJSON (RFC 7946) always is.
+    """Labelled features in longitude and latitude.
 
     Args:
-        path: a GeoJSON FeatureCollection.
+        path: a GeoJSON FeatureCollection, a GeoPackage or another vector file, local or ``s3://``.
         field: the property that names the class; features without it are left out.
 
     Raises:
-        UsageError: not such a file, or no feature has the property.
+        UsageError: not such a file, no coordinate system, or no feature has the property.
     """
 
     def __init__(self, path: str, field: str) -> None:
         try:
-            features = json.loads(storage.read_bytes(path))["features"]
-            labelled = [feature for feature in features if (feature.get("properties") or {}).get(field) is not None]
-            geometries = [shapely.from_geojson(json.dumps(feature["geometry"])) for feature in labelled]
+            data = storage.read_bytes(path)
         except OSError as error:
             raise UsageError(f"--labels {path}: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, shapely.GEOSException) as error:
-            raise UsageError(f"--labels {path}: not a GeoJSON FeatureCollection ({error})") from error
-        if not labelled:
+        if path.lower().endswith(_GEOJSON):
+            self._classes, self._geometries = _read_geojson(data, field, path)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                # GDAL goes by the name too.
+                copy = Path(folder, path.rsplit("/", 1)[-1])
+                copy.write_bytes(data)
+                self._classes, self._geometries = _read_layers(copy, field, path)
+        if not self._classes:
             raise UsageError(f"--labels {path}: no feature has the property {field!r}; name it with --label-field")
-        self._classes = [str(feature["properties"][field]) for feature in labelled]
-        self._geometries = geometries
-        self._tree = shapely.STRtree(geometries)
+        self._tree = shapely.STRtree(self._geometries)
 
     def targets(self, tiles: pa.Array) -> list[str | None]:
         """The class of each tile (WKB polygons): that which covers most of it, else that of most points in it.
@@ -53,3 +65,49 @@ class VectorLabels:
             common = self._geometries[index].intersection(tile)
             weights[self._classes[index]] = (area + common.area, points + len(shapely.get_parts(common)))
         return min(weights, key=lambda name: (-weights[name][0], -weights[name][1], name)) if weights else None
+
+
+def _read_geojson(data: bytes, field: str, path: str) -> tuple[list[str], list[Any]]:
+    """Class and geometry of each feature; RFC 7946 knows longitude and latitude only."""
+    try:
+        features = json.loads(data)["features"]
+        labelled = [feature for feature in features if (feature.get("properties") or {}).get(field) is not None]
+        geometries = [shapely.from_geojson(json.dumps(feature["geometry"])) for feature in labelled]
+    except (ValueError, KeyError, TypeError, AttributeError, shapely.GEOSException) as error:
+        raise UsageError(f"--labels {path}: not a GeoJSON FeatureCollection ({error})") from error
+    return [str(feature["properties"][field]) for feature in labelled], geometries
+
+
+def _read_layers(file: Path, field: str, path: str) -> tuple[list[str], list[Any]]:
+    """Of every layer that has the property, turned into longitude and latitude."""
+    try:
+        import pyogrio
+    except ImportError as error:
+        raise UsageError(f"--labels {path}: pyogrio is not installed; pip install 'imgbatch[geo]'") from error
+    classes: list[str] = []
+    geometries: list[Any] = []
+    try:
+        for layer, _ in pyogrio.list_layers(file):
+            if field not in pyogrio.read_info(file, layer=layer)["fields"]:
+                continue
+            meta, _, wkb_N, (values_N,) = pyogrio.raw.read(file, layer=layer, columns=[field])
+            known = [index for index, value in enumerate(values_N) if value is not None and wkb_N[index] is not None]
+            if meta["crs"] is None:
+                raise UsageError(f"--labels {path}: layer {layer!r} has no coordinate system; assign one")
+            classes += [str(values_N[index]) for index in known]
+            geometries += list(_to_longitude_latitude(shapely.from_wkb(wkb_N[known]), meta["crs"]))
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.GEOSException) as error:
+        raise UsageError(f"--labels {path}: no vector file that GDAL can read ({error})") from error
+    return classes, geometries
+
+
+def _to_longitude_latitude(geometries_N: np.ndarray, crs: str) -> np.ndarray:
+    from rasterio.crs import CRS
+    from rasterio.warp import transform
+
+    source, target = CRS.from_user_input(crs), CRS.from_user_input(_LONGITUDE_LATITUDE)
+
+    def turn(x_M: np.ndarray, y_M: np.ndarray) -> np.ndarray:
+        return np.array(transform(source, target, x_M, y_M))
+
+    return shapely.transform(geometries_N, turn, interleaved=False)

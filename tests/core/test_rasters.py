@@ -275,6 +275,17 @@ def test_what_is_wrong_with_a_file_is_its_status(tmp_path, damage: Callable[[Pat
     assert failure(path).status is status
 
 
+def test_a_window_of_jpeg_2000(tmp_path):
+    if "JP2OpenJPEG" not in rasterio.Env().drivers():
+        pytest.skip("this GDAL has no JPEG 2000")
+    samples_CHW = noise(3, 128, 128)
+    lossless = {"driver": "JP2OpenJPEG", "QUALITY": 100, "REVERSIBLE": "YES"}
+    path = write_raster(tmp_path / "scene.jp2", samples_CHW, **lossless)
+    window, spec = Window(40, 24, 64, 64), bands_spec(0, 10_000, 3, 1, side=64)
+    found = pixels(path, spec, window)
+    np.testing.assert_array_equal(found, stretched(samples_CHW[[2, 0], 24:88, 40:104], 0, 10_000))
+
+
 def test_a_tile_that_cannot_be_read_says_nothing_about_the_next(tmp_path):
     path = write_raster(tmp_path / "a.tif", noise(3, 192, 192), tiled=True, blockxsize=64, blockysize=64)
     decoder = RasterDecoder(RGB, max_pixels=10**6, max_nodata=0.5)

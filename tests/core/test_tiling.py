@@ -5,9 +5,11 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+import shapely
 from affine import Affine
 from rasterio.enums import Resampling
 
@@ -140,6 +142,29 @@ def test_labels_drawn_on_a_map_become_targets_and_splits_follow_scenes(tmp_path,
     assert len({row["split"] for row in rows if row["crs"]}) == 1
     with pytest.raises(UsageError, match="no feature has the property 'kind'"):
         VectorLabels(str(path), "kind")
+
+
+def test_labels_of_a_geopackage_are_turned_into_longitude_and_latitude(tmp_path):
+    """In UTM, in two layers, of which one has the property."""
+    squares = [shapely.box(500_000, 4_999_000, 500_400, 5_000_000), shapely.box(500_400, 4_999_000, 501_000, 5_000_000)]
+    path = tmp_path / "labels.gpkg"
+    fields = geopandas.GeoDataFrame({"use": ["water", None]}, geometry=squares, crs="EPSG:32633")
+    fields.to_file(path, layer="fields")
+    fields.rename(columns={"use": "name"}).to_file(path, layer="names")
+    labels = VectorLabels(str(path), "use")
+    tiles = geopandas.GeoSeries(
+        shapely.box([500_100, 500_700], 4_999_500, [500_200, 500_800], 4_999_600), crs="EPSG:32633"
+    )
+    assert labels.targets(pa.array(tiles.to_crs("OGC:CRS84").to_wkb())) == ["water", None]
+    with pytest.raises(UsageError, match="no feature has the property 'kind'"):
+        VectorLabels(str(path), "kind")
+    (tmp_path / "broken.gpkg").write_bytes(b"SQLite")
+    with pytest.raises(UsageError, match=r"broken.gpkg: no vector file that GDAL can read"):
+        VectorLabels(str(tmp_path / "broken.gpkg"), "use")
+    with pytest.warns(UserWarning, match="'crs' was not provided"):
+        fields.set_crs(None, allow_override=True).to_file(tmp_path / "nowhere.gpkg")
+    with pytest.raises(UsageError, match="layer 'nowhere' has no coordinate system"):
+        VectorLabels(str(tmp_path / "nowhere.gpkg"), "use")
 
 
 def test_two_scenes_of_one_name_and_no_scene_at_all_are_refused(tmp_path, scenes):
