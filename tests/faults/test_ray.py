@@ -33,7 +33,6 @@ ON_RAY = {
 }
 BOUNDED_S = 300.0
 STORE_BYTES = 300 * 10**6
-GB = 10**9
 
 
 @pytest.fixture
@@ -146,53 +145,6 @@ def test_stopped_at_once(signals: list[signal.Signals], ray_job: Job, oracle: Jo
     assert "the same command continues" in ray_job.last_line()
     assert job_on_one_process(ray_job).run() == ExitCode.DONE
     assert_exactly_once(ray_job, oracle)
-
-
-def test_actors_killed_for_want_of_memory_cost_no_row(
-    ray_job: Job, oracle: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ray's monitor ends workers while the machine's memory is used beyond the threshold, here by this process."""
-    memory = psutil.virtual_memory()
-    limit_bytes = memory.total - memory.available + 5 * GB
-    if limit_bytes > 0.95 * memory.total:
-        pytest.skip(f"{memory.available / GB:.0f} GB of memory are free, and {5 + 0.05 * memory.total / GB:.0f} needed")
-    monkeypatch.setenv("RAY_memory_usage_threshold", str(limit_bytes / memory.total))
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
-    job = replace(ray_job, settings=ray_job.settings | {"classify.unit_rows": 4})
-    with started(job, "classify.unit=delay:0.5", once=False) as process:
-        wait_until(lambda: units_done(job) >= 2, 180)
-        logs = ray_logs(process.pid)
-        eaten = []
-        deadline = time.monotonic() + 60
-        while not was_short_of_memory(logs) and time.monotonic() < deadline:
-            # Pages count once they are written to; others' memory comes and goes meanwhile.
-            eaten.append(b"x" * (GB // 4) if in_use() < limit_bytes + GB // 4 else b"")
-            time.sleep(0.1)
-        eaten.clear()
-        assert was_short_of_memory(logs)
-        code = process.wait(BOUNDED_S)
-    monkeypatch.delenv("RAY_memory_usage_threshold")
-    finish(job, code, "")
-    assert_exactly_once(job, oracle)
-
-
-def in_use() -> int:
-    """Bytes of the machine's memory, as Ray counts them."""
-    memory = psutil.virtual_memory()
-    return memory.total - memory.available
-
-
-def ray_logs(driver_pid: int) -> Path:
-    """Of the Ray that the driver started."""
-    (raylet,) = (child for child in _descendants(driver_pid) if child.name() == "raylet")
-    (option,) = (part for part in raylet.cmdline() if part.startswith("--log_dir="))
-    return Path(option.removeprefix("--log_dir="))
-
-
-def was_short_of_memory(logs: Path) -> bool:
-    """Whether the raylet has written that it killed for want of memory."""
-    said = "".join(path.read_text(errors="replace") for path in logs.glob("raylet*.out"))
-    return "OOM kill reason" in said or "killed due to memory pressure" in said
 
 
 def job_on_one_process(job: Job) -> Job:
