@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -198,11 +198,16 @@ class _Scene:
 def open_raster(uri: str) -> DatasetReader:
     """A raster opened for reading; the caller closes it.
 
+    Files beside it (.ovr, .msk, .aux.xml) belong to it on a disk, and are not looked for in an object store.
+
     Raises:
         RasterRejected: it cannot be opened; the status says why.
     """
+    # Looking for masks, overviews and metadata beside an object costs some twenty requests, before each first tile.
+    surroundings = rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR") if storage.is_s3(uri) else nullcontext()
     try:
-        return DatasetReader(gdal_path(uri), driver=list(DRIVERS))
+        with surroundings:
+            return DatasetReader(gdal_path(uri), driver=list(DRIVERS))
     except RasterioError as error:
         if storage.is_s3(uri):
             message = str(_deepest(error))

@@ -62,6 +62,8 @@ class FaultyServer:
         """Method and path to an action, in place of :attr:`faults`."""
         self.acted: list[tuple[str, str, str]] = []
         """Method, path and action of every request that did not simply pass."""
+        self.passed: list[tuple[str, str, int]] = []
+        """Method, path and bytes of the answer's body of every request that did."""
         self._lock = threading.Lock()
 
     def action(self, method: str, path: str) -> str | None:
@@ -124,6 +126,8 @@ def _handler(state: FaultyServer) -> type[BaseHTTPRequestHandler]:
             return answer, content
 
         def pass_on(self, answer: http.client.HTTPResponse, content: bytes, action: str) -> None:
+            if not action:
+                state.passed.append((self.command, unquote(self.path), len(content)))
             half = len(content) // 2
             delay_s = float(action.removeprefix("slow:")) if action.startswith("slow:") else 0.0
             if not half:

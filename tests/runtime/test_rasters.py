@@ -26,6 +26,7 @@ from imgbatch.runtime.job import classify
 from imgbatch.runtime.train import train
 from imgbatch.schema import WINDOW_TYPE
 from tests.conftest import changed
+from tests.faults.proxy import faulty_server
 from tests.rasters import noise, write_raster
 
 
@@ -189,3 +190,28 @@ def test_tiles_of_a_scene_in_an_object_store_are_read_by_range(tile_config, scen
     remote, local = (pq.read_table(tmp_path / name / "predictions") for name in ("out", "local"))
     assert remote["probabilities"].to_pylist() == local["probabilities"].to_pylist()[:25]
     assert pq.read_table(tmp_path / "out" / "errors")["status"].to_pylist() == ["NOT_FOUND"]
+
+
+def test_tiles_of_a_scene_in_an_object_store_cost_little_more_than_their_blocks(
+    tile_config, s3_bucket, s3_server, tmp_path, monkeypatch
+):
+    """One column of tiles of a scene three blocks wide: what lies beside the blocks or the scene is not asked for."""
+    scene = noise(3, 768, 768)
+    path = write_raster(tmp_path / "wide.tif", scene, tiled=True, blockxsize=256, blockysize=256, compress="DEFLATE")
+    with rasterio.open(path) as opened:
+        needed = sum(int(opened.get_tag_item(f"BLOCK_SIZE_1_{row}", "TIFF", bidx=1)) for row in range(3))
+    uri = f"{s3_bucket}/wide.tif"
+    storage.replace(uri, path.read_bytes())
+    corners = [(x, y) for y in range(0, 768, 64) for x in range(256, 512, 64)]
+    windows = [{"col_off": x, "row_off": y, "width": 64, "height": 64} for x, y in corners]
+    ids = [str(index) for index in range(len(corners))]
+    table = pa.table({"uri": [uri] * len(ids), "window": pa.array(windows, WINDOW_TYPE), "image_id": ids})
+    pq.write_table(table, tmp_path / "column.parquet")
+    with faulty_server(s3_server) as (url, server):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        settings = {"input__manifest": str(tmp_path / "column.parquet"), "classify__unit_rows": 64}
+        result = classify(changed(tile_config, **settings))
+    assert result.counts == {"OK": len(ids)}
+    reads = [size for method, _, size in server.passed if method == "GET"]
+    assert needed <= sum(reads) <= 1.3 * needed
+    assert len(reads) <= 8
