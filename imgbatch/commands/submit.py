@@ -15,7 +15,6 @@ import typer
 
 from imgbatch.commands.common import AsJson, console, messages, print_json, print_table
 from imgbatch.config import load_config
-from imgbatch.core import storage
 from imgbatch.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -164,6 +163,8 @@ def check_paths(command: Command, package: Package) -> None:
 
 def endpoint_warning(command: Command, address: str) -> str | None:
     """One line about an object store of this machine, which the nodes of a cluster elsewhere do not reach."""
+    from imgbatch.core import storage
+
     if _is_loopback(address) or not any(storage.is_s3(path) for path in (*command.read, *command.written)):
         return None
     advice = "set storage.endpoint_url to a name under which the nodes reach the server"
