@@ -1,6 +1,6 @@
 """imgbatch beside its peers, on the same files with the same weights.
 
-    python -m jobs.bench.peers [--images 400] [--repeats 1] [--model BUNDLE] [--folder IMAGES] [--calibration MANIFEST]
+    python -m jobs.bench.peers [--images 60] [--repeats 1] [--model BUNDLE] [--folder IMAGES] [--calibration MANIFEST]
                                [--only NAME,...] [-o RESULT]
 
 Peers are written in our own words in the shape in which they are published (see ``task``), each in a module of this
@@ -45,6 +45,16 @@ PEERS = {
 """Module of each."""
 NEEDS = {"Daft": "daft", "Spark": "pyspark"}
 YARDSTICK = "Ray Data"
+SHARES = {
+    "Daft": 2,
+    "Spark": 2,
+    "DataLoader": 3.5,
+    "processes": 3.5,
+    "imgbatch": 3.5,
+    "imgbatch openvino-fp32": 6,
+    "imgbatch openvino-int8": 16,
+}
+"""Images of a contestant as a multiple of Ray Data's."""
 
 
 def main() -> None:
@@ -55,7 +65,7 @@ def main() -> None:
         scratch = Path(name)
         photographs = find_photographs(arguments.folder, scratch)
         manifest = scratch / "manifest.parquet"
-        longest = arguments.images * arguments.times
+        longest = round(arguments.images * max(SHARES.values()))
         repeated = [str(photographs[index % len(photographs)].resolve()) for index in range(longest)]
         pq.write_table(pa.table({"uri": repeated, "image_id": [str(index) for index in range(longest)]}), manifest)
         given = arguments.model or save_random_model(scratch / "random", "resnet18", 10)
@@ -68,9 +78,9 @@ def main() -> None:
         labels = {name: read_labels(runs / name / "0") for name in names}
     intro = (
         f"    python -m jobs.bench.peers {' '.join(sys.argv[1:])}\n\n"
-        f"ResNet-18 at 224 px over {arguments.images:,} photographs ({len(photographs):,} different ones, repeated; "
-        f"{arguments.times} times as many for the OpenVINO variants), from local disk, {arguments.repeats} rounds in "
-        f"turn. Object stores of {OBJECT_STORE_MB:,} MB."
+        f"ResNet-18 at 224 px over photographs from local disk ({len(photographs):,} different ones, repeated), "
+        f"{arguments.repeats} round(s) in turn: {', '.join(f'{name} {_limit(name, arguments):,}' for name in names)} "
+        f"images. Object stores of {OBJECT_STORE_MB:,} MB."
     )
     yardstick = YARDSTICK if YARDSTICK in names else names[0]
     write_result(
@@ -81,8 +91,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--model", help="a bundle of ResNet-18 at 224 px")
     parser.add_argument("--folder", type=Path, help="JPEG files, in folders named after their class")
@@ -112,13 +121,16 @@ def optimize(model: str, target: str, calibration: str) -> None:
 def contestant(name: str, manifest: Path, model: str, arguments: argparse.Namespace) -> Contestant:
     backend = OURS.get(name)
     module = "imgbatch_command" if backend else PEERS[name]
-    limit = arguments.images * (arguments.times if backend not in (None, "torch") else 1)
     command = [sys.executable, "-m", f"jobs.bench.peers.{module}", "--out", "{out}", "--result", "{result}"]
-    command += ["--manifest", str(manifest), "--model", model, "--limit", str(limit)]
+    command += ["--manifest", str(manifest), "--model", model, "--limit", str(_limit(name, arguments))]
     command += ["--object-store-mb", str(OBJECT_STORE_MB)]
     command += ["--backend", backend] if backend else ["--cores", str(this_machine().num_cpus)]
     environment = {"RAY_AUTH_MODE": "disabled", "DO_NOT_TRACK": "true", "DAFT_PROGRESS_BAR": "0"}
     return Contestant(name, command, {**environment, "PYSPARK_PYTHON": sys.executable})
+
+
+def _limit(name: str, arguments: argparse.Namespace) -> int:
+    return round(arguments.images * SHARES.get(name, 1))
 
 
 @dataclass(frozen=True)
