@@ -7,7 +7,10 @@ Peers are written in our own words in the shape in which they are published (see
 package. The clock starts when an engine is up and its workers have run 64 empty tasks, and stops after the write.
 imgbatch is the installed command, from ``engine_ready_at`` to ``finished_at`` in run.json: its probabilities and error
 rows count in its time, though no peer writes any. It runs three times: with torch, and with the OpenVINO variants that
-``imgbatch model optimize`` makes before the contest; those get ``--times`` as many images, so that their runs last.
+``imgbatch model optimize`` makes before the contest.
+
+``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in a
+short run the start of processes, which is in everyone's time, would decide.
 
 Daft and Spark are the extra ``peers``; Daft wants an older pyarrow, so give it an environment of its own. Without
 ``--model`` the ResNet-18 has random weights: the time is the same, labels say nothing.
