@@ -9,8 +9,8 @@ imgbatch is the installed command, from ``engine_ready_at`` to ``finished_at`` i
 rows count in its time, though no peer writes any. It runs three times: with torch, and with the OpenVINO variants that
 ``imgbatch model optimize`` makes before the contest.
 
-``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in a
-short run the start of processes, which is in everyone's time, would decide.
+``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in
+a short run the start of processes, which is in everyone's time, would decide.
 
 Daft and Spark are the extra ``peers``; Daft wants an older pyarrow, so give it an environment of its own. Without
 ``--model`` the ResNet-18 has random weights: the time is the same, labels say nothing.
