@@ -33,7 +33,7 @@ soak: $(INSTALLED)
 
 # Without arguments a benchmark runs its short form.
 bench: $(INSTALLED)
-	set -e; for name in decode plan efficiency; do echo "== $$name"; $(BIN)/python -m jobs.bench.$$name; done
+	set -e; for name in decode plan efficiency peers; do echo "== $$name"; $(BIN)/python -m jobs.bench.$$name; done
 
 lock: $(UV_READY)
 	$(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 --no-emit-index-url --no-header \

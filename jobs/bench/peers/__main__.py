@@ -12,8 +12,8 @@ rows count in its time, though no peer writes any. It runs three times: with tor
 ``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in
 a short run the start of processes, which is in everyone's time, would decide.
 
-Daft and Spark are the extra ``peers``; Daft wants an older pyarrow, so give it an environment of its own. Without
-``--model`` the ResNet-18 has random weights: the time is the same, labels say nothing.
+Daft and Spark are the extra ``peers``, and left out where they are not installed; Daft wants an older pyarrow than ours,
+so give them an environment of their own. Without ``--model`` the ResNet-18 has random weights: the time is the same, labels say nothing.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ SHARES = {
 
 def main() -> None:
     arguments = parse_arguments()
-    names = arguments.only.split(",") if arguments.only else [*PEERS, *OURS]
-    check_installed(names)
+    names = choose(arguments.only)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         photographs = find_photographs(arguments.folder, scratch)
@@ -104,13 +103,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_installed(names: list[str]) -> None:
-    """Stops in one line where a peer is missing."""
-    missing = [NEEDS[name] for name in names if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None]
+def choose(only: str | None) -> list[str]:
+    """The contestants that were named, or else all that are installed here."""
+    names = only.split(",") if only else [*PEERS, *OURS]
+    if unknown := [name for name in names if name not in (*PEERS, *OURS)]:
+        raise SystemExit(f"--only {unknown[0]}: none of {', '.join([*PEERS, *OURS])}")
+    missing = [name for name in names if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None]
     if missing:
-        raise SystemExit(
-            f"{', '.join(missing)}: not installed here; pip install 'imgbatch[peers]', or choose with --only"
-        )
+        message = f"{', '.join(missing)}: not installed here; pip install 'imgbatch[peers]'"
+        if only:
+            raise SystemExit(message)
+        print(message)
+    return [name for name in names if name not in missing]
 
 
 def optimize(model: str, target: str, calibration: str) -> None:
