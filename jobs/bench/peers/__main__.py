@@ -12,8 +12,9 @@ rows count in its time, though no peer writes any. It runs three times: with tor
 ``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in
 a short run the start of processes, which is in everyone's time, would decide.
 
-Daft and Spark are the extra ``peers``, and left out where they are not installed; Daft wants an older pyarrow than ours,
-so give them an environment of their own. Without ``--model`` the ResNet-18 has random weights: the time is the same, labels say nothing.
+Daft and Spark are the extra ``peers``, and left out where they are not installed; Daft wants an older pyarrow than
+ours, so give them an environment of their own. Without ``--model`` the ResNet-18 has random weights: the time is the
+same, labels say nothing.
 """
 
 from __future__ import annotations
