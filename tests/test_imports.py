@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = {"torch", "torchvision", "ray", "pyarrow", "duckdb", "pandas", "numpy", "PIL", "fsspec", "openvino"}
 
 LIGHT_CORE = ["manifest", "storage", "images", "decoder", "fetch", "units", "results", "plan", "finalize", "verify"]
@@ -51,3 +53,8 @@ def test_what_decode_processes_and_the_driver_import_loads_neither_torch_nor_ray
 
 def test_the_local_engine_loads_no_ray():
     assert "ray" not in loaded_by("import imgbatch.runtime.local")
+
+
+@pytest.mark.parametrize("module", ["actors", "crop_pool"])
+def test_what_decode_actors_load_brings_no_torch(module):
+    assert loaded_by(f"import imgbatch.runtime.{module}") & {"torch", "torchvision"} == set()

@@ -1,6 +1,5 @@
-"""Training on Ray: Ray Data decodes the images once, Ray Train runs the workers and starts them again when one dies.
+"""Training on Ray: Ray Train runs the workers and starts them again when one dies; ``crop_pool`` decodes before.
 
-parts of the crop store --> decode actors --> crops on shared storage
 job --> TorchTrainer: workers that map the crops, each from the last checkpoint on --> outcome.json
 """
 
@@ -9,31 +8,24 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-import warnings
 from typing import Any
 
-import pyarrow as pa
 import ray
-import ray.data
 import ray.train
 import ray.train.torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.data import ActorPoolStrategy
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.util.annotations import RayDeprecationWarning
 
 from imgbatch.config import Config
 from imgbatch.core import storage
 from imgbatch.core.training.checkpoint import read_epochs
-from imgbatch.core.training.crops import CropDecoder, CropStore
+from imgbatch.core.training.crops import CropStore
 from imgbatch.core.training.job import TrainingJob, load_job
 from imgbatch.errors import ImgbatchError, normalise_message
-from imgbatch.runtime.pools import choose_pools
-from imgbatch.runtime.ray_data import FINITE_RETRIES, configure_ray_data
+from imgbatch.runtime.crop_pool import decode_on_ray
 from imgbatch.runtime.session import cluster_machine
 from imgbatch.runtime.train import OnEpoch
 
-PART = "part"
 _POLL_S = 0.5
 _START_TIMEOUT_S = 600
 """Seconds that workers may take to start: Ray's own minute is too short for a busy machine or one that is cold."""
@@ -44,27 +36,7 @@ class RayTrainEngine:
     """Decodes and trains on the connected Ray."""
 
     def decode(self, store: CropStore, config: Config) -> None:
-        parts = store.missing_parts()
-        if not parts:
-            return
-        configure_ray_data()
-        pools = choose_pools(config.resources, "cpu", cluster_machine())
-        with warnings.catch_warnings():
-            # Finite retries have no other way in: the named parameters that replace remote args lack them.
-            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
-            reports = ray.data.from_arrow(
-                [pa.table({PART: pa.array([part], pa.int32())}) for part in parts]
-            ).map_batches(
-                CropActor,
-                fn_constructor_kwargs={"store": store, "config": config},
-                compute=ActorPoolStrategy(size=min(pools.decode_actors, len(parts))),
-                num_cpus=pools.decode_cpus,
-                batch_size=None,
-                batch_format="pyarrow",
-                **FINITE_RETRIES,
-            )
-        for _ in reports.iter_batches(batch_size=None, batch_format="pyarrow"):
-            pass
+        decode_on_ray(store, config)
 
     def run(self, job: TrainingJob, on_epoch: OnEpoch) -> None:
         """Raises :class:`ImgbatchError` in one line when the workers fail for good."""
@@ -89,18 +61,6 @@ class RayTrainEngine:
             raise ImgbatchError(message)
         if outcome:
             raise ImgbatchError(f"training: {_cause(outcome[0])}; the same command continues from the last epoch")
-
-
-class CropActor:
-    """CPU pool: fetches, decodes and stores parts of a crop store. Does not import torch."""
-
-    def __init__(self, store: CropStore, config: Config) -> None:
-        self._decoder = CropDecoder(store, config)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        for part in block[PART].to_pylist():
-            self._decoder.decode_part(part)
-        return block
 
 
 def train_worker(settings: dict[str, Any]) -> None:

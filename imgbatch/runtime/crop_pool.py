@@ -1,0 +1,56 @@
+"""The crop store filled on Ray Data: parts of the store --> decode actors --> crops on shared storage.
+
+Apart from the training because decode actors load this module, and need no torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
+
+from imgbatch.config import Config
+from imgbatch.core.training.crops import CropDecoder, CropStore
+from imgbatch.runtime.pools import choose_pools
+from imgbatch.runtime.ray_data import FINITE_RETRIES, configure_ray_data
+from imgbatch.runtime.session import cluster_machine
+
+PART = "part"
+
+
+class CropActor:
+    """CPU pool: fetches, decodes and stores parts of a crop store. Does not import torch."""
+
+    def __init__(self, store: CropStore, config: Config) -> None:
+        self._decoder = CropDecoder(store, config)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        for part in block[PART].to_pylist():
+            self._decoder.decode_part(part)
+        return block
+
+
+def decode_on_ray(store: CropStore, config: Config) -> None:
+    """Every part that is missing, on the connected Ray."""
+    parts = store.missing_parts()
+    if not parts:
+        return
+    configure_ray_data()
+    pools = choose_pools(config.resources, "cpu", cluster_machine())
+    with warnings.catch_warnings():
+        # Finite retries have no other way in: the named parameters that replace remote args lack them.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+        reports = ray.data.from_arrow([pa.table({PART: pa.array([part], pa.int32())}) for part in parts]).map_batches(
+            CropActor,
+            fn_constructor_kwargs={"store": store, "config": config},
+            compute=ActorPoolStrategy(size=min(pools.decode_actors, len(parts))),
+            num_cpus=pools.decode_cpus,
+            batch_size=None,
+            batch_format="pyarrow",
+            **FINITE_RETRIES,
+        )
+    for _ in reports.iter_batches(batch_size=None, batch_format="pyarrow"):
+        pass
