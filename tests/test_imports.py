@@ -56,5 +56,5 @@ def test_the_local_engine_loads_no_ray():
 
 
 @pytest.mark.parametrize("module", ["actors", "crop_pool"])
-def test_what_decode_actors_load_brings_no_torch(module):
-    assert loaded_by(f"import imgbatch.runtime.{module}") & {"torch", "torchvision"} == set()
+def test_what_decode_actors_load_brings_neither_torch_nor_the_s3_client(module):
+    assert loaded_by(f"import imgbatch.runtime.{module}") & {"torch", "torchvision", "botocore", "s3fs"} == set()

@@ -14,8 +14,6 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
-from botocore.utils import parse_timestamp
-
 from imgbatch.config import StorageConfig
 from imgbatch.core.retry import backoff_s, http_status, may_pass
 
@@ -87,6 +85,9 @@ def _parse_timestamp(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError):
+        # Here, because decode actors load this module and most runs need no botocore, which takes 0.2 s to load.
+        from botocore.utils import parse_timestamp
+
         return parse_timestamp(text)
 
 
