@@ -55,6 +55,18 @@ def test_fp32_gives_torchs_labels_in_a_run_of_its_own(config: Config):
     assert "variant" not in storage.read_json(RunPaths(torch.out, torch.run_id).plan)["fields"]
 
 
+@pytest.mark.soak
+@pytest.mark.ray
+def test_actors_run_the_variant_and_give_the_labels_of_the_plain_loop(config: Config, ray_local: None):  # noqa: ARG001
+    on_ray = {"classify__engine": "ray", "resources__classify_actors": 1, "resources__decode_actors": 1}
+    config = changed(config, classify__backend="openvino_fp32")
+    plain = classify(config)
+    pooled = classify(changed(config, **on_ray, output__path=f"{config.output.path}-ray"))
+    assert storage.read_json(RunPaths(pooled.out, pooled.run_id).run_json)["backend"] == "openvino_fp32"
+    assert labels(pooled) == labels(plain)
+    assert pooled.counts == plain.counts
+
+
 def test_without_openvino_one_line_says_that_torch_took_over(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     printed = StringIO()
@@ -82,7 +94,7 @@ def test_the_commands_make_show_and_write_a_variant(
     assert printed.startswith(f"{new}/variants/openvino-fp32: variant_id v")
     assert "agreement  the same labels as torch fp32 on 100.00% of 57 images" in printed
     assert command(["model", "inspect", new]) == 0
-    assert "openvino-fp32: v" in capsys.readouterr().out
+    assert "variants\n  openvino-fp32         v" in capsys.readouterr().out
     export = [
         "model",
         "export",
