@@ -198,7 +198,7 @@ def test_a_row_group_too_large_to_read_whole_says_how_to_rewrite(tmp_path: Path)
 class ExplosiveType(pa.ExtensionType):
     """Stands for a type whose metadata runs code when it is looked at."""
 
-    name = "ray.data.arrow_tensor"
+    name = "ray.data.explosive"
     deserialized = 0
 
     def __init__(self) -> None:

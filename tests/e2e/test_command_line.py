@@ -104,7 +104,7 @@ def test_a_traceback_only_for_who_asks(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("engine", [pytest.param("local", marks=pytest.mark.soak), "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal_and_run_again(
     engine: str, stop: signal.Signals, photo_manifest: Path, tiny_model: ModelBundle, tmp_path: Path

@@ -179,6 +179,7 @@ def statuses(job: Job) -> dict[int, str]:
     return {row[0]: row[2] for row in outcomes(job)}  # type: ignore[misc]
 
 
+@pytest.mark.soak
 def test_a_unit_that_nobody_survives_ends_row_by_row(job: Job) -> None:
     """Whoever touches row 32 dies: unit 2 in both passes, then, in isolation, the row alone."""
     assert job.run("classify.unit[32]=raise") == ExitCode.DONE

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from imgbatch.core.drawing import draw_collection
 from imgbatch.core.manifest_build import BuildOptions, build_manifest
 from tests.notebooks.conftest import printed, shown
 
 
+@pytest.mark.soak
 def test_copies_are_the_nearest_neighbours_of_what_they_were_made_of(tiny_model, tmp_path, run_notebook):
     draw_collection(tmp_path / "images", num_images=60, seed=0)
     build_manifest([str(tmp_path / "images")], str(tmp_path / "manifest.parquet"), BuildOptions())
