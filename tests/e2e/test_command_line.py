@@ -104,7 +104,8 @@ def test_a_traceback_only_for_who_asks(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ["local", "ray"])
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal_and_run_again(
     engine: str, stop: signal.Signals, photo_manifest: Path, tiny_model: ModelBundle, tmp_path: Path
@@ -139,6 +140,7 @@ def wait_for_first_unit(driver: subprocess.Popen[str], out: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.soak
 def test_killed_on_ray_and_run_again(photo_manifest: Path, tiny_model: ModelBundle, tmp_path: Path) -> None:
     """SIGKILL of the driver while Ray works; its processes end by themselves, and the same command finishes."""
     out = tmp_path / "out"
