@@ -202,6 +202,13 @@ def test_a_south_up_scene_is_turned_and_one_without_a_place_is_not(tmp_path):
     np.testing.assert_array_equal(pixels(both, spec), expected[::-1, ::-1])
 
 
+def test_a_rotated_scene_is_read_as_it_is_stored(tmp_path):
+    samples_CHW = noise(3, 16, 16, dtype="uint8", high=255)
+    turned = Affine(10, 0, 500_000, 0, -10, 5_000_000) * Affine.rotation(30)
+    path = write_raster(tmp_path / "a.tif", samples_CHW, transform=turned)
+    np.testing.assert_array_equal(pixels(path, bands_spec(0, 255, 1, 2, 3)), samples_CHW.transpose(1, 2, 0))
+
+
 def test_a_tile_is_resized_as_a_photograph_is(tmp_path):
     samples = noise(3, 40, 30, dtype="uint8", high=255)
     path = write_raster(tmp_path / "scene.tif", samples)
