@@ -42,7 +42,6 @@ def assert_same_model(config: Config, oracle: Config) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.soak
 def test_two_workers_give_what_one_gives(config, tmp_path):
     expected = train(config)
     result = train(on_ray(config, tmp_path))
