@@ -16,6 +16,8 @@ from imgbatch.errors import UsageError
 
 Stretch = Literal["percentile", "deviation", "physical"]
 MAX_BANDS = 1024
+RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
+"""What of a folder is a scene."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ Legend of shape suffixes: N tiles, K classes, Y and X cells between the edges of
 
 from __future__ import annotations
 
-import colorsys
 import json
 import posixpath
 import re
@@ -27,6 +26,7 @@ from rasterio.shutil import copy
 from imgbatch.config import Config, FetchConfig
 from imgbatch.core import storage
 from imgbatch.core.access import fetch_settings
+from imgbatch.core.palette import class_colour
 from imgbatch.core.raster_samples import RasterRejected
 from imgbatch.core.rasters import gdal_env, open_raster
 from imgbatch.core.row_decoder import find_raster
@@ -38,7 +38,6 @@ from imgbatch.errors import RowError, UsageError
 _MEMORY = "2GB"
 _STRIP_ROWS = 512
 _MAX_BYTE_CLASSES = 255
-_GOLDEN_RATIO = 0.61803398875
 
 _TILES = """
 select uri, image_id, "window".col_off, "window".row_off, "window".width, "window".height, probabilities
@@ -210,16 +209,10 @@ def _burn(
     profile |= {"crs": scene.crs, "transform": scene.transform, "compress": "DEFLATE", "BIGTIFF": "IF_SAFER"}
     with rasterio.open(path, "w", tiled=True, blockxsize=_STRIP_ROWS, blockysize=_STRIP_ROWS, **profile) as target:
         if options["dtype"] == "uint8":
-            target.write_colormap(1, {index: _colour(index) for index in range(len(class_names))})
+            target.write_colormap(1, {index: (*class_colour(index), 255) for index in range(len(class_names))})
         target.update_tags(1, class_names=json.dumps(class_names))
         target.set_band_description(1, "label" if class_name is None else f"probability of {class_name}")
         for first in range(0, scene.height, _STRIP_ROWS):
             rows = min(_STRIP_ROWS, scene.height - first)
             strip = cells.spread(values_YX, first, rows, scene.width, options["nodata"])
             target.write(strip, 1, window=((first, first + rows), (0, scene.width)))
-
-
-def _colour(index: int) -> tuple[int, int, int, int]:
-    """RGBA that differs from its neighbours': hues a golden ratio apart."""
-    red, green, blue = colorsys.hsv_to_rgb(index * _GOLDEN_RATIO % 1, 0.65, 0.9 if index % 2 == 0 else 0.65)
-    return round(255 * red), round(255 * green), round(255 * blue), 255

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import duckdb
 import numpy as np
 from PIL import Image, ImageColor
 
+from imgbatch.core.bands import RASTER_SUFFIXES
+from imgbatch.core.palette import class_colour
 from imgbatch.schema import WINDOW
 
-PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#f0e442", "#e69f00")
-"""Okabe and Ito (2008), told apart with any colour vision, on light and on dark."""
-OTHER_COLOUR, FAILED_COLOUR = "#8c8c8c", "#d55e00"
+FAILED_COLOUR = "#d55e00"
 _SCENES_LISTED, _SCENES_PICTURED = 30, 12
+_LABELS_IN_LEGEND = 12
 _MAP_PX = 320
 """Longer side of a map."""
 _LABELS_NAMED = 3
-_FAILED, _NOT_COLOURED = -1, len(PALETTE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,15 @@ class Scene:
 
     uri: str
     num_tiles: int
+    """0 of a scene that could not be opened, which was not cut into any."""
     num_errors: int
-    """Of the tiles."""
+    """Rows without a label."""
     labels: tuple[tuple[str, int], ...]
     """The commonest and their tiles."""
     picture: str | None
     """A map of the tiles in the colours of their labels, as a ``data:`` URI; none: not pictured."""
+    failure: str | None = None
+    """Why a scene could not be opened: the status of its row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,14 @@ class Scenes:
     """What the page says of them."""
 
     count: int
+    """Those that could not be opened are counted too."""
     listed: tuple[Scene, ...]
-    """Those with the most tiles."""
+    """Those with the most tiles, then those that could not be opened."""
     legend: tuple[tuple[str, str], ...]
-    """Label and colour."""
+    """Label and colour, the commonest labels first."""
+    num_unopened: int
+    num_labels_unnamed: int
+    """On the maps perhaps, but not in the legend."""
 
 
 def summarise_scenes(connection: duckdb.DuckDBPyConnection) -> Scenes | None:
@@ -62,41 +69,49 @@ def summarise_scenes(connection: duckdb.DuckDBPyConnection) -> Scenes | None:
     if not _has_windows(connection, "predictions"):
         return None
     tiles = f'select uri, "{WINDOW}", label from predictions where "{WINDOW}" is not null'
+    unopened: list[Scene] = []
     if _has_windows(connection, "errors"):
         tiles += f' union all select uri, "{WINDOW}", null from errors where "{WINDOW}" is not null'
-    listed = connection.sql(
+        unopened = _unopened(connection, tiles)
+    opened = connection.sql(
         f"""select uri, count(*), count(*) filter (label is null) from ({tiles})
             where uri is not null group by uri order by 2 desc, uri limit {_SCENES_LISTED}"""
     ).fetchall()
-    if not listed:
+    if not opened and not unopened:
         return None
-    commonest = connection.sql(
-        f"select label from predictions group by label order by count(*) desc, label limit {len(PALETTE)}"
+    # Where models with other classes labelled some of the images, the newest one's order counts.
+    classes = connection.sql(
+        """select label, arg_max(label_index, predicted_at) from predictions where label is not null
+           group by label order by count(*) desc, label"""
     ).fetchall()
-    names = [label for (label,) in commonest if label is not None]
+    colours = {str(label): class_colour(int(index)) for label, index in classes}
     scenes = [
         Scene(
             uri,
             num_tiles,
             num_errors,
             _labels_of(connection, uri),
-            _draw(connection, tiles, uri, names) if place < _SCENES_PICTURED else None,
+            _draw(connection, tiles, uri, colours) if place < _SCENES_PICTURED else None,
         )
-        for place, (uri, num_tiles, num_errors) in enumerate(listed)
+        for place, (uri, num_tiles, num_errors) in enumerate(opened)
     ]
-    num_scenes = _one(connection.sql(f"select count(distinct uri) from ({tiles})"))
-    return Scenes(num_scenes, tuple(scenes), _legend(connection, names, scenes))
-
-
-def _legend(
-    connection: duckdb.DuckDBPyConnection, names: Sequence[str], scenes: Sequence[Scene]
-) -> tuple[tuple[str, str], ...]:
-    legend = list(zip(names, PALETTE, strict=False))
-    if _one(connection.sql("select count(distinct label) from predictions")) > len(names):
-        legend.append(("other labels", OTHER_COLOUR))
+    legend = [(label, "#{:02x}{:02x}{:02x}".format(*colour)) for label, colour in colours.items()][:_LABELS_IN_LEGEND]
+    num_unnamed = len(colours) - len(legend)
     if any(scene.num_errors for scene in scenes):
         legend.append(("failed", FAILED_COLOUR))
-    return tuple(legend)
+    num_opened = _one(connection.sql(f"select count(distinct uri) from ({tiles})"))
+    listed = (*scenes, *unopened[:_SCENES_LISTED])
+    return Scenes(num_opened + len(unopened), listed, tuple(legend), len(unopened), num_unnamed)
+
+
+def _unopened(connection: duckdb.DuckDBPyConnection, tiles: str) -> list[Scene]:
+    """Files that look like rasters and failed as a whole: tiling makes one row without a window of such a scene."""
+    suffixes = " or ".join(f"lower(uri) like '%{suffix}'" for suffix in RASTER_SUFFIXES)
+    rows = connection.sql(
+        f"""select uri, count(*), min(status) from errors where "{WINDOW}" is null and ({suffixes})
+            and uri not in (select uri from ({tiles}) where uri is not null) group by uri order by 2 desc, uri"""
+    ).fetchall()
+    return [Scene(uri, 0, num_errors, (), None, status) for uri, num_errors, status in rows]
 
 
 def _labels_of(connection: duckdb.DuckDBPyConnection, uri: str) -> tuple[tuple[str, int], ...]:
@@ -105,24 +120,23 @@ def _labels_of(connection: duckdb.DuckDBPyConnection, uri: str) -> tuple[tuple[s
     return tuple((str(label), int(count)) for label, count in connection.execute(query, [uri]).fetchall())
 
 
-def _draw(connection: duckdb.DuckDBPyConnection, tiles: str, uri: str, names: Sequence[str]) -> str:
+def _draw(
+    connection: duckdb.DuckDBPyConnection, tiles: str, uri: str, colours: Mapping[str, tuple[int, int, int]]
+) -> str:
     """Tiles as they lie in the file, first row on top; where they overlap, the later one shows."""
-    colours = {name: index for index, name in enumerate(names)}
-    rows = connection.execute(f'select "{WINDOW}", label from ({tiles}) where uri = ?', [uri]).fetchall()
-    placed = [(window, _FAILED if label is None else colours.get(label, _NOT_COLOURED)) for window, label in rows]
+    placed = connection.execute(f'select "{WINDOW}", label from ({tiles}) where uri = ?', [uri]).fetchall()
     width = max(window["col_off"] + window["width"] for window, _ in placed)
     height = max(window["row_off"] + window["height"] for window, _ in placed)
     scale = _MAP_PX / max(width, height)
-    rgba = {index: (*ImageColor.getrgb(colour), 255) for index, colour in enumerate((*PALETTE, OTHER_COLOUR))}
-    rgba[_FAILED] = (*ImageColor.getrgb(FAILED_COLOUR), 255)
+    failed = ImageColor.getrgb(FAILED_COLOUR)
     map_HW4 = np.zeros((max(1, round(height * scale)), max(1, round(width * scale)), 4), np.uint8)
-    for window, index in placed:
+    for window, label in placed:
         top, left = int(window["row_off"] * scale), int(window["col_off"] * scale)
         bottom = max(top + 1, int((window["row_off"] + window["height"]) * scale))
         right = max(left + 1, int((window["col_off"] + window["width"]) * scale))
-        map_HW4[top:bottom, left:right] = rgba[index]
+        map_HW4[top:bottom, left:right] = (*(failed if label is None else colours[label]), 255)
     written = io.BytesIO()
-    Image.fromarray(map_HW4).quantize(16).save(written, format="PNG", optimize=True)
+    Image.fromarray(map_HW4).save(written, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
 
 

@@ -13,9 +13,10 @@ from PIL import Image, ImageColor
 
 from imgbatch.config import load_config
 from imgbatch.core.model import ModelBundle
+from imgbatch.core.palette import class_colour
 from imgbatch.core.views import open_views
 from imgbatch.report.page import write_report
-from imgbatch.report.scenes import FAILED_COLOUR, PALETTE, summarise_scenes
+from imgbatch.report.scenes import FAILED_COLOUR, Scene, summarise_scenes
 from imgbatch.runtime.job import classify
 from imgbatch.schema import WINDOW_TYPE
 from tests.rasters import noise, write_raster
@@ -23,16 +24,16 @@ from tests.rasters import noise, write_raster
 
 @pytest.fixture
 def out(tmp_path: Path, tiny_model: ModelBundle, photos: list[Path]) -> str:
-    """Eight tiles of a wide scene and two of a small one, one of which lies outside; and a photograph."""
+    """Eight tiles of a wide scene, two of a small one, one of which lies outside, a photograph, and two lost files."""
     wide = str(write_raster(tmp_path / "wide <b>.tif", noise(3, 64, 128, dtype="uint8", high=255)))
     small = str(write_raster(tmp_path / "small.tif", noise(3, 32, 32, dtype="uint8", high=255)))
     corners = [(wide, x, y) for y in (0, 32) for x in (0, 32, 64, 96)] + [(small, 0, 0), (small, 0, 32)]
     windows = [{"col_off": x, "row_off": y, "width": 32, "height": 32} for _, x, y in corners]
     table = pa.table(
         {
-            "uri": [*(uri for uri, _, _ in corners), str(photos[0])],
-            "window": pa.array([*windows, None], WINDOW_TYPE),
-            "image_id": [str(index) for index in range(len(corners) + 1)],
+            "uri": [*(uri for uri, _, _ in corners), str(photos[0]), "/lost/photo.jpg", "/lost/scene.TIF"],
+            "window": pa.array([*windows, None, None, None], WINDOW_TYPE),
+            "image_id": [str(index) for index in range(len(corners) + 3)],
         }
     )
     pq.write_table(table, tmp_path / "tiles.parquet")
@@ -55,13 +56,18 @@ def test_each_scene_is_counted_and_drawn_in_the_colours_of_its_labels(out: str) 
         scenes = summarise_scenes(connection)
         labels = dict(connection.sql("select image_id, label from predictions").fetchall())
     assert scenes is not None
-    assert scenes.count == 2
-    wide, small = scenes.listed
+    assert (scenes.count, scenes.num_unopened) == (3, 1)
+    wide, small, lost = scenes.listed
+    assert lost == Scene("/lost/scene.TIF", 0, 1, (), None, "NOT_FOUND")
     assert (wide.num_tiles, wide.num_errors, small.num_tiles, small.num_errors) == (8, 0, 2, 1)
     assert sum(tiles for _, tiles in wide.labels) == 8
     colours = dict(scenes.legend)
     assert colours["failed"] == FAILED_COLOUR
-    assert set(colours.values()) <= {*PALETTE, FAILED_COLOUR}
+    with open_views(out) as connection:
+        indices = dict(connection.sql("select label, label_index from predictions").fetchall())
+    assert {label: ImageColor.getrgb(colour) for label, colour in colours.items() if label != "failed"} == {
+        label: class_colour(index) for label, index in indices.items()
+    }
     map_HW3 = pixels_of(wide.picture)
     assert map_HW3.shape == (160, 320, 3)
     for index in range(8):
@@ -77,6 +83,8 @@ def test_the_page_shows_them_with_their_names_as_text(out: str) -> None:
     assert "wide &lt;b&gt;.tif" in page
     assert "wide <b>.tif" not in page
     assert page.count("Labels of the tiles of") == 2
+    assert "3 scenes, 1 could not be opened" in page
+    assert "could not be opened: NOT_FOUND" in page
 
 
 def test_photographs_have_no_scenes(photo_run: Callable[..., Path]) -> None:
