@@ -7,7 +7,6 @@ A manifest that is GeoParquet already keeps what it says itself, whatever its co
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -49,20 +48,59 @@ def quadrilaterals(corners_N42: np.ndarray) -> tuple[pa.Array, pa.Array]:
     return geometry, pa.StructArray.from_arrays(sides, fields=list(BBOX_TYPE), mask=null)
 
 
-def geo_metadata(bounds: tuple[float, float, float, float] | None) -> bytes:
-    """What stands under :data:`METADATA_KEY` of a file with the columns of :func:`quadrilaterals`.
-
-    Args:
-        bounds: xmin, ymin, xmax, ymax around every geometry; none: there is none.
-    """
-    column: dict[str, Any] = {
+def geo_metadata() -> bytes:
+    """What stands under :data:`METADATA_KEY` of files with the columns of :func:`quadrilaterals`, but for the rows."""
+    column = {
         "encoding": "WKB",
-        "geometry_types": ["Polygon"] if bounds else [],
+        "geometry_types": ["Polygon"],
         "covering": {"bbox": {side: [BBOX, side] for side in _SIDES}},
     }
-    if bounds:
-        column["bbox"] = list(bounds)
     return json.dumps({"version": "1.1.0", "primary_column": GEOMETRY, "columns": {GEOMETRY: column}}).encode()
+
+
+class FileGeometry:
+    """Turns metadata that describes columns into that of one file: what depends on its rows is found out from them.
+
+    The box around all follows from the boxes of the rows, where the metadata names a covering; otherwise none is given.
+    Of several types of geometry it is not known which the file holds, and none is named.
+    """
+
+    def __init__(self, geo: bytes) -> None:
+        self._geo: dict[str, Any] = json.loads(geo)
+        self._columns: dict[str, Any] = self._geo["columns"]
+        self._low: dict[str, dict[str, float]] = {name: {} for name in self._columns}
+        self._high: dict[str, dict[str, float]] = {name: {} for name in self._columns}
+        self._filled: set[str] = set()
+
+    def add(self, rows: pa.Table) -> None:
+        """Take rows of the file into account."""
+        for name in self._columns:
+            if name in rows.column_names and rows[name].null_count < rows.num_rows:
+                self._filled.add(name)
+            for side, (column, field) in self._covering(name).items():
+                edges = pc.struct_field(rows[column].combine_chunks(), field).drop_null().cast(pa.float64())
+                edges_N = edges.to_numpy(zero_copy_only=False)
+                edges_N = edges_N[np.isfinite(edges_N)]
+                if len(edges_N):
+                    axis, low, high = side[0], self._low[name], self._high[name]
+                    low[axis] = min(low.get(axis, np.inf), float(edges_N.min()))
+                    high[axis] = max(high.get(axis, -np.inf), float(edges_N.max()))
+
+    def metadata(self) -> bytes:
+        """What stands under :data:`METADATA_KEY` of a file of these rows."""
+        columns = {}
+        for name, column in self._columns.items():
+            types = column.get("geometry_types", [])
+            known = types if len(types) == 1 and name in self._filled else []
+            kept = {key: value for key, value in column.items() if key != "bbox"} | {"geometry_types": known}
+            low, high = self._low[name], self._high[name]
+            columns[name] = kept | ({"bbox": [*low.values(), *high.values()]} if {"x", "y"} <= low.keys() else {})
+        return json.dumps(self._geo | {"columns": columns}).encode()
+
+    def _covering(self, name: str) -> dict[str, list[str]]:
+        """Of each side of the rows' boxes, in the order of the axes: the column and the field that hold it."""
+        box = self._columns[name].get("covering", {}).get("bbox", {})
+        return {side: box[side] for side in ("xmin", "xmax", "ymin", "ymax", "zmin", "zmax") if side in box}
 
 
 def carried_metadata(manifest: Manifest) -> dict[bytes, bytes]:
@@ -70,13 +108,15 @@ def carried_metadata(manifest: Manifest) -> dict[bytes, bytes]:
     with storage.open_ranges(manifest.files[0].uri) as file:
         metadata = pq.read_metadata(file).metadata or {}
     geo = metadata.get(METADATA_KEY)
-    return {METADATA_KEY: geo} if geo is not None and _describes(geo, manifest.schema.names) else {}
+    return {METADATA_KEY: geo} if geo is not None and _describes(geo, manifest.schema) else {}
 
 
-def _describes(geo: bytes, names: Collection[str]) -> bool:
+def _describes(geo: bytes, schema: pa.Schema) -> bool:
     """Whether the metadata is sound and its columns are there: a person may have dropped or renamed one."""
     try:
         columns = json.loads(geo)["columns"]
-        return bool(columns) and set(columns) <= set(names)
-    except (ValueError, KeyError, TypeError):
+        coverings = [column.get("covering", {}).get("bbox", {}) for column in columns.values()]
+        edges = [schema.field(column).type.field(field).type for box in coverings for column, field in box.values()]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
+    return bool(columns) and set(columns) <= set(schema.names) and all(map(pa.types.is_floating, edges))

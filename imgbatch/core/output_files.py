@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from imgbatch.core import storage
 from imgbatch.core.failpoints import failpoint
+from imgbatch.core.geoparquet import METADATA_KEY, FileGeometry
 from imgbatch.errors import ImgbatchError, Status
 
 PREDICTIONS, ERRORS, EMBEDDINGS = KINDS = ("predictions", "errors", "embeddings")
@@ -40,7 +41,11 @@ class OutputFileWriter:
 
     def __init__(self, out: str, file: OutputFile, schema: pa.Schema, row_group_bytes: int) -> None:
         self._file = file
-        self._schema = schema
+        metadata = dict(schema.metadata or {})
+        # Of all the rows of the run; the file says it of its own.
+        geo = metadata.pop(METADATA_KEY, None)
+        self._geometry = FileGeometry(geo) if geo is not None else None
+        self._schema = schema.with_metadata(metadata)
         self._row_group_bytes = row_group_bytes
         self._uri = storage.join(out, file.path)
         self._held: list[pa.Table] = []
@@ -58,6 +63,8 @@ class OutputFileWriter:
     def add(self, table: pa.Table) -> None:
         statuses = table["status"] if self._file.kind == ERRORS else pa.array([Status.OK.value] * table.num_rows)
         self._counts.update({entry["values"]: entry["counts"] for entry in pc.value_counts(statuses).to_pylist()})
+        if self._geometry is not None:
+            self._geometry.add(table)
         self._held.append(table)
         self._held_bytes += table.nbytes
         if self._held_bytes >= self._row_group_bytes:
@@ -71,6 +78,8 @@ class OutputFileWriter:
     def __exit__(self, *exception: Any) -> None:
         if exception[0] is None:
             self._flush()
+            if self._geometry is not None:
+                self._writer.add_key_value_metadata({METADATA_KEY: self._geometry.metadata()})
         self._writer.close()
         if exception[0] is None:
             self._check_rows()

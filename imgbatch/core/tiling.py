@@ -26,6 +26,7 @@ from rasterio.warp import transform as to_crs
 
 from imgbatch.config import Config, FetchConfig
 from imgbatch.core import geoparquet, storage
+from imgbatch.core.bands import RASTER_SUFFIXES
 from imgbatch.core.geoparquet import BBOX, BBOX_TYPE, CRS, GEOMETRY, TRANSFORM
 from imgbatch.core.manifest_build import SPLIT_FOLDERS, draw_split, split_of_folders
 from imgbatch.core.manifest_sources import TableOptions, open_sources
@@ -36,9 +37,6 @@ from imgbatch.core.row_decoder import find_raster
 from imgbatch.core.vector_labels import VectorLabels
 from imgbatch.errors import RowError, UsageError, normalise_message
 from imgbatch.schema import BANDS, IMAGE_ID, SPLIT, TARGET, URI, WINDOW, WINDOW_TYPE
-
-RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
-"""What of a folder is a scene."""
 
 LONGITUDE_LATITUDE = "OGC:CRS84"
 _MASK_SIDE = 1024
@@ -112,17 +110,15 @@ def tile_scenes(
         raise UsageError(f"output {output}: exists; choose another name or give --overwrite")
     tally = TileTally()
     access = (config or Config()).fetch
-    bounds = _Bounds()
+    geometry = geoparquet.FileGeometry(geoparquet.geo_metadata())
     schema = _schema(options)
     with gdal_env(), storage.staged_file(output) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for table in rechunk(_iter_tables(sources, options, schema, tally, access), BATCH_ROWS):
-            bounds.add(table[BBOX])
+            geometry.add(table)
             writer.write_table(table, row_group_size=table.num_rows)
         if tally.num_scenes == 0:
             raise UsageError(f"{', '.join(sources)}: no scene found ({', '.join(RASTER_SUFFIXES)})")
-        writer.add_key_value_metadata(
-            {geoparquet.METADATA_KEY.decode(): geoparquet.geo_metadata(bounds.value).decode()}
-        )
+        writer.add_key_value_metadata({geoparquet.METADATA_KEY: geometry.metadata()})
     return tally
 
 
@@ -277,21 +273,3 @@ def _valid_shares(scene: DatasetReader, windows_N4: np.ndarray) -> np.ndarray | 
     x1, y1 = np.minimum(x1, shape[1]), np.minimum(y1, shape[0])
     inside = sums_HW[y1, x1] - sums_HW[y0, x1] - sums_HW[y1, x0] + sums_HW[y0, x0]
     return inside / ((x1 - x0) * (y1 - y0))
-
-
-class _Bounds:
-    """Around every bbox seen."""
-
-    def __init__(self) -> None:
-        self.value: tuple[float, float, float, float] | None = None
-
-    def add(self, bbox: pa.ChunkedArray) -> None:
-        boxes = list(bbox.combine_chunks().flatten()) if bbox.null_count < len(bbox) else []
-        if not boxes:
-            return
-        low = [float(np.nanmin(side.to_numpy(zero_copy_only=False))) for side in boxes[:2]]
-        high = [float(np.nanmax(side.to_numpy(zero_copy_only=False))) for side in boxes[2:]]
-        if self.value is not None:
-            low = [min(pair) for pair in zip(low, self.value[:2], strict=True)]
-            high = [max(pair) for pair in zip(high, self.value[2:], strict=True)]
-        self.value = (low[0], low[1], high[0], high[1])
