@@ -201,16 +201,19 @@ def stats(
 ) -> None:
     """Print what the bands of rasters hold over a sample of the tiles: range, percentiles, mean, missing values.
 
-    Training takes the same statistics itself (geo.bands, geo.stretch) and stores them in the model.
+    More than 64 tiles are read on Ray, unless classify.engine is local. Training takes the same statistics itself
+    (geo.bands, geo.stretch) and stores them in the model.
     """
     import numpy as np
 
     from imgbatch.core.band_statistics import sample_bands
     from imgbatch.core.manifest import open_manifest
+    from imgbatch.runtime.parts import map_parts_of
 
     opened = open_manifest(manifest)
     wanted = _parse_bands(bands) if bands is not None else None
-    sampled = sample_bands(opened, np.arange(opened.num_rows), wanted, num_tiles=sample, config=config)
+    rows = np.arange(opened.num_rows)
+    sampled = sample_bands(opened, rows, wanted, num_tiles=sample, config=config, map_parts=map_parts_of(config))
     described = sampled.describe()
     if as_json:
         print_json({"tiles": sampled.num_tiles, "failed": list(sampled.failed), "bands": described})

@@ -1,12 +1,13 @@
 """What the bands of a collection hold, over a sample of its tiles: the numbers that stretch and normalisation need.
 
-Tiles are read in a process of their own, which a damaged raster may take down. Needs the extra ``geo``.
+Tiles are read in parts, each in a process of its own, which a damaged raster may take down. Needs the extra ``geo``.
 
 Legend of shape suffixes: N samples, C band, H height, W width.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from imgbatch.config import Config, FetchConfig, GeoConfig, StorageConfig
 from imgbatch.core import storage
 from imgbatch.core.bands import BandSpec, require_rasterio
 from imgbatch.core.manifest import Manifest
+from imgbatch.core.parallel import MapParts, in_threads
 from imgbatch.core.raster_request import RasterRequest, Window
 from imgbatch.core.row_decoder import find_raster
 from imgbatch.core.rows import EmbeddedImages
@@ -31,6 +33,8 @@ from imgbatch.schema import BANDS, URI, WINDOW
 
 PERCENTILES = (2.0, 98.0)
 DEVIATIONS = 2.0
+TILES_PER_PART = 64
+"""Read one after the other by one process, which takes a second to start."""
 _TILE_SAMPLES = 4096
 _MAX_SIDE = 512
 """Of the part that is read of a larger tile: its middle, px."""
@@ -113,8 +117,23 @@ def _statistics(values_N: np.ndarray) -> dict[str, float | None]:
     return {name: float(number) for name, number in zip(names, numbers, strict=True)}
 
 
+@dataclass(frozen=True)
+class ReadSettings:
+    """What reading a tile needs to know."""
+
+    storage: StorageConfig
+    timeout_s: float
+    """Of one tile."""
+
+
 def sample_bands(
-    manifest: Manifest, row_ids_N: np.ndarray, bands: tuple[int, ...] | None, *, num_tiles: int, config: Config
+    manifest: Manifest,
+    row_ids_N: np.ndarray,
+    bands: tuple[int, ...] | None,
+    *,
+    num_tiles: int,
+    config: Config,
+    map_parts: MapParts = in_threads,
 ) -> BandSample:
     """The values of up to ``num_tiles`` rows spread evenly over ``row_ids_N``, up to 4,096 of each tile.
 
@@ -122,6 +141,7 @@ def sample_bands(
         row_ids_N: int64, rising.
         bands: from 1; none: of the manifest's own ``bands``, or else every band but alpha of the first tile read.
         config: its section ``decode`` says how long a tile may take.
+        map_parts: where tiles are read; the result is the same.
 
     Raises:
         UsageError: the extra ``geo`` is not installed, or not one tile can be read.
@@ -131,7 +151,10 @@ def sample_bands(
     values: list[np.ndarray] = []
     failed: list[str] = []
     requests = list(_requests(manifest, chosen_N, bands, config.fetch, failed))
-    for request, outcome in _read_tiles(requests, config.decode.timeout_s):
+    parts = [requests[first : first + TILES_PER_PART] for first in range(0, len(requests), TILES_PER_PART)]
+    settings = ReadSettings(storage.settings(), config.decode.timeout_s)
+    outcomes = itertools.chain.from_iterable(map_parts(read_part, settings, parts))
+    for request, outcome in zip(requests, outcomes, strict=True):
         if isinstance(outcome, str):
             failed.append(f"{request.uri}: {outcome}")
         elif values and outcome[1].shape[1] != values[0].shape[1]:
@@ -161,27 +184,29 @@ def _requests(
             yield RasterRequest(place, window, wanted, data)
 
 
-_Outcome = tuple[tuple[int, ...], np.ndarray] | str
+Outcome = tuple[tuple[int, ...], np.ndarray] | str
+"""The bands that were read of a tile and some of their values, float32 [N, C], or why there are none."""
 
 
-def _read_tiles(requests: Sequence[RasterRequest], timeout_s: float) -> Iterator[tuple[RasterRequest, _Outcome]]:
-    pool = _start()
+def read_part(settings: ReadSettings, requests: Sequence[RasterRequest]) -> list[Outcome]:
+    """Read some tiles, for :class:`MapParts`; the values are every n-th pixel's."""
+    pool = _start(settings.storage)
+    outcomes: list[Outcome] = []
     try:
         for request in requests:
             try:
-                yield request, pool.submit(_read_tile, request).result(timeout=timeout_s)
+                outcomes.append(pool.submit(_read_tile, request).result(timeout=settings.timeout_s))
             except (BrokenProcessPool, TimeoutError) as error:
                 _kill(pool)
-                pool = _start()
-                yield request, f"{type(error).__name__} while it was read"
+                pool = _start(settings.storage)
+                outcomes.append(f"{type(error).__name__} while it was read")
     finally:
         _kill(pool)
+    return outcomes
 
 
-def _start() -> ProcessPoolExecutor:
-    pool = ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(storage.settings(),)
-    )
+def _start(settings: StorageConfig) -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(settings,))
     pool.submit(int).result()
     return pool
 
@@ -200,8 +225,8 @@ def _prepare(settings: StorageConfig) -> None:
     gdal_env().__enter__()
 
 
-def _read_tile(request: RasterRequest) -> _Outcome:
-    """The bands read, and some of their values; or why there are none. Runs in the child."""
+def _read_tile(request: RasterRequest) -> Outcome:
+    """Runs in the child."""
     from rasterio.io import MemoryFile
 
     from imgbatch.core.raster_samples import all_bands, read_samples

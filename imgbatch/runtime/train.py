@@ -23,6 +23,7 @@ from imgbatch.core.training.job import TrainingJob, load_job
 from imgbatch.core.training.plan import TrainingPlan, plan_training, settle_job
 from imgbatch.core.training.space import check_space
 from imgbatch.errors import UsageError
+from imgbatch.runtime.parts import map_parts_of
 from imgbatch.runtime.pools import choose_device, this_machine
 
 OnEpoch = Callable[[dict[str, Any]], None]
@@ -67,7 +68,7 @@ def train(config: Config, console: Console | None = None, *, overwrite: bool = F
     storage.configure(config.storage)
     with _session(config):
         config = _resolve(config)
-        plan = plan_training(config)
+        plan = plan_training(config, map_parts_of(config))
         if _is_finished(plan, overwrite=overwrite):
             bundle = load_bundle(str(config.output.path))
             return TrainResult(bundle, load_metrics(bundle.path), (), already_finished=True)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config, GeoConfig, load_config
+from imgbatch.core import band_statistics
 from imgbatch.core.band_statistics import BandSample, sample_bands
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.transforms import PreprocessSpec
@@ -52,6 +53,15 @@ def test_the_bands_asked_for_are_sampled_in_their_order(tmp_path):
     sample = sample_bands(manifest, np.arange(4), (3, 1), num_tiles=2, config=Config())
     assert sample.num_tiles == 2
     np.testing.assert_array_equal(sample.values_NC[:256], samples[[2, 0], :16, :16].reshape(2, -1).T)
+
+
+def test_parts_together_are_the_whole(tmp_path, monkeypatch):
+    manifest = tiles_of(write_raster(tmp_path / "scene.tif", noise(3, 64, 64)), tmp_path, 32)
+    whole = sample_bands(manifest, np.arange(5), None, num_tiles=9, config=Config())
+    monkeypatch.setattr(band_statistics, "TILES_PER_PART", 3)
+    parts = sample_bands(manifest, np.arange(5), None, num_tiles=9, config=Config())
+    assert (parts.bands, parts.num_tiles, parts.failed) == (whole.bands, 4, whole.failed)
+    np.testing.assert_array_equal(parts.values_NC, whole.values_NC)
 
 
 def test_where_nothing_can_be_read_the_first_reason_is_given(tmp_path):

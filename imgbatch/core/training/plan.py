@@ -25,6 +25,7 @@ from imgbatch.core.band_statistics import sample_bands
 from imgbatch.core.baselines import BASELINES, check_linear_head
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import DESCRIPTION_FILE, ModelBundle, load_bundle, load_network
+from imgbatch.core.parallel import MapParts, in_threads
 from imgbatch.core.training.augment import check_augmentation, room_spec
 from imgbatch.core.training.crops import CropStore, FailedImage, create_store
 from imgbatch.core.training.job import JobPaths, TrainingJob, save_job
@@ -87,8 +88,11 @@ class TrainingPlan:
         return np.sort(np.concatenate([images.row_ids_N for name, images in splits.items() if name != TRAIN]))
 
 
-def plan_training(config: Config) -> TrainingPlan:
+def plan_training(config: Config, map_parts: MapParts = in_threads) -> TrainingPlan:
     """Check everything that can be checked without looking at an image, but for the statistics of rasters' bands.
+
+    Args:
+        map_parts: where tiles are read for those.
 
     Raises:
         UsageError: one line that names the option, column or class at fault.
@@ -128,7 +132,7 @@ def plan_training(config: Config) -> TrainingPlan:
     except ValueError as error:
         raise UsageError(f"preprocess: {error}") from error
     if start is None and reads_bands(config, manifest):
-        spec = measured_spec(config, manifest, labelled.splits[TRAIN].row_ids_N, spec)
+        spec = measured_spec(config, manifest, labelled.splits[TRAIN].row_ids_N, spec, map_parts)
     if spec.bands is not None:
         check_augmentation(config.augment, spec)
     identity = manifest.content_identity()
@@ -154,11 +158,15 @@ def reads_bands(config: Config, manifest: Manifest) -> bool:
     return config.geo.bands is not None or not {WINDOW, BANDS}.isdisjoint(manifest.schema.names)
 
 
-def measured_spec(config: Config, manifest: Manifest, train_rows_N: np.ndarray, spec: PreprocessSpec) -> PreprocessSpec:
+def measured_spec(
+    config: Config, manifest: Manifest, train_rows_N: np.ndarray, spec: PreprocessSpec, map_parts: MapParts
+) -> PreprocessSpec:
     """``spec`` for the bands that the configuration asks for, with statistics of a sample of the training tiles."""
     wanted = config.geo.bands
     bands = wanted if isinstance(wanted, tuple) else None
-    sample = sample_bands(manifest, train_rows_N, bands, num_tiles=config.geo.sample_tiles, config=config)
+    sample = sample_bands(
+        manifest, train_rows_N, bands, num_tiles=config.geo.sample_tiles, config=config, map_parts=map_parts
+    )
     return sample.preprocess(spec, config.geo)
 
 
