@@ -29,6 +29,9 @@ from tests.conftest import changed
 from tests.faults.proxy import faulty_server
 from tests.rasters import noise, write_raster
 
+EXACT = {"row_id", "image_id", "uri", "window", "bands", "label", "label_index", "width", "height"}
+EXACT |= {"status", "error_stage", "error_message", "attempts"}
+
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Path:
@@ -84,6 +87,25 @@ def test_every_tile_comes_out_once_and_what_cannot_be_read_says_why(tile_config)
     assert predictions["window"][24].as_py() == {"col_off": 128, "row_off": 128, "width": 32, "height": 32}
     assert (result.num_rows, result.num_errors) == (32, 4)
     assert classify(tile_config).already_finished
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.usefixtures("ray_local")
+def test_ray_gives_what_the_loop_gives(tile_config, tmp_path):
+    actors = {"resources__decode_actors": 1, "resources__classify_actors": 1, "resources__classify_threads": 1}
+    on_ray = changed(tile_config, classify__engine="ray", output__path=str(tmp_path / "on_ray"), **actors)
+    result = classify(on_ray)
+    assert verify(result.out).ok
+    assert classify(tile_config).run_id == result.run_id
+    for kind in ("predictions", "errors"):
+        ours, loops = (pq.read_table(tmp_path / name / kind).sort_by("row_id") for name in ("on_ray", "out"))
+        assert ours.num_rows == {"predictions": 28, "errors": 4}[kind]
+        exact = [name for name in ours.column_names if name in EXACT]
+        assert ours.select(exact).equals(loops.select(exact))
+        if kind == "predictions":
+            probs = [np.array(table["probabilities"].to_pylist()) for table in (ours, loops)]
+            np.testing.assert_allclose(*probs, atol=1e-5)
 
 
 def test_how_much_may_be_missing_decides_the_run(tile_config):
