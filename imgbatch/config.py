@@ -142,11 +142,17 @@ class ResourcesConfig(Section):
     """How much of the machine or cluster; never changes a result."""
 
     decode_actors: PositiveInt | Auto = "auto"
-    """Processes that fetch and decode, one core each."""
+    """Processes that fetch images and have them decoded."""
+    decode_processes: PositiveInt | Auto = "auto"
+    """Of each decode actor: children that decode a unit each, with a core each; auto: one where ``decode_actors`` is
+    given."""
     classify_actors: PositiveInt | Auto = "auto"
     """Processes that run the model: one per GPU, or as many as share the cores."""
     classify_threads: PositiveInt | Auto = "auto"
-    """Threads of each classify actor on a CPU."""
+    """Threads of each forward pass on a CPU."""
+    classify_streams: PositiveInt | Auto = "auto"
+    """Units that each classify actor runs at once on a CPU, with one copy of the weights; auto: one where
+    ``classify_actors`` is given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What the model runs on."""
     decode_labels: dict[str, str] = {}

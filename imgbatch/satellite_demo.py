@@ -5,26 +5,20 @@ draw -> tile -> train -> classify -> verify -> mosaic -> score
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import rasterio
 from rich.console import Console
 
 from imgbatch.config import Config
-from imgbatch.core.architectures import SIMPLE_CNN
 from imgbatch.core.drawn_scenes import COVERS, LABEL_FIELD, LABELS_FILE, draw_scenes
 from imgbatch.core.mosaic import write_mosaics
 from imgbatch.core.rasters import gdal_env
 from imgbatch.core.tiling import TileOptions, tile_scenes
 from imgbatch.core.vector_labels import VectorLabels
-from imgbatch.core.views import open_views
-from imgbatch.demo import demo_session, demo_step, settle_demo, verify_demo
-from imgbatch.runtime.job import RunResult, classify
-from imgbatch.runtime.train import train
+from imgbatch.demo_steps import TRAIN, DemoJob, Labelled, demo_step, settle_demo, train_and_label
 
 COVER_QUERY = (
     "select label, count(*) tiles, avg(probability) probability, avg((label = target)::int) accuracy "
@@ -32,16 +26,11 @@ COVER_QUERY = (
 )
 """The query that the demo shows."""
 
-_ACCURACY_QUERY = "select avg((label = target)::int) from predictions where split = 'test'"
-_ERRORS_QUERY = "select image_id, status, error_message from errors order by image_id"
-
 SCENE_PX = 512
 
 # Small enough to learn in a minute or two on two cores.
 _TILE_PX = 32
 _OVERLAP = 0.25
-_TRAIN = {"arch": SIMPLE_CNN, "method": "from_scratch", "epochs": 4, "batch_size": 64, "learning_rate": 1e-2}
-_AUGMENT = {"min_scale": 1.0, "flip": "all", "color_jitter": 0.1, "band_dropout": 0.05}
 
 
 @dataclass(frozen=True)
@@ -73,20 +62,12 @@ class SatelliteDemoPaths:
 
 
 @dataclass(frozen=True)
-class SatelliteDemoResult:
-    """What came out."""
+class SatelliteDemoResult(Labelled):
+    """What came out; ``accuracy`` is the tiles', ``errors`` start with the image_id."""
 
     paths: SatelliteDemoPaths
-    run: RunResult
-    accuracy: float
-    """Share of the test scenes' tiles whose label is the cover of most of the tile, 0 to 1."""
     pixel_accuracy: float
     """Share of the test scenes' pixels whose label in the mosaic is true, 0 to 1."""
-    columns: list[str]
-    rows: list[tuple[Any, ...]]
-    """The answer to :data:`COVER_QUERY`."""
-    errors: list[tuple[str, str, str]]
-    """image_id, status and message of every tile without a prediction."""
 
 
 def run_satellite_demo(
@@ -114,21 +95,25 @@ def run_satellite_demo(
             options = TileOptions(size=_TILE_PX, overlap=_OVERLAP, min_valid=0.5, labels=labels, split_from="folder")
             tally = tile_scenes([str(paths.collection / "scenes")], str(paths.tiles), options)
             console.print(f"{tally.num_tiles:,} tiles, {tally.num_left_out:,} left out", markup=False)
-    with demo_session(config):
-        with demo_step(console, f"training {SIMPLE_CNN} on the tiles of the train scenes"):
-            train(_train_config(config, paths, seed), console)
-        with demo_step(console, "classifying every tile"):
-            run = classify(_job_config(config, paths), console)
-    with demo_step(console, "verifying that every tile came out exactly once"):
-        verify_demo(paths.labels)
+    job = DemoJob(
+        manifest=paths.tiles,
+        model=paths.model,
+        labels=paths.labels,
+        training={
+            "preprocess": {"resize_size": _TILE_PX, "crop_size": _TILE_PX},
+            "train": {**TRAIN, "epochs": 4, "batch_size": 64, "seed": seed},
+            "augment": {"min_scale": 1.0, "flip": "all", "color_jitter": 0.1, "band_dropout": 0.05},
+            "geo": {"bands": "all"},
+        },
+        classifying={},
+        query=COVER_QUERY,
+        unit="tile",
+        shown_id="image_id",
+    )
+    labelled = train_and_label(config, job, console)
     with demo_step(console, "burning the labels into a map of every scene"):
         write_mosaics(str(paths.labels), str(paths.mosaic))
-    with closing(open_views(str(paths.labels))) as views:
-        answer = views.execute(COVER_QUERY)
-        columns, rows = [column[0] for column in answer.description or ()], answer.fetchall()
-        [(accuracy,)] = views.execute(_ACCURACY_QUERY).fetchall()
-        errors = views.execute(_ERRORS_QUERY).fetchall()
-    return SatelliteDemoResult(paths, run, accuracy, _score_pixels(paths), columns, rows, errors)
+    return SatelliteDemoResult(**vars(labelled), paths=paths, pixel_accuracy=_score_pixels(paths))
 
 
 def _score_pixels(paths: SatelliteDemoPaths) -> float:
@@ -140,26 +125,3 @@ def _score_pixels(paths: SatelliteDemoPaths) -> float:
             right += int((labels_HW == drawn.read(1))[labelled_HW].sum())
             known += int(labelled_HW.sum())
     return right / np.maximum(known, 1)
-
-
-def _train_config(config: Config, paths: SatelliteDemoPaths, seed: int) -> Config:
-    return config.model_copy(
-        update={
-            "input": config.input.model_copy(update={"manifest": str(paths.tiles)}),
-            "preprocess": config.preprocess.model_copy(update={"resize_size": _TILE_PX, "crop_size": _TILE_PX}),
-            "train": config.train.model_copy(update={**_TRAIN, "seed": seed}),
-            "augment": config.augment.model_copy(update=_AUGMENT),
-            "geo": config.geo.model_copy(update={"bands": "all"}),
-            "output": config.output.model_copy(update={"path": str(paths.model)}),
-        }
-    )
-
-
-def _job_config(config: Config, paths: SatelliteDemoPaths) -> Config:
-    return config.model_copy(
-        update={
-            "input": config.input.model_copy(update={"manifest": str(paths.tiles)}),
-            "model": config.model.model_copy(update={"path": str(paths.model)}),
-            "output": config.output.model_copy(update={"path": str(paths.labels)}),
-        }
-    )

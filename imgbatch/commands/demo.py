@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from imgbatch.commands.common import Assignments, ConfigFile, console, messages
 from imgbatch.commands.report import report_after_run
 from imgbatch.config import Config, load_config
+
+if TYPE_CHECKING:
+    from imgbatch.demo_steps import Labelled
 
 
 def demo(
@@ -32,23 +37,10 @@ def demo(
     config = load_config(config_file, assignments or (), {"output.path": out})
     result = run_demo(config, num_images=images, seed=seed, console=messages)
     paths = result.paths
-    console.print(f'\nimgbatch query {paths.labels} "{LABELS_QUERY}"\n', markup=False)
-    _print_answer(result.columns, result.rows)
-    console.print(f"\naccuracy on the test split: {result.accuracy:.3f}")
-    console.print(f"{result.run.num_rows:,} rows, {result.run.num_errors:,} without a prediction:")
-    for uri, status, message in result.errors:
-        console.print(f"  {status:<14} {os.path.relpath(uri, paths.images)}: {message}", markup=False)
-    console.print("\nwhere things are:")
-    for what, path in [
-        ("images", paths.images),
-        ("manifest", paths.manifest),
-        ("model", paths.model),
-        ("labels", paths.labels / "predictions"),
-        ("errors", paths.labels / "errors"),
-    ]:
-        console.print(f"  {what:<9} {path}", markup=False)
-    report_after_run(str(paths.labels), result.run.run_id, keep=True)
-    console.print(f"\ncheck it again: imgbatch verify {paths.labels}", markup=False)
+    shown = replace(result, errors=[(os.path.relpath(uri, paths.images), status, message) for uri, status, message in result.errors])
+    places = {"images": paths.images, "manifest": paths.manifest, "model": paths.model}
+    places |= {"labels": paths.labels / "predictions", "errors": paths.labels / "errors"}
+    _show(shown, LABELS_QUERY, {"on the test split": result.accuracy}, "rows", paths.labels, places)
 
 
 def _satellite_demo(config: Config, num_scenes: int, seed: int) -> None:
@@ -59,24 +51,36 @@ def _satellite_demo(config: Config, num_scenes: int, seed: int) -> None:
 
     result = run_satellite_demo(config, num_scenes=num_scenes, seed=seed, console=messages)
     paths = result.paths
-    console.print(f'\nimgbatch query {paths.labels} "{COVER_QUERY}"\n', markup=False)
+    accuracies = {
+        "on the tiles of the test scenes": result.accuracy,
+        "on the pixels of the test scenes' maps": result.pixel_accuracy,
+    }
+    places = {"scenes": paths.collection / "scenes", "tiles": paths.tiles, "model": paths.model}
+    places |= {"labels": paths.labels / "predictions", "maps": paths.mosaic}
+    _show(result, COVER_QUERY, accuracies, "tiles", paths.labels, places)
+
+
+def _show(
+    result: Labelled,
+    query: str,
+    accuracies: dict[str, float],
+    unit: str,
+    labels: Path,
+    places: dict[str, Path],
+) -> None:
+    console.print(f'\nimgbatch query {labels} "{query}"\n', markup=False)
     _print_answer(result.columns, result.rows)
-    console.print(f"\naccuracy on the tiles of the test scenes: {result.accuracy:.3f}")
-    console.print(f"accuracy on the pixels of the test scenes' maps: {result.pixel_accuracy:.3f}")
-    console.print(f"{result.run.num_rows:,} tiles, {result.run.num_errors:,} without a prediction:")
-    for image_id, status, message in result.errors:
-        console.print(f"  {status:<14} {image_id}: {message}", markup=False)
+    console.print()
+    for where, accuracy in accuracies.items():
+        console.print(f"accuracy {where}: {accuracy:.3f}")
+    console.print(f"{result.run.num_rows:,} {unit}, {result.run.num_errors:,} without a prediction:")
+    for name, status, message in result.errors:
+        console.print(f"  {status:<14} {name}: {message}", markup=False)
     console.print("\nwhere things are:")
-    for what, path in [
-        ("scenes", paths.collection / "scenes"),
-        ("tiles", paths.tiles),
-        ("model", paths.model),
-        ("labels", paths.labels / "predictions"),
-        ("maps", paths.mosaic),
-    ]:
+    for what, path in places.items():
         console.print(f"  {what:<9} {path}", markup=False)
-    report_after_run(str(paths.labels), result.run.run_id, keep=True)
-    console.print(f"\ncheck it again: imgbatch verify {paths.labels}", markup=False)
+    report_after_run(str(labels), result.run.run_id, keep=True)
+    console.print(f"\ncheck it again: imgbatch verify {labels}", markup=False)
 
 
 def _print_answer(columns: list[str], rows: list[tuple[Any, ...]]) -> None:

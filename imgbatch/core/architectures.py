@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from imgbatch.core.torchvision_models import import_models
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import UsageError
 
@@ -117,7 +118,6 @@ def build_network(
         UsageError: an unknown architecture, or a crop that it cannot take.
     """
     import torch
-    from torchvision.models import get_model
 
     from imgbatch.core.hog_color import MIN_CROP_PX, HogColor
     from imgbatch.core.simple_cnn import SimpleCNN
@@ -144,7 +144,7 @@ def build_network(
         if arch == SIMPLE_CNN:
             network: nn.Module = SimpleCNN(num_classes)
         else:
-            network = get_model(arch, weights=None, num_classes=num_classes, **options)
+            network = import_models().get_model(arch, weights=None, num_classes=num_classes, **options)
         return network if num_channels == 3 else _replace_first_convolution(network, arch, num_channels)
 
 
@@ -192,12 +192,10 @@ def default_preprocess(arch: str, weights_name: str = "DEFAULT") -> PreprocessSp
 
 def published_weights(arch: str, weights_name: str = "DEFAULT") -> Any:
     """torchvision's ``WeightsEnum`` member for ``arch``; raises :class:`UsageError` where there is none."""
-    from torchvision.models import get_model_weights
-
     check_architecture(arch)
     if arch in (SIMPLE_CNN, HOG_COLOR):
         raise UsageError(f"{arch}: there are no published weights; give a file")
-    members = get_model_weights(arch)
+    members = import_models().get_model_weights(arch)
     name = members.DEFAULT.name if weights_name.upper() == "DEFAULT" else weights_name
     if name not in members.__members__:
         raise UsageError(f"{arch}: no published weights {weights_name!r}; one of {', '.join(members.__members__)}")

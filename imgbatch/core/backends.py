@@ -118,8 +118,13 @@ def build_predictor(
     batch_size: int,
     num_threads: int | None,
     features: bool = False,
+    streams: int = 1,
 ) -> BatchedPredictor:
     """The loaded model; only now is torch or OpenVINO imported.
+
+    Args:
+        num_threads: of one forward pass on a CPU, or none for as many as the library likes.
+        streams: threads that may run it at once, on a CPU.
 
     Raises:
         UsageError: weights or variant are not what the bundle describes.
@@ -129,7 +134,7 @@ def build_predictor(
 
         assert backend.variant is not None
         network = parse_network(read_files(bundle, backend.variant))
-        return OpenVinoPredictor(bundle, network, batch_size=batch_size, num_threads=num_threads)
+        return OpenVinoPredictor(bundle, network, batch_size=batch_size, num_threads=num_threads, streams=streams)
     from imgbatch.core.predict import Predictor
 
     target = backend.variant.target if backend.variant else None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from imgbatch.core import storage
+from imgbatch.core.torchvision_models import import_models
 from imgbatch.errors import UsageError
 
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -65,9 +66,7 @@ def read_class_names(source: str) -> list[str]:
         UsageError: the file is not there or cannot be read as such a list.
     """
     if source == IMAGENET1K:
-        from torchvision.models import ResNet18_Weights
-
-        return list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+        return list(import_models().ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
     try:
         text = storage.read_bytes(source).decode("utf-8-sig")
     except OSError as error:

@@ -6,6 +6,7 @@ Shape suffixes: B image of the batch, H height, W width, C channel, K class.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,22 +28,30 @@ class OpenVinoPredictor(BatchedPredictor):
     Args:
         network: from :func:`parse_network`; uint8 ``images_BHWC`` in, ``logits_BK`` out.
         num_threads: of one forward pass, or none for as many as OpenVINO likes.
+        streams: threads that may call it at once; each has a place for its batch.
     """
 
-    def __init__(self, bundle: ModelBundle, network: Any, *, batch_size: int, num_threads: int | None) -> None:
+    def __init__(
+        self, bundle: ModelBundle, network: Any, *, batch_size: int, num_threads: int | None, streams: int = 1
+    ) -> None:
         super().__init__(bundle, batch_size=batch_size)
         spec = bundle.preprocess
-        self._batch_BHWC = np.zeros((batch_size, spec.crop_size, spec.crop_size, spec.num_channels), np.uint8)
-        network.reshape(self._batch_BHWC.shape)
-        self._request = compile_network(network, num_threads=num_threads).create_infer_request()
+        self._shape = (batch_size, spec.crop_size, spec.crop_size, spec.num_channels)
+        network.reshape(self._shape)
+        self._compiled = compile_network(network, num_threads=num_threads, streams=streams)
+        self._of_thread = threading.local()
 
     def _forward(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         num_images = len(images_BHWC)
-        self._batch_BHWC[:num_images] = images_BHWC
+        mine = self._of_thread
+        if not hasattr(mine, "request"):
+            mine.request, mine.batch_BHWC = self._compiled.create_infer_request(), np.zeros(self._shape, np.uint8)
+        mine.batch_BHWC[:num_images] = images_BHWC
         failpoint("classify.forward")
-        self._request.infer([self._batch_BHWC], share_inputs=True)
+        mine.request.infer([mine.batch_BHWC], share_inputs=True)
         # A copy, because the next batch is written to the same place.
-        return self._request.get_output_tensor(0).data[:num_images].copy()
+        logits_BK: npt.NDArray[np.float32] = mine.request.get_output_tensor(0).data[:num_images].copy()
+        return logits_BK
 
     def _collect(self, output: npt.NDArray[np.float32]) -> BatchOutput:
         return probabilities(output, self.bundle.task, self.bundle.temperature)
@@ -54,21 +63,18 @@ def parse_network(contents: Mapping[str, bytes]) -> Any:
     return openvino.Core().read_model(model=contents[GRAPH_FILE], weights=contents[CONSTANTS_FILE])
 
 
-def compile_network(network: Any, *, num_threads: int | None) -> Any:
-    """An ``openvino.CompiledModel`` for the CPU.
-
-    One stream: the actor hands over one batch after the other.
-    """
+def compile_network(network: Any, *, num_threads: int | None, streams: int = 1) -> Any:
+    """An ``openvino.CompiledModel`` for the CPU, for ``streams`` batches at once of ``num_threads`` each."""
     openvino = import_openvino()
     settings: dict[str, Any] = {
         # On processors that have bfloat16 it would be taken for what is float32, and labels would change.
         "INFERENCE_PRECISION_HINT": "f32",
-        "NUM_STREAMS": 1,
+        "NUM_STREAMS": streams,
         # Every actor of a machine would pin its threads to the same first cores.
         "ENABLE_CPU_PINNING": False,
     }
     if num_threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = num_threads
+        settings["INFERENCE_NUM_THREADS"] = num_threads * streams
     return openvino.Core().compile_model(network, "CPU", settings)
 
 

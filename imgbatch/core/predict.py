@@ -5,6 +5,7 @@ Shape suffixes: B image of the batch, H height, W width, C channel, K class, D f
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +43,7 @@ class Predictor(BatchedPredictor):
         device: ``cpu`` or ``cuda`` (``cuda:1`` for another than the first).
         batch_size: images per forward pass, at most; halved for good when a GPU has not enough memory.
         features: give ``features_ND`` too, of the same forward pass.
-        num_threads: of the CPU for one forward pass (a setting of the whole process), or none to leave it.
+        num_threads: of the CPU for one forward pass, or none to leave it. Several threads may call at once.
         compiled: by ``torch.compile``, for batches of exactly ``batch_size``: smaller ones are filled up; no features.
         reduced: convolutions and products of matrices in bfloat16 (``torch.autocast``), the rest in float32.
 
@@ -64,8 +65,9 @@ class Predictor(BatchedPredictor):
         if compiled and features:
             raise ValueError("a compiled network gives no features")
         super().__init__(bundle, batch_size=batch_size, features=features)
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
+        self._num_threads = num_threads
+        self._of_thread = threading.local()
+        self._settle_threads()
         self._compiled, self._reduced = compiled, reduced
         self.device = torch.device(device)
         network = load_network(bundle).requires_grad_(False)
@@ -76,8 +78,15 @@ class Predictor(BatchedPredictor):
         self._shift_C11 = (-255.0 * torch.tensor(bundle.preprocess.mean) / std_C).view(-1, 1, 1).to(self.device)
         self._temperature_K = torch.tensor(bundle.temperature, device=self.device)
 
+    def _settle_threads(self) -> None:
+        """Once in each thread that calls: OpenMP keeps the number for each of them."""
+        if self._num_threads is not None and not hasattr(self._of_thread, "settled"):
+            torch.set_num_threads(self._num_threads)
+            self._of_thread.settled = True
+
     @torch.inference_mode()
     def _forward(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
+        self._settle_threads()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._reduced):
             return self._run(images_BHWC)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -34,7 +35,7 @@ def reads_rasters(names: Iterable[str], spec: PreprocessSpec) -> bool:
 
 
 class RowDecoder:
-    """Rows of a manifest in, their crops out. Holds a child process: close it, or use it as a context manager.
+    """Rows of a manifest in, their crops out. Holds child processes: close it, or use it as a context manager.
 
     A row is a raster where the model states its bands, or where the row has a ``window`` or ``bands``. Any other is
     fetched whole and decoded as a photograph.
@@ -43,13 +44,20 @@ class RowDecoder:
         config: its sections ``fetch``, ``decode`` and ``geo``.
         columns: of the rows to come.
         embedded: the manifest whose ``bytes`` hold the images; none: they are behind ``uri``.
+        processes: children, and so units that are decoded at once.
 
     Raises:
         UsageError: there will be rasters, and the extra ``geo`` is not installed.
     """
 
     def __init__(
-        self, spec: PreprocessSpec, config: Config, *, columns: Iterable[str], embedded: Manifest | None = None
+        self,
+        spec: PreprocessSpec,
+        config: Config,
+        *,
+        columns: Iterable[str],
+        embedded: Manifest | None = None,
+        processes: int = 1,
     ) -> None:
         self._only_rasters = spec.bands is not None
         self._has_rasters = reads_rasters(columns, spec)
@@ -58,7 +66,11 @@ class RowDecoder:
         self._access = config.fetch
         self._fetch_config = config.fetch
         self._fetcher = Fetcher(config.fetch, if_changed=config.input.if_changed)
-        self._decoder = Decoder(spec, config.decode, max_nodata=config.geo.max_nodata if self._has_rasters else None)
+        max_nodata = config.geo.max_nodata if self._has_rasters else None
+        self._decoders = [Decoder(spec, config.decode, max_nodata=max_nodata) for _ in range(processes)]
+        self._idle: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
+        for decoder in self._decoders:
+            self._idle.put(decoder)
         self._embedded = EmbeddedImages(embedded) if embedded is not None else None
 
     def __enter__(self) -> RowDecoder:
@@ -68,13 +80,14 @@ class RowDecoder:
         self.close()
 
     def close(self) -> None:
-        """End the child and give up what is in flight; for good."""
-        self._decoder.close()
+        """End the children and give up what is in flight; for good."""
+        for decoder in self._decoders:
+            decoder.close()
         self._fetcher.close()
 
     @property
     def fetch_s(self) -> float:
-        """Seconds waited for files, in all."""
+        """Seconds waited for files, in all; for one thread at a time."""
         return self._fetcher.fetch_s
 
     @property
@@ -91,8 +104,12 @@ class RowDecoder:
         return self.decode_requested(self.request(rows), rows.num_rows)
 
     def decode_requested(self, payloads: Iterable[Payload], num_rows: int) -> DecodedUnit:
-        """What :meth:`request` gave for ``num_rows`` rows, decoded; for one thread at a time."""
-        return self._decoder.decode(payloads, num_rows)
+        """What :meth:`request` gave for ``num_rows`` rows, decoded; waits while every child is at work for others."""
+        decoder = self._idle.get()
+        try:
+            return decoder.decode(payloads, num_rows)
+        finally:
+            self._idle.put(decoder)
 
     def _whole(self, rows: pa.Table) -> Iterable[bytes | RowError]:
         if self._embedded is None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
 from imgbatch.core import results, storage
-from imgbatch.core.decoder import DecodedUnit
+from imgbatch.core.decoder import DecodedUnit, Payload
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.plan import Run
@@ -36,20 +36,21 @@ _SECONDS = ("fetch_s", "decode_s", "classify_s")
 
 
 class DecodeStage:
-    """Fetches and decodes units. Holds a child process: close it, or use it as a context manager.
+    """Fetches and decodes units. Holds child processes: close it, or use it as a context manager.
 
-    Several threads may call it: while one unit is decoded, the first files of the next are on their way.
+    Several threads may call it: ``processes`` units are decoded at once, and of those that wait the first files are
+    on their way.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, processes: int = 1) -> None:
         storage.configure(run.config.storage)
         self._run = run
         self._rows = RowsReader(run.paths)
         self.columns = image_columns(self._rows.schema.names)
         """What :meth:`decode_rows` needs of a row."""
         embedded = open_manifest(str(run.config.input.manifest)) if run.plan.has_bytes else None
-        self._decoder = RowDecoder(run.spec, run.config, columns=self.columns, embedded=embedded)
-        self._reading, self._decoding = threading.Lock(), threading.Lock()
+        self._decoder = RowDecoder(run.spec, run.config, columns=self.columns, embedded=embedded, processes=processes)
+        self._reading, self._counting = threading.Lock(), threading.Lock()
         self._reported_changed = 0
 
     def __call__(self, unit_index: int) -> pa.Table:
@@ -58,11 +59,9 @@ class DecodeStage:
         unit = self._run.plan.layout.unit(unit_index)
         with self._reading:
             rows = self._rows.read(unit, self.columns)
-        payloads = self._decoder.request(rows)
-        with self._decoding:
-            fetched_before = self._decoder.fetch_s
-            decoded = self._decoder.decode_requested(payloads, rows.num_rows)
-            fetch_s = self._decoder.fetch_s - fetched_before
+        payloads = _Waiting(self._decoder.request(rows))
+        decoded = self._decoder.decode_requested(payloads, rows.num_rows)
+        with self._counting:
             num_changed = self._decoder.num_changed - self._reported_changed
             self._reported_changed += num_changed
         failpoint("decode.after_unit", unit_index)
@@ -79,15 +78,14 @@ class DecodeStage:
                 UNIT: _constant(unit.index, unit.num_rows, pa.int32()),
                 "started_at": _constant(started_at, unit.num_rows, pa.float64()),
                 "num_changed": _constant(num_changed, unit.num_rows, pa.int32()),
-                "fetch_s": _constant(fetch_s, unit.num_rows, pa.float64()),
+                "fetch_s": _constant(payloads.seconds, unit.num_rows, pa.float64()),
                 "decode_s": _constant(decoded.decode_s, unit.num_rows, pa.float64()),
             }
         )
 
     def decode_rows(self, rows: pa.Table) -> DecodedUnit:
         """Any rows with :attr:`columns`, fetched and decoded."""
-        with self._decoding:
-            return self._decoder.decode(rows)
+        return self._decoder.decode(rows)
 
     def close(self) -> None:
         self._decoder.close()
@@ -100,10 +98,32 @@ class DecodeStage:
         self.close()
 
 
-class ClassifyStage:
-    """Runs the model over decoded blocks. Loads it once; torch or OpenVINO is imported here and not before."""
+class _Waiting:
+    """Payloads, and the seconds that whoever takes them has waited for them."""
 
-    def __init__(self, run: Run, *, batch_size: int, num_threads: int | None) -> None:
+    def __init__(self, payloads: Iterable[Payload]) -> None:
+        self._payloads = iter(payloads)
+        self.seconds = 0.0
+
+    def __iter__(self) -> _Waiting:
+        return self
+
+    def __next__(self) -> Payload:
+        started = time.perf_counter()
+        try:
+            return next(self._payloads)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+class ClassifyStage:
+    """Runs the model over decoded blocks. Loads it once; torch or OpenVINO is imported here and not before.
+
+    On a CPU, ``streams`` threads may call it at once: they share the weights.
+    """
+
+    def __init__(self, run: Run, *, batch_size: int, num_threads: int | None, streams: int = 1) -> None:
+        """``num_threads``: of each forward pass on a CPU, or none for as many as the library likes."""
         from imgbatch.core.backends import build_predictor
 
         storage.configure(run.config.storage)
@@ -120,6 +140,7 @@ class ClassifyStage:
             batch_size=batch_size,
             features=plan.config.output.embeddings,
             num_threads=num_threads,
+            streams=streams,
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -34,10 +34,10 @@ def _dies_visibly(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, p
 
 
 class DecodeActor:
-    """CPU pool: fetches and decodes. Does not import torch."""
+    """CPU pool: fetches and decodes, several units at once. Does not import torch."""
 
-    def __init__(self, run: Run) -> None:
-        self._decode = DecodeStage(run)
+    def __init__(self, run: Run, processes: int) -> None:
+        self._decode = DecodeStage(run, processes=processes)
 
     @_dies_visibly
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -45,10 +45,10 @@ class DecodeActor:
 
 
 class ClassifyActor:
-    """GPU pool, or the cores: runs the model."""
+    """GPU pool, or the cores: runs the model, on the cores over several units at once."""
 
-    def __init__(self, run: Run, batch_size: int, num_threads: int | None) -> None:
-        self._classify = ClassifyStage(run, batch_size=batch_size, num_threads=num_threads)
+    def __init__(self, run: Run, batch_size: int, num_threads: int | None, streams: int) -> None:
+        self._classify = ClassifyStage(run, batch_size=batch_size, num_threads=num_threads, streams=streams)
         self._waiting = WaitMetric(run.run_id)
 
     @_dies_visibly

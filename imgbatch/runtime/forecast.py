@@ -183,9 +183,9 @@ def stage_rates(stage_s: Mapping[str, float], pools: Pools, device: DeviceKind, 
     """
     if not stage_s:
         return {}
-    rates = {"decode": pools.decode_actors / (stage_s["fetch"] + stage_s["decode"])}
+    rates = {"decode": pools.decoders / (stage_s["fetch"] + stage_s["decode"])}
     if "classify" in stage_s:
-        rates["classify"] = pools.classify_actors / stage_s["classify"]
+        rates["classify"] = pools.classifiers / stage_s["classify"]
         if device == "cpu":
             core_s = stage_s["decode"] + stage_s["classify"] * pools.classify_threads
             rates["cores"] = machine.num_cpus / core_s

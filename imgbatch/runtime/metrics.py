@@ -10,6 +10,7 @@ Rates come from the scraper: rate(imgbatch_rows_total[1m]) is images per second.
 
 from __future__ import annotations
 
+import threading
 import time
 
 from ray.util.metrics import Counter
@@ -37,18 +38,25 @@ class RunMetrics:
 
 
 class WaitMetric:
-    """Counts the seconds between one block and the next in a classify actor; use it as a context manager around
-    the work on a block."""
+    """Counts the seconds in which a classify actor has no block at work; use it as a context manager around the work
+    on each, in any number of threads."""
 
     def __init__(self, run_id: str) -> None:
         self._counter = Counter(
             "imgbatch_classify_wait_seconds_total", "Seconds that classify actors waited.", ("run_id",)
         )
         self._tags = {"run_id": run_id}
+        self._lock = threading.Lock()
+        self._at_work = 0
         self._idle_since = time.perf_counter()
 
     def __enter__(self) -> None:
-        self._counter.inc(max(1e-9, time.perf_counter() - self._idle_since), self._tags)
+        with self._lock:
+            if self._at_work == 0:
+                self._counter.inc(max(1e-9, time.perf_counter() - self._idle_since), self._tags)
+            self._at_work += 1
 
     def __exit__(self, *_: object) -> None:
-        self._idle_since = time.perf_counter()
+        with self._lock:
+            self._at_work -= 1
+            self._idle_since = time.perf_counter()

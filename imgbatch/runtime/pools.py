@@ -13,6 +13,9 @@ from imgbatch.errors import UsageError
 
 _CPU_BATCH, _GPU_BATCH = 8, 256
 _MAX_AUTO_THREADS = 4
+_MAX_DECODE_PROCESSES, _MAX_STREAMS = 2, 4
+"""Of one actor, unless it is told otherwise: a process of Ray's costs 3 s of CPU to start and 120 MB, one with torch
+twice that and more; but whatever an actor does in Python, its threads do in turn."""
 _DECODERS_PER_COMMITTER = 32
 
 
@@ -22,6 +25,8 @@ class Machine:
 
     num_cpus: int
     num_gpus: int
+    node_cpus: int = 0
+    """Of the smallest node that has any; 0: it is all one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +34,38 @@ class Pools:
     """Sizes of the actor pools and the share of a CPU or GPU that each actor asks for."""
 
     decode_actors: int
+    decode_processes: int
+    """Of each decode actor."""
     classify_actors: int
+    classify_streams: int
+    """Units at once in each classify actor."""
     classify_threads: int
+    """Of each of these."""
     decode_cpus: float
     classify_cpus: float
     classify_gpus: float
 
     @property
+    def decoders(self) -> int:
+        """Units that are decoded at once, in all."""
+        return self.decode_actors * self.decode_processes
+
+    @property
+    def classifiers(self) -> int:
+        """Units that the model runs over at once, in all."""
+        return self.classify_actors * self.classify_streams
+
+    @property
     def commit_actors(self) -> int:
         """Processes that write unit files and ask for no CPU: a write takes some ms, a unit seconds."""
-        return -(-self.decode_actors // _DECODERS_PER_COMMITTER)
+        return -(-self.decoders // _DECODERS_PER_COMMITTER)
 
     def describe(self) -> str:
-        device = "GPU" if self.classify_gpus else f"{self.classify_threads} thread(s)"
-        return f"{self.decode_actors} decode actors, {self.classify_actors} classify actors ({device} each)"
+        device = "GPU" if self.classify_gpus else f"{self.classify_streams} x {self.classify_threads} thread(s)"
+        return (
+            f"{self.decode_actors} decode actors ({self.decode_processes} process(es) each), "
+            f"{self.classify_actors} classify actors ({device} each)"
+        )
 
 
 def this_machine() -> Machine:
@@ -77,8 +100,8 @@ def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) 
     On GPUs: one classify actor each, which asks for the GPU alone so that decode actors cannot keep it out of a
     node, and every CPU but one per classify actor and one for the driver decodes. On
     CPUs both pools share the cores, because which of them has more to do depends on the model: as many decode
-    actors as cores (half of them beyond eight), and classify actors whose threads add up to the cores. Each then
-    asks for half of the CPUs that it can use, so that all fit at once.
+    processes as cores (half of them beyond eight), and forward passes whose threads add up to the cores. Each actor
+    then asks for half of the CPUs that it can use, so that all fit at once. Several of either share an actor.
 
     Raises:
         UsageError: a cluster that has nothing yet, and sizes that would be taken from what it has.
@@ -90,16 +113,41 @@ def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) 
             f"zero give resources.device, resources.decode_actors and resources.classify_actors"
         )
     cores = machine.num_cpus or _given(config.decode_actors, 1)
+    node_cpus = machine.node_cpus or cores
     if device == "cuda":
         classify_actors = _given(config.classify_actors, max(1, machine.num_gpus))
-        decode_actors = _given(config.decode_actors, max(1, cores - classify_actors - 1))
-        return Pools(decode_actors, classify_actors, 1, 1.0 if cores > 2 else 0.25, 0.0, 1.0)
+        most = max(1, cores - classify_actors - 1)
+        decode_actors, processes = _shared_out(
+            most, min(_MAX_DECODE_PROCESSES, node_cpus), config.decode_actors, config.decode_processes
+        )
+        decode_cpus = _cpu_share(most / decode_actors) if config.decode_actors == "auto" else float(processes)
+        return Pools(decode_actors, processes, classify_actors, 1, 1, decode_cpus if cores > 2 else 0.25, 0.0, 1.0)
+    decode_actors, processes = _shared_out(
+        cores if cores <= 8 else cores // 2 + 4,
+        min(_MAX_DECODE_PROCESSES, node_cpus),
+        config.decode_actors,
+        config.decode_processes,
+    )
     threads = _given(config.classify_threads, min(_MAX_AUTO_THREADS, max(1, cores // 8)))
-    classify_actors = _given(config.classify_actors, max(1, cores // threads))
-    decode_actors = _given(config.decode_actors, cores if cores <= 8 else cores // 2 + 4)
+    classify_actors, streams = _shared_out(
+        max(1, cores // threads),
+        max(1, min(_MAX_STREAMS, node_cpus // threads)),
+        config.classify_actors,
+        config.classify_streams,
+    )
     decode_cpus = _cpu_share(0.5 * cores / decode_actors)
     classify_cpus = _cpu_share(0.5 * cores / classify_actors)
-    return Pools(decode_actors, classify_actors, threads, decode_cpus, classify_cpus, 0.0)
+    return Pools(decode_actors, processes, classify_actors, streams, threads, decode_cpus, classify_cpus, 0.0)
+
+
+def _shared_out(total: int, most: int, actors: int | str, each: int | str) -> tuple[int, int]:
+    """Actors, and how much each does at once, for ``total`` in all and at most ``most`` in one; numbers are kept."""
+    if isinstance(actors, int):
+        return actors, each if isinstance(each, int) else 1
+    if isinstance(each, int):
+        return max(1, total // each), each
+    num_actors = -(-total // most)
+    return num_actors, max(1, round(total / num_actors))
 
 
 def _given(configured: int | str, automatic: int) -> int:

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
-import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import RayError, RayTaskError
@@ -54,13 +53,13 @@ class RayEngine:
 
     @property
     def window(self) -> int:
-        """Units under way at once, at most: two in each actor, two queued before it."""
-        return 4 * (self._pools.decode_actors + self._pools.classify_actors)
+        """Units under way at once, at most: as many again as are worked on in an actor, and as many queued."""
+        return 4 * (self._pools.decoders + self._pools.classifiers)
 
     @property
     def num_actors(self) -> dict[str, int]:
-        """Of the stages whose seconds receipts count; fetching and decoding share a pool."""
-        decode, classify = self._pools.decode_actors, self._pools.classify_actors
+        """Units at once in the stages whose seconds receipts count; fetching and decoding share a pool."""
+        decode, classify = self._pools.decoders, self._pools.classifiers
         return {"fetch": decode, "decode": decode, "classify": classify, "commit": self._pools.commit_actors}
 
     def describe(self) -> str:
@@ -104,15 +103,16 @@ class RayEngine:
         batch_size = choose_batch_size(run.config.classify.batch_size, run.plan.device, run.backend)
         threads = pools.classify_threads if run.plan.device == "cpu" else None
         return (
-            ray.data.from_arrow([pa.table({UNIT: pa.array([unit], pa.int32())}) for unit in units])
+            # Not from_arrow, which starts a task for each block to learn its schema.
+            ray.data.from_items([{UNIT: unit} for unit in units], override_num_blocks=len(units))
             .map_batches(
                 self.decode_actor,
-                fn_constructor_kwargs={"run": run},
-                # Two calls at once, of which one decodes while the other's first files are on their way.
+                fn_constructor_kwargs={"run": run, "processes": pools.decode_processes},
+                # One call more than can decode, so that its first files are on their way.
                 compute=ActorPoolStrategy(
                     size=pools.decode_actors,
-                    max_tasks_in_flight_per_actor=2,
-                    max_concurrent_calls_per_actor=2,
+                    max_tasks_in_flight_per_actor=pools.decode_processes + 1,
+                    max_concurrent_calls_per_actor=pools.decode_processes + 1,
                     enable_true_multi_threading=True,
                 ),
                 num_cpus=pools.decode_cpus,
@@ -123,8 +123,18 @@ class RayEngine:
             )
             .map_batches(
                 self.classify_actor,
-                fn_constructor_kwargs={"run": run, "batch_size": batch_size, "num_threads": threads},
-                compute=ActorPoolStrategy(size=pools.classify_actors, max_tasks_in_flight_per_actor=2),
+                fn_constructor_kwargs={
+                    "run": run,
+                    "batch_size": batch_size,
+                    "num_threads": threads,
+                    "streams": pools.classify_streams,
+                },
+                compute=ActorPoolStrategy(
+                    size=pools.classify_actors,
+                    max_tasks_in_flight_per_actor=2 * pools.classify_streams,
+                    max_concurrent_calls_per_actor=pools.classify_streams,
+                    enable_true_multi_threading=True,
+                ),
                 num_cpus=pools.classify_cpus,
                 num_gpus=pools.classify_gpus,
                 label_selector=resources.classify_labels or None,

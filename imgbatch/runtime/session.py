@@ -19,7 +19,7 @@ from imgbatch.errors import UsageError
 from imgbatch.runtime.pools import Machine, Pools, this_machine
 
 _BLOCKS_PER_ACTOR = 4
-"""Decoded blocks that the object store has room for, per actor: one worked on, two queued, one on its way."""
+"""Decoded blocks that the object store has room for, per unit at work: one worked on, two queued, one on its way."""
 _MIN_STORE_BYTES = 512 * 2**20
 
 
@@ -80,7 +80,8 @@ def _quiet_start() -> Iterator[None]:
 def cluster_machine() -> Machine:
     """CPUs and GPUs of the connected cluster."""
     resources = ray.cluster_resources()
-    return Machine(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+    smallest = min((int(node["Resources"].get("CPU", 0)) for node in _working_nodes()), default=0)
+    return Machine(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), node_cpus=smallest)
 
 
 def cluster_zones() -> tuple[list[str], list[str]]:
@@ -109,6 +110,6 @@ def _store_bytes(config: Config, pools: Pools | None) -> int | None:
         return config.ray.object_store_mb * 10**6
     if pools is None:
         return None
-    wanted = (pools.decode_actors + pools.classify_actors) * _BLOCKS_PER_ACTOR * MAX_UNIT_PIXEL_BYTES
+    wanted = (pools.decoders + pools.classifiers) * _BLOCKS_PER_ACTOR * MAX_UNIT_PIXEL_BYTES
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(_MIN_STORE_BYTES, min(wanted, int(0.3 * memory)))

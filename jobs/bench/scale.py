@@ -40,7 +40,8 @@ from jobs.bench.plan import write_manifest
 class NoDecode:
     """Reads the unit's row_ids and nothing else."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, processes: int) -> None:
+        del processes
         self._run = run
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -63,8 +64,8 @@ class NoDecode:
 class NoModel:
     """Says the same of every image."""
 
-    def __init__(self, run: Run, batch_size: int, num_threads: int | None) -> None:
-        del batch_size, num_threads
+    def __init__(self, run: Run, batch_size: int, num_threads: int | None, streams: int) -> None:
+        del batch_size, num_threads, streams
         names = run.bundle.class_names
         self._rules = LabelRules(names, run.bundle.task, run.plan.probabilities, run.plan.config.output.top_k)
         self._probs_K = np.full(len(names), 1 / len(names), np.float32)

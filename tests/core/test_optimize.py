@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,15 @@ def test_openvino_says_what_torch_says(optimized_model: ModelBundle, images_NHWC
     np.testing.assert_allclose(given.probs_NK, expected.probs_NK, atol=1e-3)
     assert given.errors == [None] * len(images_NHWC)
     assert given.features_ND is None
+
+
+def test_threads_that_share_a_variant_get_what_one_gets(optimized_model: ModelBundle, images_NHWC: np.ndarray):
+    backend = Backend(variant_of(optimized_model, "openvino-int8"))
+    shared = build_predictor(optimized_model, backend, device="cpu", batch_size=8, num_threads=1, streams=2)
+    expected_NK = shared.predict(images_NHWC).probs_NK
+    with ThreadPoolExecutor(2) as threads:
+        for predictions in threads.map(shared.predict, [images_NHWC] * 8):
+            np.testing.assert_array_equal(predictions.probs_NK, expected_NK)
 
 
 def test_what_is_recorded_is_what_comes_out(optimized_model: ModelBundle, photo_manifest: Path):

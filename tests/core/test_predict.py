@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,12 @@ def test_features_come_from_the_same_pass(make_bundle: MakeBundle, images_NHWC: 
     np.testing.assert_allclose(logits_NK, plain_logits(bundle, images_NHWC).numpy(), atol=1e-5)
     assert predictor.predict(images_NHWC[:0]).features_ND.shape == (0, 0)
     assert Predictor(bundle).predict(images_NHWC).features_ND is None
+
+
+def test_threads_that_share_a_model_get_what_one_gets(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    predictor = Predictor(make_bundle(), batch_size=2, num_threads=1)
+    expected_NK = predictor.predict(images_NHWC).probs_NK
+    with ThreadPoolExecutor(3) as threads:
+        for predictions in threads.map(predictor.predict, [images_NHWC] * 12):
+            np.testing.assert_array_equal(predictions.probs_NK, expected_NK)
+        assert threads.submit(torch.get_num_threads).result() == 1

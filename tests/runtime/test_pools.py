@@ -12,7 +12,8 @@ def test_on_cpus_all_actors_fit_at_once_and_threads_add_up_to_the_cores(cores: i
     pools = choose_pools(ResourcesConfig(), "cpu", Machine(cores, 0))
     asked = pools.decode_actors * pools.decode_cpus + pools.classify_actors * pools.classify_cpus
     assert asked <= cores
-    assert cores - pools.classify_threads < pools.classify_actors * pools.classify_threads <= cores
+    assert 0.75 * cores <= pools.classifiers * pools.classify_threads <= cores
+    assert pools.decoders >= cores / 2
     for share in (pools.decode_cpus, pools.classify_cpus):
         assert share > 0
         assert share < 1 or share == int(share)  # what Ray accepts
@@ -24,13 +25,26 @@ def test_on_gpus_there_is_one_classify_actor_each_and_the_cpus_decode(cores: int
     assert (pools.classify_actors, pools.classify_gpus) == (gpus, 1.0)
     asked = pools.decode_actors * pools.decode_cpus + pools.classify_actors * pools.classify_cpus
     assert asked <= cores
-    assert pools.decode_actors >= 1
+    assert pools.decoders >= max(1, cores - gpus - 1)
 
 
 def test_what_is_given_is_taken() -> None:
     config = ResourcesConfig(decode_actors=3, classify_actors=2, classify_threads=5)
     pools = choose_pools(config, "cpu", Machine(16, 0))
-    assert (pools.decode_actors, pools.classify_actors, pools.classify_threads) == (3, 2, 5)
+    assert (pools.decode_actors, pools.decode_processes) == (3, 1)
+    assert (pools.classify_actors, pools.classify_streams, pools.classify_threads) == (2, 1, 5)
+    config = ResourcesConfig(decode_processes=4, classify_streams=8, classify_threads=1)
+    pools = choose_pools(config, "cpu", Machine(16, 0))
+    assert (pools.decode_actors, pools.decode_processes) == (3, 4)
+    assert (pools.classify_actors, pools.classify_streams) == (2, 8)
+
+
+def test_no_actor_is_larger_than_the_smallest_node() -> None:
+    pools = choose_pools(ResourcesConfig(), "cpu", Machine(16, 0, node_cpus=1))
+    assert (pools.decode_processes, pools.classify_streams) == (1, 1)
+    pools = choose_pools(ResourcesConfig(), "cpu", Machine(8, 0, node_cpus=2))
+    assert (pools.decode_processes, pools.classify_streams) == (2, 2)
+    assert max(pools.decode_cpus, pools.classify_cpus) <= 2
 
 
 def test_a_cluster_that_starts_from_zero_is_told_what_it_will_have() -> None:
