@@ -18,6 +18,7 @@ LAYERS = {
     "imgbatch.cli": 3,
     "imgbatch.commands": 3,
     "imgbatch.demo": 3,
+    "imgbatch.demo_steps": 3,
     "imgbatch.satellite_demo": 3,
     "jobs": 3,
     "imgbatch.runtime": 2,

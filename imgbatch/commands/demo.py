@@ -37,7 +37,8 @@ def demo(
     config = load_config(config_file, assignments or (), {"output.path": out})
     result = run_demo(config, num_images=images, seed=seed, console=messages)
     paths = result.paths
-    shown = replace(result, errors=[(os.path.relpath(uri, paths.images), status, message) for uri, status, message in result.errors])
+    errors = [(os.path.relpath(uri, paths.images), status, message) for uri, status, message in result.errors]
+    shown = replace(result, errors=errors)
     places = {"images": paths.images, "manifest": paths.manifest, "model": paths.model}
     places |= {"labels": paths.labels / "predictions", "errors": paths.labels / "errors"}
     _show(shown, LABELS_QUERY, {"on the test split": result.accuracy}, "rows", paths.labels, places)
