@@ -6,8 +6,9 @@ plan_run -> check_sample -> passes over pending units -> isolation of what will 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,22 +161,32 @@ def device_kind(config: Config) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def open_engine(run: Run) -> Iterator[Engine]:
-    """The engine that ``classify.engine`` asks for; Ray is connected inside the block."""
+def open_engine(run: Run, meanwhile: Callable[[], object] = lambda: None) -> Iterator[Engine]:
+    """The engine that ``classify.engine`` asks for; Ray is connected inside the block.
+
+    ``meanwhile`` is done before the block, while Ray starts where there is Ray; what it raises is raised here.
+    """
     if run.config.classify.engine == "local":
+        meanwhile()
         from imgbatch.runtime.local import LocalEngine
 
         engine: Engine = LocalEngine(run)
         with contextlib.closing(engine):
             yield engine
         return
-    from imgbatch.runtime.ray_data import RayEngine
     from imgbatch.runtime.session import cluster_address, cluster_machine, ray_session
+
+    def load_and_go_on() -> None:
+        # Ray Data takes its seconds to load, which pass beside Ray's own.
+        importlib.import_module("imgbatch.runtime.ray_data")
+        meanwhile()
 
     # A cluster may have the GPUs that this machine lacks; only a Ray of our own is sized from here.
     of_our_own = cluster_address(run.config) is None
     planned = choose_pools(run.config.resources, run.plan.device, this_machine()) if of_our_own else None
-    with ray_session(run.config, planned):
+    with ray_session(run.config, planned, load_and_go_on):
+        from imgbatch.runtime.ray_data import RayEngine
+
         pools = choose_pools(run.config.resources, run.plan.device, cluster_machine())
         with contextlib.closing(RayEngine(run, pools)) as ray_engine:
             yield ray_engine
@@ -206,8 +217,7 @@ def _classify_pending(run: Run, console: Console, stop: StopSwitch) -> RunResult
         if pending:
             if len(pending) < layout.num_units:
                 reporter.say(f"continuing: {layout.num_units - len(pending):,} units are done already")
-            check_sample(run)
-            with open_engine(run) as engine:
+            with open_engine(run, lambda: check_sample(run)) as engine:
                 log.engine_described(engine.describe())
                 reporter.say(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}")
                 for line in (run.backend.describe(), *run.backend.left_out):

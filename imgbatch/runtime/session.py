@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,39 @@ def cluster_address(config: Config) -> str | None:
 
 
 @contextmanager
-def ray_session(config: Config, pools: Pools | None = None) -> Iterator[None]:
+def ray_session(
+    config: Config, pools: Pools | None = None, meanwhile: Callable[[], object] = lambda: None
+) -> Iterator[None]:
     """Ray is connected inside the block. One that was connected before stays so afterwards.
 
     Args:
         pools: sizes the object store of a Ray of our own.
+        meanwhile: done in a thread while Ray starts, which is seconds of waiting; what it raises is raised here.
     """
     if ray.is_initialized():
+        meanwhile()
         yield
         return
-    address = cluster_address(config)
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1, thread_name_prefix="meanwhile") as thread:
+        done = thread.submit(meanwhile)
+        # Not the other way round: Ray's processes end with the thread that started them.
+        _start(config, pools)
+        error = done.exception()
+    if error is not None:
+        ray.shutdown()
+        raise error
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts its own in place, which ends the process with the signal's number as its exit code.
+        signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(config: Config, pools: Pools | None) -> None:
+    address = cluster_address(config)
     try:
         with _quiet_start():
             if address is not None:
@@ -55,13 +78,6 @@ def ray_session(config: Config, pools: Pools | None = None) -> Iterator[None]:
                 )
     except ConnectionError as error:
         raise UsageError(f"ray.address: no cluster answers at {address} ({error})") from error
-    if threading.current_thread() is threading.main_thread():
-        # Ray puts its own in place, which ends the process with the signal's number as its exit code.
-        signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def run(contestant: Contestant, out: Path) -> Outcome:
     environment = {**os.environ, **contestant.environment}
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        memory = _PeakMemory(process.pid)
+        memory = PeakMemory(process.pid)
         code = process.wait()
         peak_mb = memory.stop()
     if code != 0 or not result.exists():
@@ -87,7 +87,7 @@ def run(contestant: Contestant, out: Path) -> Outcome:
     return Outcome(**json.loads(result.read_text()), peak_mb=peak_mb)
 
 
-class _PeakMemory:
+class PeakMemory:
     """Watches a process and everything below it."""
 
     def __init__(self, pid: int) -> None:

@@ -102,14 +102,15 @@ def run_pipeline(manifest: Path, model: str, out: Path, settings: Sequence[str] 
     counts = json.loads(files.read_text())["counts"]
     if set(counts) != {"OK"}:
         raise SystemExit(f"rows failed: {counts}")
-    return {**json.loads(path.read_text()), "steady_images_per_s": steady_rate(out)}
+    record = json.loads(path.read_text())
+    return {**record, "steady_images_per_s": steady_rate(out, record["unit_rows"])}
 
 
-def steady_rate(out: Path) -> float:
-    """Images per second over the middle of the run."""
+def steady_rate(out: Path, unit_rows: int) -> float:
+    """Images per second over the middle of the run, whose last unit may be smaller."""
     times = sorted(path.stat().st_mtime for path in out.glob("runs/*/units/unit-*.parquet"))
     first, last = len(times) // 5, len(times) * 9 // 10
-    return (last - first) * UNIT_ROWS / (times[last] - times[first])
+    return (last - first) * unit_rows / (times[last] - times[first])
 
 
 def report(rounds: list[tuple[dict[str, float], dict[str, Any]]]) -> None:

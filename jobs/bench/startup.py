@@ -34,6 +34,15 @@ from jobs.bench.common import describe_machine, find_photographs, save_trivial_m
 UNIT_ROWS, NUM_UNITS = 64, 12
 MOMENTS = ("planned", "Ray is up", "first unit begun", "first unit committed")
 _SAMPLE_S = 0.1
+_RAYS = (
+    "dashboard/agent",
+    "dashboard/dashboard",
+    "runtime_env/agent",
+    "log_monitor",
+    "monitor",
+    "gcs_server",
+    "raylet",
+)
 
 
 @dataclass
@@ -123,12 +132,11 @@ def _watch(root: psutil.Process, out: Path, start: Start) -> None:
 def _name(process: psutil.Process) -> str:
     """What a process is, in a word."""
     command = " ".join(process.cmdline())
-    if actor := re.match(r"ray::(?:MapWorker\(\w*\((\w+)\)\)|([\w.]+))", command):
+    if actor := re.match(r"ray::(?:MapWorker\(\w*\((\w+)\)\)|([\w]+))", command):
         return actor[1] or actor[2]
-    for word in ("decode_child", "raylet/raylet", "gcs_server", "log_monitor", "dashboard/agent", "runtime_env/agent"):
-        if word in command:
-            return word.rpartition("/")[2] if word != "runtime_env/agent" else "runtime env agent"
-    return "command" if "imgbatch classify" in command else process.name()
+    known = {"decode_child": "decoding child", "imgbatch classify": "command"}
+    ours = next((name for word, name in known.items() if word in command), None)
+    return ours or next((f"Ray's {word}" for word in _RAYS if word in command), process.name())
 
 
 def report(starts: Sequence[Start], machine: str) -> None:
