@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from imgbatch.commands.common import AsJson, console, print_json
+from imgbatch.commands.common import AsJson, console, print_json, print_table
 from imgbatch.config import Config
 from imgbatch.errors import CheckFailed, UsageError
 
@@ -218,10 +218,10 @@ def stats(
     if as_json:
         print_json({"tiles": sampled.num_tiles, "failed": list(sampled.failed), "bands": described})
         return
-    table = Table(*described[0], box=SIMPLE)
-    for row in described:
-        table.add_row(*("" if number is None else f"{number:,.6g}" for number in row.values()))
-    console.print(table)
+    print_table(
+        list(described[0]),
+        [["" if number is None else f"{number:,.6g}" for number in row.values()] for row in described],
+    )
     console.print(f"{sampled.num_tiles:,} tiles read, {len(sampled.failed):,} not", markup=False)
     for failure in sampled.failed[:_MAX_SAMPLE_SHOWN]:
         console.print(f"  {failure}", markup=False)
