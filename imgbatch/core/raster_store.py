@@ -1,8 +1,8 @@
 """How GDAL reaches rasters in object stores: the project's settings of S3 in GDAL's words (its ``/vsis3/``).
 
 Ranges of a few blocks are requested, never whole scenes: fsspec's files, which rasterio can open too, fetch two to four
-times the bytes, or ask eighteen times as often (``jobs/results/2026-11-27-raster_s3.md``). Credentials come from the environment, a profile or a role,
-which GDAL looks up itself.
+times the bytes, or ask 18 to 33 times as often (``jobs/results/2026-11-27-raster_s3.md``). Credentials come from the
+environment, a profile or a role, which GDAL looks up itself.
 """
 
 from __future__ import annotations
