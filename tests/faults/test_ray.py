@@ -75,7 +75,14 @@ def test_actors_that_die_cost_no_row(ray_job: Job, oracle: Job) -> None:
     with started(ray_job, ";".join(deaths)) as process:
         assert process.wait(BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()
     assert len(list((ray_job.folder / "markers").iterdir())) == len(deaths)
+    assert_no_word_of_ray(ray_job)
     assert_exactly_once(ray_job, oracle)
+
+
+def assert_no_word_of_ray(job: Job) -> None:
+    """What it prints of dying actors by itself, and of its own bookkeeping's failures."""
+    said = job.log.read_text()
+    assert not re.search(r"\((raylet|autoscaler)|pid=\d|Unhandled error|Traceback", said), said
 
 
 def test_a_row_that_kills_whoever_touches_it_ends_alone(ray_job: Job, oracle: Job) -> None:
@@ -144,6 +151,52 @@ def test_stopped_at_once(signals: list[signal.Signals], ray_job: Job, oracle: Jo
         assert process.wait(60) == ExitCode.INTERRUPTED, ray_job.log.read_text()
     assert "the same command continues" in ray_job.last_line()
     assert job_on_one_process(ray_job).run() == ExitCode.DONE
+    assert_exactly_once(ray_job, oracle)
+
+
+HEADROOM_BYTES = 5 * 10**9
+"""What the job's own processes take, and what others on the machine may come to take meanwhile."""
+STEP_BYTES = 2**28
+
+
+def late_workers(process: subprocess.Popen[bytes]) -> set[psutil.Process]:
+    """Of the pools that stay until the last unit is done; those that decode leave when nothing is left to decode."""
+    found = set()
+    for child in _descendants(process.pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if re.match(r"ray::MapWorker\(MapBatches\((Classify|Commit)Actor", " ".join(child.cmdline())):
+                found.add(child)
+    return found
+
+
+def test_workers_that_are_killed_for_want_of_memory_cost_no_row(
+    ray_job: Job, oracle: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process takes memory until Ray ends a worker, and gives it back at once."""
+    from ray._common.utils import get_system_memory
+    from ray._private.utils import get_used_memory
+
+    total, used = get_system_memory(), get_used_memory()
+    limit = used + HEADROOM_BYTES
+    if limit + 2 * 10**9 > total:
+        pytest.skip(f"{(total - used) / 1e9:.1f} GB are free, too few to bring Ray to its limit and not the machine")
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{limit / total:.4f}")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    with started(ray_job, "classify.unit=delay:4", once=False) as process:
+        wait_until(lambda: units_done(ray_job) >= 1, 180)
+        before = late_workers(process)
+        assert len(before) == 2, "one classifies, one commits"
+        taken = []
+        while before <= late_workers(process):
+            assert units_done(ray_job) < 7, "no worker was killed"
+            if get_used_memory() < limit + STEP_BYTES:
+                taken.append(bytearray(b"x") * STEP_BYTES)  # written, so that the pages are really there
+            time.sleep(0.05)
+        del taken
+        code = process.wait(BOUNDED_S)
+    assert code in (ExitCode.DONE, ExitCode.INTERRUPTED), ray_job.log.read_text()
+    finish(ray_job, code, address="")
+    assert_no_word_of_ray(ray_job)
     assert_exactly_once(ray_job, oracle)
 
 
