@@ -2,10 +2,10 @@
 
     python -m jobs.bench.startup [--repeats 1] [--set section.key=value ...]
 
-A trivial model and one unit of 64 drawn images more than the actors can take at once, so that every process of a real
-run comes up. The clock is the command's: ``planned`` is its first line, ``Ray is up`` the line that names the pools,
-``first unit begun`` and ``first unit committed`` are the times of run.json and of the first unit file. Beside it, the
-CPU seconds of every process until then, by its name, and the memory that it holds (PSS).
+A trivial model and twelve units of 64 images, so that every process of a real run comes up. The clock is the command's:
+``planned`` is its first line, ``Ray is up`` the line that names the pools, ``first unit begun`` and ``first unit
+committed`` are the times of run.json and of the first unit file. Beside it, the CPU seconds of every process until
+then, by its name, and the memory that it holds (PSS).
 """
 
 from __future__ import annotations

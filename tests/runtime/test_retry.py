@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgbatch.config import Config
+from imgbatch.core.verify import verify
+from imgbatch.runtime.job import RunResult, classify, retry
+from tests.conftest import changed
+from tests.runtime.conftest import rows_of
+
+
+def broken_manifest(photos: list[Path], tmp_path: Path) -> tuple[Path, list[Path]]:
+    """30 photos, 10 of which are not there yet."""
+    late = [tmp_path / f"late{index}.jpg" for index in range(10)]
+    manifest = tmp_path / "broken.parquet"
+    pq.write_table(pa.table({"uri": [str(path) for path in [*photos[6:26], *late]]}), manifest)
+    return manifest, late
+
+
+def test_retry_classifies_what_failed_into_a_child_run(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    manifest, late = broken_manifest(photos, tmp_path)
+    config = changed(photo_config, input__manifest=str(manifest))
+    first = classify(config)
+    assert first.counts["NOT_FOUND"] == 10
+    for path in late[:8]:
+        path.write_bytes(photos[1].read_bytes())
+    child = retry(config, None)
+    assert isinstance(child, RunResult)
+    assert child.counts["OK"] == 8
+    assert rows_of(config, "select count(*), count(distinct row_id) from predictions") == [(27, 27)]
+    assert rows_of(config, "select status, row_id from errors where status = 'NOT_FOUND' order by 2") == [
+        ("NOT_FOUND", 28),
+        ("NOT_FOUND", 29),
+    ]
+    late[8].write_bytes(photos[1].read_bytes())
+    late[9].write_bytes(photos[1].read_bytes())
+    again = retry(config, None)
+    assert isinstance(again, RunResult)
+    assert again.counts["OK"] == 2
+    result = verify(first.out)
+    assert result.ok
+    assert set(result.counts) == {first.run_id, child.run_id, again.run_id}
+
+
+def test_nothing_to_retry(photo_config: Config) -> None:
+    classify(changed(photo_config, input__limit=4))
+    assert retry(photo_config, None) is None
