@@ -4,8 +4,8 @@
 
 Axes: ``decoders`` (children that decode), ``unit-rows``, ``side`` (of the images, px), ``classes`` (with every class's
 probability written), ``rows`` (of 64 px) and ``nodes``. Each point is one run of the installed command with a trivial
-model: the rate in the middle of the run, CPU milliseconds an image of all processes over the whole of it, and the
-highest memory of all processes together (PSS). ``--long`` adds a million rows.
+model: the rate in the middle of the run, and the highest memory of all processes together (PSS; this one, which has
+loaded torch to write the model, among them). ``--long`` adds a million rows.
 
 ``nodes`` is weak scaling: one, two and four nodes of a local cluster with one decode and one classify actor each, whose
 work is to wait, so that the cores at hand do not matter and what is seen is the engine.
@@ -14,7 +14,7 @@ work is to wait, so that the cores at hand do not matter and what is seen is the
 from __future__ import annotations
 
 import argparse
-import statistics
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -50,8 +49,6 @@ class Point:
     value: int
     images: int
     images_per_s: float
-    cpu_ms: float
-    """Of all processes, an image, start and end included."""
     peak_mb: float
 
 
@@ -114,12 +111,9 @@ class Bench:
     ) -> Point:
         manifest, out = self._manifest(side, images), self._scratch / f"run{self._runs}"
         self._runs += 1
-        before = psutil.cpu_times()
-        memory = PeakMemory(psutil.Process().pid)
+        memory = PeakMemory(os.getpid())
         run = run_pipeline(manifest, model or self._model, out, [f"{key}={value}" for key, value in settings.items()])
-        after = psutil.cpu_times()
-        cpu_s = after.user + after.system - before.user - before.system
-        point = Point(axis, value, images, run["steady_images_per_s"], 1000 * cpu_s / images, memory.stop())
+        point = Point(axis, value, images, run["steady_images_per_s"], memory.stop())
         print(f"{axis} {value:,}: {point.images_per_s:,.0f} images/s, {point.peak_mb:,.0f} MB", flush=True)
         return point
 
@@ -191,13 +185,8 @@ def _units_per_s(run: Run, num_nodes: int) -> float:
 
 def table(points: Sequence[Point]) -> list[str]:
     """Markdown of one axis."""
-    lines = [f"| {points[0].axis} | images | images/s | CPU ms an image | peak memory, MB |"]
-    lines.append("| --- | --- | --- | --- | --- |")
-    lines += [
-        f"| {p.value:,} | {p.images:,} | {p.images_per_s:,.0f} | {p.cpu_ms:.2f} | {p.peak_mb:,.0f} |" for p in points
-    ]
-    middle = statistics.median(point.images_per_s for point in points)
-    return [*lines, "", f"Median rate {middle:,.0f} images/s."]
+    lines = [f"| {points[0].axis} | images | images/s | peak memory, MB |", "| --- | --- | --- | --- |"]
+    return lines + [f"| {p.value:,} | {p.images:,} | {p.images_per_s:,.0f} | {p.peak_mb:,.0f} |" for p in points]
 
 
 def main() -> None:
