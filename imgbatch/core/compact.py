@@ -15,7 +15,7 @@ from imgbatch.core.database import spilling
 from imgbatch.core.views import view_statements
 from imgbatch.schema import IMAGE_ID, SCHEMA_VERSION, to_plain
 
-_MEMORY = "2GB"
+_MEMORY_MB = 2000
 _BATCH_ROWS = 65_536
 _FILE_NAME = "part-{:05d}.parquet"
 
@@ -57,7 +57,7 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
         return CompactResult(**{**storage.read_json(record), "already_there": True})
     directory = storage.join(compacted, name)
     storage.remove(directory)
-    with spilling(out, memory_limit=_MEMORY) as connection:
+    with spilling(out, memory_mb=_MEMORY_MB) as connection:
         for statement in statements:
             connection.execute(statement)
         reader = connection.sql(f"from predictions order by {IMAGE_ID}").to_arrow_reader(_BATCH_ROWS)

@@ -10,22 +10,18 @@ import duckdb
 
 from imgbatch.core import storage
 
+_MB_PER_THREAD = 128
+"""Grouping 100,000,000 keys fails at 30 MB a thread, for all that spills, and at 100 MB on more than two threads."""
 
-def connect(out: str | None = None, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
-    """An in-memory database; close it when done.
 
-    Args:
-        out: a directory or file that queries will read, wherever it is.
-        memory_limit: as DuckDB's setting, ``2GB``; none: DuckDB's default.
-    """
+def connect(out: str | None = None) -> duckdb.DuckDBPyConnection:
+    """An in-memory database; close it when done. ``out``: a directory or file that queries will read, anywhere."""
     connection = duckdb.connect()
     connection.execute("set timezone = 'UTC'")
     # Its progress bar would be printed into whatever the command prints. Where it is off, as in a notebook without
     # ipywidgets, DuckDB refuses to set it at all.
     if connection.execute("select current_setting('enable_progress_bar')").fetchall() == [(True,)]:
         connection.execute("set enable_progress_bar = false")
-    if memory_limit is not None:
-        connection.execute(f"set memory_limit='{memory_limit}'")
     if out is not None:
         reach(connection, out)
     return connection
@@ -43,12 +39,22 @@ def reach(connection: duckdb.DuckDBPyConnection, uri: str) -> None:
 
 
 @contextlib.contextmanager
-def spilling(out: str | None = None, *, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """As :func:`connect`, for the block, with a temporary directory for what exceeds the limit."""
-    with (
-        tempfile.TemporaryDirectory() as spill,
-        contextlib.closing(connect(out, memory_limit=memory_limit)) as database,
-    ):
-        database.execute("set temp_directory = ?", [spill])
-        database.execute("set preserve_insertion_order = false")
+def bounded_memory(connection: duckdb.DuckDBPyConnection, memory_mb: int = 1000) -> Iterator[None]:
+    """``connection`` held to ``memory_mb``, in the block, with a temporary directory for what exceeds it.
+
+    No more threads than that is enough for: each needs some of it that cannot be spilled.
+    """
+    (found,) = connection.execute("select current_setting('threads')").fetchall()
+    with tempfile.TemporaryDirectory(prefix="imgbatch-") as spill:
+        connection.execute(f"set threads = {min(found[0], max(1, memory_mb // _MB_PER_THREAD))}")
+        connection.execute(f"set memory_limit = '{memory_mb}MB'")
+        connection.execute("set temp_directory = ?", [spill])
+        connection.execute("set preserve_insertion_order = false")
+        yield
+
+
+@contextlib.contextmanager
+def spilling(out: str | None = None, *, memory_mb: int) -> Iterator[duckdb.DuckDBPyConnection]:
+    """As :func:`connect`, for the block, within :func:`bounded_memory`."""
+    with contextlib.closing(connect(out)) as database, bounded_memory(database, memory_mb):
         yield database

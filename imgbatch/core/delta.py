@@ -22,7 +22,7 @@ from imgbatch.core.views import view_statements
 from imgbatch.errors import UsageError, normalise_message
 from imgbatch.schema import to_plain
 
-_MEMORY = "2GB"
+_MEMORY_MB = 2000
 _BATCH_ROWS = 65_536
 _APP_VERSION = 1
 """Of a run's only transaction; its rows never change."""
@@ -75,7 +75,7 @@ def _publish_run(out: str, run: CurrentRun, table: str, options: dict[str, str] 
         custom_metadata={"imgbatch.model_id": run.model_id, "imgbatch.output": storage.absolute(out)},
     )
     try:
-        with spilling(out, memory_limit=_MEMORY) as connection:
+        with spilling(out, memory_mb=_MEMORY_MB) as connection:
             rows = _read(connection, out, run)
             # The table as it is now: what others commit from here on is in conflict with this transaction.
             opened = _open(table, rows.schema, options)

@@ -16,7 +16,7 @@ from imgbatch.core.views import view_statements
 from imgbatch.errors import UsageError
 from imgbatch.schema import ETAG, IMAGE_ID, ROW_ID
 
-_MEMORY = "1GB"
+_MEMORY_MB = 1000
 
 
 def unlabelled_rows(manifest: Manifest, out: str, *, num_rows: int, model_id: str, since_run: str | None) -> np.ndarray:
@@ -35,7 +35,7 @@ def unlabelled_rows(manifest: Manifest, out: str, *, num_rows: int, model_id: st
     if not runs:
         return np.ones(num_rows, dtype=bool)
     unlabelled = np.zeros(num_rows, dtype=bool)
-    with spilling(out, memory_limit=_MEMORY) as connection:
+    with spilling(out, memory_mb=_MEMORY_MB) as connection:
         for statement in view_statements(out, runs):
             connection.execute(statement)
         stored = connection.sql("from all_predictions limit 0").columns

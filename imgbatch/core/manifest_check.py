@@ -23,7 +23,7 @@ from imgbatch.errors import RowError, Status
 from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, SPLIT, TARGET, URI, WINDOW
 
 _MAX_EXAMPLES = 5
-_DUPLICATES_MEMORY = "512MB"
+_DUPLICATES_MEMORY_MB = 512
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class _Scan:
 
 
 def _find_duplicates(scan: _Scan) -> tuple[int, list[dict[str, Any]]]:
-    with spilling(memory_limit=_DUPLICATES_MEMORY) as connection:
+    with spilling(memory_mb=_DUPLICATES_MEMORY_MB) as connection:
         connection.register("ids", scan.reader())
         connection.execute(
             """create temp table repeated as

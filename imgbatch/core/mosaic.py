@@ -26,6 +26,7 @@ from rasterio.shutil import copy
 from imgbatch.config import Config, FetchConfig
 from imgbatch.core import storage
 from imgbatch.core.access import fetch_settings
+from imgbatch.core.database import bounded_memory
 from imgbatch.core.palette import class_colour
 from imgbatch.core.raster_samples import RasterRejected
 from imgbatch.core.rasters import gdal_env, open_raster
@@ -35,7 +36,7 @@ from imgbatch.core.scored import read_labeller
 from imgbatch.core.views import open_views
 from imgbatch.errors import RowError, UsageError
 
-_MEMORY = "2GB"
+_MEMORY_MB = 2000
 _STRIP_ROWS = 512
 _MAX_BYTE_CLASSES = 255
 
@@ -110,7 +111,7 @@ def write_mosaics(
     if not storage.is_local(directory):
         raise UsageError(f"-o {directory}: rasters are written to local folders; copy them from there")
     tally = MosaicTally()
-    with gdal_env(), closing(open_views(out, memory_limit=_MEMORY)) as views:
+    with gdal_env(), closing(open_views(out)) as views, bounded_memory(views, _MEMORY_MB):
         labeller = read_labeller(views, out)
         class_names = tuple(labeller.class_names)
         if class_name is not None and class_name not in class_names:

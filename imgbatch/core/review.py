@@ -17,9 +17,10 @@ import duckdb
 import pyarrow as pa
 
 from imgbatch.core import storage
+from imgbatch.core.database import bounded_memory
 from imgbatch.core.model import load_bundle
 from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
-from imgbatch.core.scored import Labeller, bounded_memory, read_labeller
+from imgbatch.core.scored import Labeller, read_labeller
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.schema import IMAGE_ID, TARGET, TARGETS, URI

@@ -2,7 +2,7 @@
 
 Legend of the shape suffixes: ``N`` rows, ``K`` classes.
 
-DuckDB joins and streams; memory is bounded by :data:`MEMORY_LIMIT` and spills to a temporary directory. Two relations
+DuckDB joins and streams; memory is bounded and spills to a temporary directory. Two relations
 are made on the connection:
 
     scored       every image that has a prediction and a target, once, with truth (the target, or the list of targets),
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgbatch.core import storage
+from imgbatch.core.database import bounded_memory
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.training.labelled import SPLIT_NAMES, TRAIN
@@ -33,7 +33,6 @@ from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.schema import RESERVED_COLUMNS, SPLIT, TARGET, TARGETS
 
-MEMORY_LIMIT = "1GB"
 """What DuckDB may hold; NumPy's share comes on top: 5 bytes a row and the rank sample."""
 
 _BATCH_VALUES = 1 << 21
@@ -137,16 +136,6 @@ def open_scored(
             of_split = f" in split {split!r}" if split is not None else ""
             raise UsageError(f"{manifest or out}: no row{of_split} has a target; fill in column {truth!r}")
         yield scored
-
-
-@contextlib.contextmanager
-def bounded_memory(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """``connection`` held to :data:`MEMORY_LIMIT`, with a directory to spill to that goes away afterwards."""
-    with tempfile.TemporaryDirectory(prefix="imgbatch-") as spill:
-        connection.execute(
-            f"set memory_limit='{MEMORY_LIMIT}'; set temp_directory='{spill}'; set preserve_insertion_order=false"
-        )
-        yield
 
 
 def read_labeller(connection: duckdb.DuckDBPyConnection, out: str) -> Labeller:

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from imgbatch.core import storage
 from imgbatch.core.corrections import Correction, Corrections, read_corrections
+from imgbatch.core.database import bounded_memory
 from imgbatch.core.manifest import Manifest, open_manifest
-from imgbatch.core.scored import bounded_memory, read_labeller
+from imgbatch.core.scored import read_labeller
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.schema import IMAGE_ID, SPLIT, TARGET, TARGETS, URI

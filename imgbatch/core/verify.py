@@ -14,7 +14,7 @@ from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS
 from imgbatch.core.runs import RunEntry, find_run, list_runs
 from imgbatch.errors import UsageError
 
-_MEMORY = "1GB"
+_MEMORY_MB = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _check_files(run: RunEntry) -> Iterator[Check]:
 
 
 def _check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
-    with spilling(run.paths.out, memory_limit=_MEMORY) as connection:
+    with spilling(run.paths.out, memory_mb=_MEMORY_MB) as connection:
 
         def number(query: str) -> int:
             row = connection.execute(query).fetchone()

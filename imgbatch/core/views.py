@@ -30,16 +30,13 @@ _NO_EMBEDDINGS = (
 )
 
 
-def open_views(out: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
+def open_views(out: str) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB with the views over ``out``; close it when done.
-
-    Args:
-        memory_limit: as DuckDB's setting, ``2GB``; none: DuckDB's default.
 
     Raises:
         UsageError: no finished run there.
     """
-    connection = connect(out, memory_limit=memory_limit)
+    connection = connect(out)
     try:
         for statement in view_statements(out, current.load(out)):
             connection.execute(statement)

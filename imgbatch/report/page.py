@@ -16,8 +16,9 @@ import duckdb
 
 from imgbatch.config import Config
 from imgbatch.core import current, storage
+from imgbatch.core.database import bounded_memory
 from imgbatch.core.runs import RunPaths
-from imgbatch.core.scored import Labeller, bounded_memory, read_labeller
+from imgbatch.core.scored import Labeller, read_labeller
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.report import explanations, figures, picks
