@@ -42,11 +42,12 @@ def reach(connection: duckdb.DuckDBPyConnection, uri: str) -> None:
 def bounded_memory(connection: duckdb.DuckDBPyConnection, memory_mb: int = 1000) -> Iterator[None]:
     """``connection`` held to ``memory_mb``, in the block, with a temporary directory for what exceeds it.
 
-    No more threads than that is enough for: each needs some of it that cannot be spilled.
+    No more threads than that is enough for, as each needs some of it that cannot be spilled; but two also on a single
+    core, because one alone keeps its table of groups in one piece, which does not spill either.
     """
     (found,) = connection.execute("select current_setting('threads')").fetchall()
     with tempfile.TemporaryDirectory(prefix="imgbatch-") as spill:
-        connection.execute(f"set threads = {min(found[0], max(1, memory_mb // _MB_PER_THREAD))}")
+        connection.execute(f"set threads = {min(max(2, found[0]), max(2, memory_mb // _MB_PER_THREAD))}")
         connection.execute(f"set memory_limit = '{memory_mb}MB'")
         connection.execute("set temp_directory = ?", [spill])
         connection.execute("set preserve_insertion_order = false")
