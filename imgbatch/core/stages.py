@@ -181,20 +181,22 @@ class ClassifyStage:
 
 
 class CommitStage:
-    """Writes the unit file of a classified block."""
+    """Writes the unit file of a classified block. Several threads may call it."""
 
     def __init__(self, run: Run, *, defer: bool) -> None:
         """``defer``: leave units that failed for reasons that may pass to a later pass."""
         storage.configure(run.config.storage)
         self._run = run
         self._rows = RowsReader(run.paths)
+        self._reading = threading.Lock()
         self._defer_above = run.config.errors.max_rate if defer else None
 
     def __call__(self, block: pa.Table) -> Receipt:
         started = time.perf_counter()
         unit_index = block[UNIT][0].as_py()
         unit = self._run.plan.layout.unit(unit_index)
-        planned = self._rows.read(unit, [ROW_ID])[ROW_ID].combine_chunks()
+        with self._reading:
+            planned = self._rows.read(unit, [ROW_ID])[ROW_ID].combine_chunks()
         failpoint("commit.before", unit_index)
         receipt = results.commit_unit(
             self._run.paths, unit_index, planned, block.select(UNIT_SCHEMA.names), defer_above=self._defer_above

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -45,38 +46,35 @@ class DecodeActor:
 
 
 class ClassifyActor:
-    """GPU pool, or the cores: runs the model, on the cores over several units at once."""
+    """GPU pool, or the cores: runs the model over ``streams`` units at once, and writes the unit files.
 
-    def __init__(self, run: Run, batch_size: int, num_threads: int | None, streams: int) -> None:
-        self._classify = ClassifyStage(run, batch_size=batch_size, num_threads=num_threads, streams=streams)
+    Any more threads that call are those that write: the model need not wait for the storage. What goes on to the
+    driver is one small row; that nothing can be written is told in the same way, as Ray Data keeps little of an
+    exception.
+    """
+
+    classify_stage: ClassVar[Callable[..., Callable[[pa.Table], pa.Table]]] = ClassifyStage
+    """A simulation puts another in its place."""
+
+    def __init__(self, run: Run, *, batch_size: int, num_threads: int | None, streams: int, defer: bool) -> None:
+        self._classify = self.classify_stage(run, batch_size=batch_size, num_threads=num_threads, streams=streams)
+        self._commit = CommitStage(run, defer=defer)
+        self._streams = threading.BoundedSemaphore(streams)
         self._waiting = WaitMetric(run.run_id)
 
     @_dies_visibly
     def __call__(self, block: pa.Table) -> pa.Table:
-        with self._waiting:
-            return self._classify(block)
-
-
-class CommitActor:
-    """Asks for no CPU: writes the unit file; what goes on to the driver is one small row.
-
-    That nothing can be written is told in the same way: of an exception, Ray Data keeps little.
-    """
-
-    def __init__(self, run: Run, defer: bool) -> None:
-        self._commit = CommitStage(run, defer=defer)
-
-    @_dies_visibly
-    def __call__(self, block: pa.Table) -> pa.Table:
+        with self._streams, self._waiting:
+            classified = self._classify(block)
         try:
-            told = self._commit(block).to_dict()
+            told = self._commit(classified).to_dict()
         except CannotWrite as error:
             told = {_CANNOT_WRITE: str(error)}
         return pa.table({RECEIPT: [json.dumps(told)]})
 
 
 def read_receipts(block: pa.Table) -> list[Receipt]:
-    """The receipts of a block of :class:`CommitActor`; raises :class:`CannotWrite` where that is what it tells."""
+    """The receipts of a block of :class:`ClassifyActor`; raises :class:`CannotWrite` where that is what it tells."""
     told = [json.loads(text) for text in block[RECEIPT].to_pylist()]
     for values in told:
         if _CANNOT_WRITE in values:

@@ -29,7 +29,7 @@ from imgbatch.core.views import open_views
 from imgbatch.errors import ErrorBudgetExceeded, Interrupted, Status, UsageError, normalise_message
 from imgbatch.runtime.engine import Engine, EngineStopped
 from imgbatch.runtime.interrupts import StopSwitch
-from imgbatch.runtime.pools import choose_device, choose_pools, this_machine
+from imgbatch.runtime.pools import Pools, choose_device, choose_pools, this_machine
 from imgbatch.runtime.progress import RunProgress
 from imgbatch.runtime.reporter import Reporter
 from imgbatch.runtime.run_log import RunLog
@@ -187,8 +187,10 @@ def open_engine(run: Run, meanwhile: Callable[[], object] = lambda: None) -> Ite
     with ray_session(run.config, planned, load_and_go_on):
         from imgbatch.runtime.ray_data import RayEngine
 
-        pools = choose_pools(run.config.resources, run.plan.device, cluster_machine())
-        with contextlib.closing(RayEngine(run, pools)) as ray_engine:
+        def sized() -> Pools:
+            return choose_pools(run.config.resources, run.plan.device, cluster_machine())
+
+        with contextlib.closing(RayEngine(run, sized)) as ray_engine:
             yield ray_engine
 
 

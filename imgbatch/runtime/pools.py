@@ -16,7 +16,6 @@ _MAX_AUTO_THREADS = 4
 _MAX_DECODE_PROCESSES, _MAX_STREAMS = 2, 4
 """Of one actor, unless it is told otherwise: a process of Ray's costs 3 s of CPU to start and 120 MB, one with torch
 twice that and more; but whatever an actor does in Python, its threads do in turn."""
-_DECODERS_PER_COMMITTER = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +55,12 @@ class Pools:
         return self.classify_actors * self.classify_streams
 
     @property
-    def commit_actors(self) -> int:
-        """Processes that write unit files and ask for no CPU: a write takes some ms, a unit seconds."""
-        return -(-self.decoders // _DECODERS_PER_COMMITTER)
+    def classify_calls(self) -> int:
+        """Units at once in a classify actor: those that the model runs over, and those that are written meanwhile.
+
+        On a GPU a unit takes no longer than a write to an object store, on cores much longer.
+        """
+        return self.classify_streams + (2 if self.classify_gpus else 1)
 
     def describe(self) -> str:
         device = "GPU" if self.classify_gpus else f"{self.classify_streams} x {self.classify_threads} thread(s)"
@@ -101,7 +103,8 @@ def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) 
     node, and every CPU but one per classify actor and one for the driver decodes. On
     CPUs both pools share the cores, because which of them has more to do depends on the model: as many decode
     processes as cores (half of them beyond eight), and forward passes whose threads add up to the cores. Each actor
-    then asks for half of the CPUs that it can use, so that all fit at once. Several of either share an actor.
+    then asks for half of the CPUs that it can use, so that all fit at once; on several nodes for a fifth, so that
+    half of the nodes have room for all when the others are lost. Several of either share an actor.
 
     Raises:
         UsageError: a cluster that has nothing yet, and sizes that would be taken from what it has.
@@ -135,8 +138,9 @@ def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) 
         config.classify_actors,
         config.classify_streams,
     )
-    decode_cpus = _cpu_share(0.5 * cores / decode_actors)
-    classify_cpus = _cpu_share(0.5 * cores / classify_actors)
+    share = 0.2 if node_cpus < cores else 0.5
+    decode_cpus = _cpu_share(share * cores / decode_actors)
+    classify_cpus = _cpu_share(share * cores / classify_actors)
     return Pools(decode_actors, processes, classify_actors, streams, threads, decode_cpus, classify_cpus, 0.0)
 
 

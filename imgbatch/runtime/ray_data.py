@@ -1,6 +1,6 @@
 """The pipeline on Ray Data.
 
-    pending units --> decode actors --> classify actors --> commit --> receipts
+    pending units --> decode actors --> classify actors, which commit --> receipts
 
 One unit stays one block from end to end: ``batch_size=None`` hands a block to a stage whole, and without a target
 block size Ray never splits one.
@@ -25,7 +25,8 @@ from imgbatch.core.parallel import Context, MapParts, Part, Result
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT
-from imgbatch.runtime.actors import ClassifyActor, CommitActor, DecodeActor, read_receipts
+from imgbatch.errors import UsageError
+from imgbatch.runtime.actors import ClassifyActor, DecodeActor, read_receipts
 from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import classify_isolated
 from imgbatch.runtime.metrics import RunMetrics
@@ -45,9 +46,11 @@ class RayEngine:
     classify_actor: ClassVar[type] = ClassifyActor
     """What the pools are made of; a simulation puts others in their place."""
 
-    def __init__(self, run: Run, pools: Pools) -> None:
+    def __init__(self, run: Run, choose_pools: Callable[[], Pools]) -> None:
+        """``choose_pools`` is asked before each pass, for nodes come and go."""
         self._run = run
-        self._pools = pools
+        self._choose_pools = choose_pools
+        self._pools = choose_pools()
         self._metrics = RunMetrics(run.run_id)
         configure_ray_data()
 
@@ -60,7 +63,7 @@ class RayEngine:
     def num_actors(self) -> dict[str, int]:
         """Units at once in the stages whose seconds receipts count; fetching and decoding share a pool."""
         decode, classify = self._pools.decoders, self._pools.classifiers
-        return {"fetch": decode, "decode": decode, "classify": classify, "commit": self._pools.commit_actors}
+        return {"fetch": decode, "decode": decode, "classify": classify, "commit": classify}
 
     def describe(self) -> str:
         return self._pools.describe()
@@ -73,6 +76,8 @@ class RayEngine:
             CannotWrite: a unit's results cannot be stored.
             Interrupted: nothing was committed for ``run.no_progress_s``.
         """
+        with contextlib.suppress(UsageError):  # as when every node is gone for the moment: then what was before
+            self._pools = self._choose_pools()
         with warnings.catch_warnings():
             # Finite retries have no other way in: the named parameters that replace remote args lack them.
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
@@ -128,26 +133,17 @@ class RayEngine:
                     "batch_size": batch_size,
                     "num_threads": threads,
                     "streams": pools.classify_streams,
+                    "defer": defer,
                 },
                 compute=ActorPoolStrategy(
                     size=pools.classify_actors,
-                    max_tasks_in_flight_per_actor=2 * pools.classify_streams,
-                    max_concurrent_calls_per_actor=pools.classify_streams,
+                    max_tasks_in_flight_per_actor=pools.classify_calls + 1,
+                    max_concurrent_calls_per_actor=pools.classify_calls,
                     enable_true_multi_threading=True,
                 ),
                 num_cpus=pools.classify_cpus,
                 num_gpus=pools.classify_gpus,
                 label_selector=resources.classify_labels or None,
-                batch_size=None,
-                batch_format="pyarrow",
-                **FINITE_RETRIES,
-            )
-            .map_batches(
-                CommitActor,
-                fn_constructor_kwargs={"run": run, "defer": defer},
-                # Tasks without a CPU have no limit: Ray would start a worker process for each that waits.
-                compute=ActorPoolStrategy(size=pools.commit_actors, max_tasks_in_flight_per_actor=4),
-                num_cpus=0,
                 batch_size=None,
                 batch_format="pyarrow",
                 **FINITE_RETRIES,

@@ -4,7 +4,7 @@
 
 Tiny images, of which every 50th is broken, are labelled by the installed command on a Ray of its own. Victims are
 drawn with a seed from what runs at that moment: decode actors, the child processes that decode, classify actors,
-commit actors, the raylet with everything on it, the driver. The time between two kills is longer than an actor
+the raylet with everything on it, the driver. The time between two kills is longer than an actor
 takes to start and a unit to pass; ``--pace`` slows units down so that the work lasts for all of them. Whenever the
 driver is gone the same command is run again.
 
@@ -49,7 +49,7 @@ NUM_FILES = 1000
 BROKEN_EVERY = 50
 UNIT_ROWS = 128
 POOLS = {"resources.decode_actors": 1, "resources.classify_actors": 1, "resources.classify_threads": 1}
-ACTORS = ("DecodeActor", "ClassifyActor", "CommitActor")
+ACTORS = ("DecodeActor", "ClassifyActor")
 TOLERANCE = 1e-5
 MARK = "IMGBATCH_RANDOM_KILLS"
 """In the environment of everything that the command starts."""

@@ -28,6 +28,7 @@ from imgbatch.core.results import LabelRules, prediction_columns, unit_table
 from imgbatch.core.rows import RowsReader
 from imgbatch.core.stages import DECODE_COLUMNS, UNIT
 from imgbatch.core.verify import verify
+from imgbatch.runtime.actors import ClassifyActor
 from imgbatch.runtime.job import MAX_PASS_UNITS
 from imgbatch.runtime.pools import choose_pools, this_machine
 from imgbatch.runtime.ray_data import RayEngine
@@ -80,11 +81,17 @@ class NoModel:
         return table.append_column("classify_s", pa.repeat(0.0, block.num_rows))
 
 
+class CommitAlone(ClassifyActor):
+    """Writes what :class:`NoModel` says."""
+
+    classify_stage = NoModel
+
+
 class SimulatedEngine(RayEngine):
     """The real scheduler with idle actors."""
 
     decode_actor = NoDecode
-    classify_actor = NoModel
+    classify_actor = CommitAlone
 
 
 def main() -> None:
@@ -122,7 +129,7 @@ def simulate(scratch: Path, unit_rows: int) -> None:
     steps.done("plan", num_rows, "rows/s")
     pools = choose_pools(run.config.resources, "cpu", this_machine())
     with ray_session(run.config, pools):
-        engine = SimulatedEngine(run, pools)
+        engine = SimulatedEngine(run, lambda: pools)
         steps.done("start Ray", 0, "")
         while pending := run.pending_units()[:MAX_PASS_UNITS]:
             receipts = engine.classify_units(pending, defer=False)

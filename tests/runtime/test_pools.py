@@ -47,6 +47,16 @@ def test_no_actor_is_larger_than_the_smallest_node() -> None:
     assert max(pools.decode_cpus, pools.classify_cpus) <= 2
 
 
+@pytest.mark.parametrize(("nodes", "each"), [(2, 2), (2, 8), (2, 16), (3, 4), (4, 2), (4, 64), (10, 16), (100, 8)])
+def test_half_of_the_nodes_have_room_for_the_actors_of_the_others(nodes: int, each: int) -> None:
+    pools = choose_pools(ResourcesConfig(), "cpu", Machine(nodes * each, 0, node_cpus=each))
+    left = [float(each)] * -(-nodes // 2)
+    for share in [pools.classify_cpus] * pools.classify_actors + [pools.decode_cpus] * pools.decode_actors:
+        node = max(range(len(left)), key=left.__getitem__)
+        assert left[node] >= share
+        left[node] -= share
+
+
 def test_a_cluster_that_starts_from_zero_is_told_what_it_will_have() -> None:
     with pytest.raises(UsageError, match="no GPU yet"):
         choose_pools(ResourcesConfig(), "cuda", Machine(0, 0))
