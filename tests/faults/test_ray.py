@@ -31,6 +31,8 @@ ON_RAY = {
     "resources.classify_actors": 1,
     "run.no_progress_s": 120,
 }
+CLASSIFY_ACTOR = re.compile(r"ray::MapWorker\(MapBatches\(ClassifyActor")
+"""How Ray names its process."""
 BOUNDED_S = 300.0
 STORE_BYTES = 300 * 10**6
 
@@ -160,11 +162,11 @@ STEP_BYTES = 2**28
 
 
 def late_workers(process: subprocess.Popen[bytes]) -> set[psutil.Process]:
-    """Of the pools that stay until the last unit is done; those that decode leave when nothing is left to decode."""
+    """Of the pool that stays until the last unit is done; those that decode leave when nothing is left to decode."""
     found = set()
     for child in _descendants(process.pid):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if re.match(r"ray::MapWorker\(MapBatches\((Classify|Commit)Actor", " ".join(child.cmdline())):
+            if CLASSIFY_ACTOR.match(" ".join(child.cmdline())):
                 found.add(child)
     return found
 
@@ -185,7 +187,7 @@ def test_workers_that_are_killed_for_want_of_memory_cost_no_row(
     with started(ray_job, "classify.unit=delay:4", once=False) as process:
         wait_until(lambda: units_done(ray_job) >= 1, 180)
         before = late_workers(process)
-        assert len(before) == 2, "one classifies, one commits"
+        assert len(before) == 1
         taken = []
         while before <= late_workers(process):
             assert units_done(ray_job) < 7, "no worker was killed"
@@ -266,6 +268,26 @@ def test_a_node_that_dies_costs_no_row(ray_job: Job, oracle: Job, cluster: Any) 
         code = process.wait(BOUNDED_S)
     finish(ray_job, code, cluster.address)
     assert_exactly_once(ray_job, oracle)
+
+
+def test_the_only_actor_with_the_model_is_lost_and_the_other_node_has_room(
+    ray_job: Job, oracle: Job, cluster: Any
+) -> None:
+    nodes = [add_node(cluster, "127.0.0.3"), add_node(cluster, "127.0.0.4")]
+    with started(ray_job, "classify.unit=delay:3", cluster.address, once=False) as process:
+        wait_until(lambda: units_done(ray_job) >= 1, 180)
+        (lost,) = (node for node in nodes if classifies(node))
+        kill_node(lost)
+        code = process.wait(BOUNDED_S)
+    assert code != ExitCode.INTERRUPTED, ray_job.log.read_text()
+    finish(ray_job, code, cluster.address)
+    assert_exactly_once(ray_job, oracle)
+
+
+def classifies(node: Any) -> bool:
+    """Whether the actor that runs the model is on it."""
+    children = raylet_of(node).children(recursive=True)
+    return any(CLASSIFY_ACTOR.match(" ".join(child.cmdline())) for child in children)
 
 
 def test_a_node_that_is_drained_costs_no_row(ray_job: Job, oracle: Job, cluster: Any) -> None:
