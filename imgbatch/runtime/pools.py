@@ -56,7 +56,7 @@ class Pools:
 
     @property
     def classify_calls(self) -> int:
-        """Units at once in a classify actor: those that the model runs over, and those that are written meanwhile.
+        """Units at once in a classify actor: those that the model runs over, and those written or waiting meanwhile.
 
         On a GPU a unit takes no longer than a write to an object store, on cores much longer.
         """

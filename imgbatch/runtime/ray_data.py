@@ -137,7 +137,7 @@ class RayEngine:
                 },
                 compute=ActorPoolStrategy(
                     size=pools.classify_actors,
-                    max_tasks_in_flight_per_actor=pools.classify_calls + 1,
+                    max_tasks_in_flight_per_actor=pools.classify_calls,
                     max_concurrent_calls_per_actor=pools.classify_calls,
                     enable_true_multi_threading=True,
                 ),

@@ -1,6 +1,7 @@
 """How close the Ray pipeline comes to what the machine could do with each stage alone.
 
     python -m jobs.bench.efficiency [--images 4000] [--repeats 1] [--model BUNDLE] [--folder IMAGES]
+        [--unit-rows 512]
 
 A trivial model (three convolutions at 64 px) unless one is named, so that the pipeline and not the network is
 measured. Each stage is run alone on files in the page cache, in one thread, and its core-seconds per image are
@@ -34,8 +35,11 @@ from imgbatch.core.stages import ClassifyStage, CommitStage, DecodeStage
 from imgbatch.runtime.pools import this_machine
 from jobs.bench.common import describe_machine, find_photographs, save_trivial_model, spread
 
-UNIT_ROWS = 128
-STAGE_UNITS = 4
+UNIT_ROWS = 512
+"""What a long manifest of images at 224 px is cut into."""
+SHORT_UNIT_ROWS = 128
+"""For runs that are too short for these."""
+STAGE_IMAGES = 512
 BATCH_SIZE = 8
 
 
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--model", help="a model bundle; default: a trivial one")
     parser.add_argument("--folder", type=Path, help="JPEG files")
+    parser.add_argument("--unit-rows", type=int, default=UNIT_ROWS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -57,18 +62,18 @@ def main() -> None:
         print(f"{arguments.images:,} images, {len(photographs)} of them different; {describe_machine()}\n")
         rounds = []
         for number in range(arguments.repeats):
-            stages = measure_stages(str(manifest), model, scratch / f"stages{number}")
-            pipeline = run_pipeline(manifest, model, scratch / f"run{number}")
+            stages = measure_stages(str(manifest), model, scratch / f"stages{number}", arguments.unit_rows)
+            pipeline = run_pipeline(manifest, model, scratch / f"run{number}", unit_rows=arguments.unit_rows)
             rounds.append((stages, pipeline))
         report(rounds)
 
 
-def measure_stages(manifest: str, model: str, out: Path) -> dict[str, float]:
+def measure_stages(manifest: str, model: str, out: Path, unit_rows: int) -> dict[str, float]:
     """Core-seconds per image of each stage alone: of this process and, for decoding, of its child."""
     flags = {"input.manifest": manifest, "model.path": model, "output.path": str(out), "resources.device": "cpu"}
-    flags["classify.unit_rows"] = str(UNIT_ROWS)
+    flags["classify.unit_rows"] = str(unit_rows)
     run = plan_run(load_config(flags=flags), "cpu")
-    units = range(min(STAGE_UNITS, run.plan.layout.num_units))
+    units = range(min(-(-STAGE_IMAGES // unit_rows), run.plan.layout.num_units))
     num_images = sum(run.plan.layout.unit(unit).num_rows for unit in units)
     with DecodeStage(run) as decode:
         decode(0)  # starts the child and fills the page cache
@@ -90,11 +95,13 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def run_pipeline(manifest: Path, model: str, out: Path, settings: Sequence[str] = ()) -> dict[str, Any]:
+def run_pipeline(
+    manifest: Path, model: str, out: Path, settings: Sequence[str] = (), *, unit_rows: int = SHORT_UNIT_ROWS
+) -> dict[str, Any]:
     """run.json of one run of the installed command, with some ``section.key=value`` set."""
     command = [str(Path(sys.executable).with_name("imgbatch")), "classify"]
     command += ["-m", model, "--manifest", str(manifest), "-o", str(out), "--set", "resources.device=cpu"]
-    command += ["--set", f"classify.unit_rows={UNIT_ROWS}", "--set", "output.keep_units=true"]
+    command += ["--set", f"classify.unit_rows={unit_rows}", "--set", "output.keep_units=true"]
     command += [part for setting in settings for part in ("--set", setting)]
     subprocess.run(command, check=True, env=os.environ, stdout=subprocess.DEVNULL)
     (path,) = out.glob("runs/*/run.json")

@@ -35,7 +35,7 @@ from imgbatch.runtime.ray_data import RayEngine
 from jobs.bench.common import describe_machine, find_photographs, save_trivial_model
 from jobs.bench.contest import PeakMemory
 from jobs.bench.efficiency import run_pipeline
-from jobs.bench.scale import NoDecode, NoModel
+from jobs.bench.scale import CommitAlone, NoDecode, NoModel
 
 SMALL_PX = 64
 UNIT_WAIT_S = 0.5
@@ -139,11 +139,17 @@ class WaitingModel(NoModel):
         return super().__call__(block)
 
 
+class WaitAndCommit(CommitAlone):
+    """The actor of such a model."""
+
+    classify_stage = WaitingModel
+
+
 class WaitingEngine(RayEngine):
     """The engine as it is, with actors that wait."""
 
     decode_actor: ClassVar[type] = NoDecode
-    classify_actor: ClassVar[type] = WaitingModel
+    classify_actor: ClassVar[type] = WaitAndCommit
 
 
 def measure_nodes(scratch: Path, counts: Sequence[int] = (1, 2, 4)) -> list[str]:
@@ -173,7 +179,7 @@ def _units_per_s(run: Run, num_nodes: int) -> float:
             cluster.add_node(num_cpus=2)
         ray.init(address=cluster.address, log_to_driver=False)
         pools = choose_pools(run.config.resources, "cpu", Machine(2 * num_nodes, 0, node_cpus=2))
-        engine = WaitingEngine(run, pools)
+        engine = WaitingEngine(run, lambda: pools)
         times = [time.monotonic() for _ in engine.classify_units(range(run.plan.layout.num_units), defer=False)]
         engine.close()
     finally:
