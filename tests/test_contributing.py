@@ -14,12 +14,10 @@ ROOT = Path(__file__).parent.parent
 def named_tests() -> list[tuple[str, str, bool]]:
     """File, test (empty: the whole file) and whether it is starred."""
     section = (ROOT / "CONTRIBUTING.md").read_text().split("## What is attacked, and where")[1].split("\n## ")[0]
-    found, file = [], ""
-    for text, star in re.findall(r"`([^`]+)`(\*?)", section.split("| --- | --- |")[1]):
-        if text.startswith("tests/"):
-            file, _, text = text.partition("::")
-        if not text or text.startswith("test_"):
-            found.append((file, text, bool(star)))
+    found = []
+    for file, star, names in re.findall(r"`(tests/[^`]+)`(\*?)((?:[:,] `test_\w+`\*?)*)", section):
+        tests = re.findall(r"`(test_\w+)`(\*?)", names) or [("", star)]
+        found += [(file, test, bool(star)) for test, star in tests]
     return found
 
 
