@@ -1,7 +1,7 @@
 """How close the Ray pipeline comes to what the machine could do with each stage alone.
 
     python -m jobs.bench.efficiency [--images 4000] [--repeats 1] [--model BUNDLE] [--folder IMAGES]
-        [--unit-rows 512]
+        [--unit-rows 128]
 
 A trivial model (three convolutions at 64 px) unless one is named, so that the pipeline and not the network is
 measured. Each stage is run alone on files in the page cache, in one thread, and its core-seconds per image are
@@ -35,10 +35,8 @@ from imgbatch.core.stages import ClassifyStage, CommitStage, DecodeStage
 from imgbatch.runtime.pools import this_machine
 from jobs.bench.common import describe_machine, find_photographs, save_trivial_model, spread
 
-UNIT_ROWS = 512
-"""What a long manifest of images at 224 px is cut into."""
-SHORT_UNIT_ROWS = 128
-"""For runs that are too short for these."""
+UNIT_ROWS = 128
+"""For short runs; a long manifest of images at 224 px is cut into units of 512."""
 STAGE_IMAGES = 512
 BATCH_SIZE = 8
 
@@ -96,7 +94,7 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def run_pipeline(
-    manifest: Path, model: str, out: Path, settings: Sequence[str] = (), *, unit_rows: int = SHORT_UNIT_ROWS
+    manifest: Path, model: str, out: Path, settings: Sequence[str] = (), *, unit_rows: int = UNIT_ROWS
 ) -> dict[str, Any]:
     """run.json of one run of the installed command, with some ``section.key=value`` set."""
     command = [str(Path(sys.executable).with_name("imgbatch")), "classify"]
