@@ -2,8 +2,8 @@
 
 Legend of the shape suffixes: ``N`` rows, ``K`` classes.
 
-DuckDB joins and streams; memory is bounded and spills to a temporary directory. Two relations
-are made on the connection:
+DuckDB joins and streams; what it holds in memory is bounded (NumPy's share comes on top: 5 bytes a row and the rank
+sample) and spills to a temporary directory. Two relations are made on the connection:
 
     scored       every image that has a prediction and a target, once, with truth (the target, or the list of targets),
                  is_right, is_known: whether the model has a class for it (true for lists), and of_train: whether it
@@ -32,8 +32,6 @@ from imgbatch.core.training.labelled import SPLIT_NAMES, TRAIN
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.schema import RESERVED_COLUMNS, SPLIT, TARGET, TARGETS
-
-"""What DuckDB may hold; NumPy's share comes on top: 5 bytes a row and the rank sample."""
 
 _BATCH_VALUES = 1 << 21
 
