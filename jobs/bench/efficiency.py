@@ -1,7 +1,7 @@
 """How close the Ray pipeline comes to what the machine could do with each stage alone.
 
     python -m jobs.bench.efficiency [--images 4000] [--repeats 1] [--model BUNDLE] [--folder IMAGES]
-        [--unit-rows 128]
+        [--unit-rows 128] [--set classify.backend=openvino_fp32 ...]
 
 A trivial model (three convolutions at 64 px) unless one is named, so that the pipeline and not the network is
 measured. Each stage is run alone on files in the page cache, in one thread, and its core-seconds per image are
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--model", help="a model bundle; default: a trivial one")
     parser.add_argument("--folder", type=Path, help="JPEG files")
     parser.add_argument("--unit-rows", type=int, default=UNIT_ROWS)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -60,17 +61,20 @@ def main() -> None:
         print(f"{arguments.images:,} images, {len(photographs)} of them different; {describe_machine()}\n")
         rounds = []
         for number in range(arguments.repeats):
-            stages = measure_stages(str(manifest), model, scratch / f"stages{number}", arguments.unit_rows)
-            pipeline = run_pipeline(manifest, model, scratch / f"run{number}", unit_rows=arguments.unit_rows)
+            settings, unit_rows = arguments.settings, arguments.unit_rows
+            stages = measure_stages(str(manifest), model, scratch / f"stages{number}", settings, unit_rows=unit_rows)
+            pipeline = run_pipeline(manifest, model, scratch / f"run{number}", settings, unit_rows=unit_rows)
             rounds.append((stages, pipeline))
         report(rounds)
 
 
-def measure_stages(manifest: str, model: str, out: Path, unit_rows: int) -> dict[str, float]:
+def measure_stages(
+    manifest: str, model: str, out: Path, settings: Sequence[str] = (), *, unit_rows: int = UNIT_ROWS
+) -> dict[str, float]:
     """Core-seconds per image of each stage alone: of this process and, for decoding, of its child."""
     flags = {"input.manifest": manifest, "model.path": model, "output.path": str(out), "resources.device": "cpu"}
     flags["classify.unit_rows"] = str(unit_rows)
-    run = plan_run(load_config(flags=flags), "cpu")
+    run = plan_run(load_config(None, settings, flags), "cpu")
     units = range(min(-(-STAGE_IMAGES // unit_rows), run.plan.layout.num_units))
     num_images = sum(run.plan.layout.unit(unit).num_rows for unit in units)
     with DecodeStage(run) as decode:
