@@ -273,8 +273,8 @@ def test_a_node_that_dies_costs_no_row(ray_job: Job, oracle: Job, cluster: Any) 
 def test_the_only_actor_with_the_model_is_lost_and_the_other_node_has_room(
     ray_job: Job, oracle: Job, cluster: Any
 ) -> None:
-    nodes = [add_node(cluster, "127.0.0.3"), add_node(cluster, "127.0.0.4")]
-    with started(ray_job, "classify.unit=delay:3", cluster.address, once=False) as process:
+    nodes = [add_node(cluster, address, "classify.unit=delay:3") for address in ("127.0.0.3", "127.0.0.4")]
+    with started(ray_job, address=cluster.address, once=False) as process:
         wait_until(lambda: units_done(ray_job) >= 1, 180)
         (lost,) = (node for node in nodes if classifies(node))
         kill_node(lost)
