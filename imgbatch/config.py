@@ -101,6 +101,9 @@ class DecodeConfig(Section):
     """Memory that decoding one image may take before it is an ``OUT_OF_MEMORY`` row."""
     max_pixels: PositiveInt = 120_000_000
     """An image of more pixels is ``TOO_LARGE``."""
+    gpu_share: float = Field(0.0, ge=0, le=1)
+    """Share of the JPEGs that nvJPEG decodes where the model runs (extra ``nvjpeg``), for machines whose cores cannot
+    feed their GPU; pixels may differ a little from the CPU's."""
 
 
 class GeoConfig(Section):

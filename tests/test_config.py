@@ -30,6 +30,7 @@ OPTIONS = [
     "decode.timeout_s",
     "decode.memory_mb",
     "decode.max_pixels",
+    "decode.gpu_share",
     "geo.max_nodata",
     "geo.bands",
     "geo.stretch",

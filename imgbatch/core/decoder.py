@@ -30,8 +30,8 @@ from imgbatch.errors import ImgbatchError, RowError, Stage, Status, row_error
 _MAX_ATTEMPTS = {Status.TIMEOUT: 1, Status.OUT_OF_MEMORY: 2, Status.DECODER_CRASH: 2}
 _MAX_IDLE_DEATHS = 3
 
-Payload = bytes | RasterRequest | RowError
-"""An encoded image, where to read one, or why there is none."""
+Payload = bytes | RasterRequest | RowError | None
+"""An encoded image, where to read one, why there is none; or none, where someone else decodes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class DecodedUnit:
     """What became of the rows of a unit, in their order."""
 
     pixels_NHWC: np.ndarray
-    """uint8, zeros where a row failed."""
+    """uint8, zeros where a row failed or was left to someone else."""
     widths: np.ndarray
-    """int32, px of the source after orientation, 0 where a row failed."""
+    """int32, px of the source after orientation, 0 where pixels are zeros."""
     heights: np.ndarray
-    """int32, px of the source after orientation, 0 where a row failed."""
+    """int32, px of the source after orientation, 0 where pixels are zeros."""
     errors: list[RowError | None]
     decode_s: float
     """Seconds that the child was busy."""
@@ -118,7 +118,7 @@ class Decoder:
             for row, payload in payloads:
                 if isinstance(payload, RowError):
                     unit.errors[row] = payload
-                else:
+                elif payload is not None:
                     unit.add(row, payload)
                     child.send_image(row, payload, unit.progress)
             child.end_unit(unit.progress)

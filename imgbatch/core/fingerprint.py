@@ -47,7 +47,7 @@ def result_fields(
         "preprocess": json.loads(json.dumps(spec.to_dict())),
         **backend.fields,
         "device": device,
-        **{f"decode.{key}": value for key, value in config.decode.model_dump().items()},
+        **_decode_fields(config),
         "output.partition_by": list(config.output.partition_by),
         "output.probabilities": probability_mode(config, bundle),
         "output.top_k": config.output.top_k,
@@ -55,6 +55,12 @@ def result_fields(
         "output.target_file_mb": config.output.target_file_mb,
         "schema_version": SCHEMA_VERSION,
     }
+
+
+def _decode_fields(config: Config) -> dict[str, Any]:
+    """Without the GPU's share where it has none, so that runs from before there was one can go on."""
+    fields = {f"decode.{key}": value for key, value in config.decode.model_dump().items()}
+    return {key: value for key, value in fields.items() if key != "decode.gpu_share" or value}
 
 
 def _etag_fields(config: Config, manifest: Manifest) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from imgbatch.errors import UsageError
 
 MIN_IMAGES = 50
 """Fewer say too little about how often labels agree."""
-_CPU_BATCH_SIZES, _COMPILED_BATCH_SIZE, _GPU_BATCH_SIZE = (1, 4, 8, 16, 32), 8, 256
+_CPU_BATCH_SIZES, _COMPILED_BATCH_SIZES, _GPU_BATCH_SIZES = (1, 4, 8, 16, 32), (8,), (64, 128, 256, 512)
+"""To choose from by measurement; compiling takes a minute on a CPU, for each."""
 _MEASURE_S = 0.5
 _NEARLY = 0.97
 """Of the best rate: a smaller batch that reaches it is taken."""
@@ -132,10 +133,8 @@ def _build(bundle: ModelBundle, target: Target, calibration: Calibration) -> _Bu
                 reduced=target == "torch-bf16",
             )
 
-        batch_sizes = (
-            (_GPU_BATCH_SIZE,) if device == "cuda" else (_COMPILED_BATCH_SIZE,) if compiled else _CPU_BATCH_SIZES
-        )
-        return _Built(device, {}, {}, batch_sizes, in_torch)
+        on_cpu = _COMPILED_BATCH_SIZES if compiled else _CPU_BATCH_SIZES
+        return _Built(device, {}, {}, _GPU_BATCH_SIZES if device == "cuda" else on_cpu, in_torch)
     network, how = openvino_build.convert_network(bundle), {}
     if target == "openvino-int8":
         network, how["quantised"] = openvino_build.quantize_network(network, bundle, calibration)

@@ -18,6 +18,7 @@ from imgbatch.core.database import spilling
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.fingerprint import ProbabilityMode, fingerprint_of, result_fields
 from imgbatch.core.geoparquet import carried_metadata
+from imgbatch.core.gpu_share import check_gpu_share
 from imgbatch.core.incremental import unlabelled_rows
 from imgbatch.core.layout import choose_layout, cut_rows
 from imgbatch.core.manifest import Manifest, open_manifest
@@ -133,6 +134,7 @@ def open_inputs(config: Config) -> tuple[Manifest, ModelBundle, PreprocessSpec]:
         raise UsageError(f"preprocess: {error}") from error
     if reads_rasters(manifest.schema.names, spec):
         require_rasterio()
+    check_gpu_share(config.decode, spec)
     return manifest, bundle, spec
 
 

@@ -70,6 +70,8 @@ class Predictor(BatchedPredictor):
         self._settle_threads()
         self._compiled, self._reduced = compiled, reduced
         self.device = torch.device(device)
+        # Pixels cross to a GPU on a stream of their own, while it computes the batch before.
+        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         network = load_network(bundle).requires_grad_(False)
         network = network.to(self.device).to(memory_format=torch.channels_last)
         self._network: nn.Module = torch.compile(network, dynamic=False) if compiled else network  # type: ignore[assignment]
@@ -98,7 +100,7 @@ class Predictor(BatchedPredictor):
         staged_BHWC.numpy()[: len(images_BHWC)] = images_BHWC
         failpoint("classify.forward")
         # NHWC seen as NCHW is what channels_last means, so no pixel moves.
-        pixels_BCHW = staged_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        pixels_BCHW = self._to_device(staged_BHWC).permute(0, 3, 1, 2)
         inputs_BCHW = torch.addcmul(self._shift_C11, pixels_BCHW.float(), self._scale_C11)
         features_BD = None
         if self._with_features:
@@ -110,6 +112,17 @@ class Predictor(BatchedPredictor):
         probs_BK = logits_BK.sigmoid() if self.bundle.task == "multilabel" else logits_BK.softmax(dim=1)
         finite_B = logits_BK.isfinite().all(dim=1)
         return _Output(torch.where(finite_B[:, None], probs_BK, 0.0), finite_B, features_BD)
+
+    def _to_device(self, staged: Tensor) -> Tensor:
+        if self._copying is None:
+            return staged.to(self.device)
+        with torch.cuda.stream(self._copying):
+            pixels = staged.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copying)
+        # The allocator must not hand the memory to the next copy before the computation is through with it.
+        pixels.record_stream(computing)
+        return pixels
 
     def _collect(self, output: _Output) -> BatchOutput:
         features_BD = output.features_BD.cpu().numpy() if output.features_BD is not None else None

@@ -20,6 +20,7 @@ import pyarrow as pa
 from imgbatch.core import results, storage
 from imgbatch.core.decoder import DecodedUnit, Payload
 from imgbatch.core.failpoints import failpoint
+from imgbatch.core.gpu_share import LeftToGpu
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.plan import Run
 from imgbatch.core.results import LabelRules, Receipt, prediction_columns, unit_table
@@ -30,6 +31,8 @@ from imgbatch.schema import ROW_ID, UNIT_SCHEMA
 
 UNIT = "unit"
 PIXELS = "pixels"
+ENCODED = "encoded"
+"""The image itself, where the GPU is to decode it."""
 DECODE_COLUMNS = (UNIT, "started_at", "num_changed", "fetch_s", "decode_s")
 """What a block carries beside its rows, the same in each: the unit, and what it took so far."""
 _SECONDS = ("fetch_s", "decode_s", "classify_s")
@@ -42,9 +45,11 @@ class DecodeStage:
     on their way.
     """
 
-    def __init__(self, run: Run, *, processes: int = 1) -> None:
+    def __init__(self, run: Run, *, processes: int = 1, on_cpu: bool = False) -> None:
+        """``on_cpu``: leave nothing to the GPU, whatever the configuration says."""
         storage.configure(run.config.storage)
         self._run = run
+        self._for_gpu = run.config.decode.gpu_share > 0 and not on_cpu
         self._rows = RowsReader(run.paths)
         self.columns = image_columns(self._rows.schema.names)
         """What :meth:`decode_rows` needs of a row."""
@@ -54,13 +59,17 @@ class DecodeStage:
         self._reported_changed = 0
 
     def __call__(self, unit_index: int) -> pa.Table:
-        """The unit's decoded block: row_id, pixels (uint8 NHWC, one fixed-size cell per row) and errors."""
+        """The unit's decoded block: row_id, pixels (uint8 NHWC, one fixed-size cell per row) and errors.
+
+        With ``decode.gpu_share``, the encoded images of that share beside the pixels, which are zeros there.
+        """
         started_at = time.time()
         unit = self._run.plan.layout.unit(unit_index)
         with self._reading:
             rows = self._rows.read(unit, self.columns)
         payloads = _Waiting(self._decoder.request(rows))
-        decoded = self._decoder.decode_requested(payloads, rows.num_rows)
+        left = LeftToGpu(payloads, rows[ROW_ID].to_pylist(), self._run.config.decode) if self._for_gpu else None
+        decoded = self._decoder.decode_requested(payloads if left is None else left, rows.num_rows)
         with self._counting:
             num_changed = self._decoder.num_changed - self._reported_changed
             self._reported_changed += num_changed
@@ -68,10 +77,16 @@ class DecodeStage:
         pixels = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(self._run.spec.pixel_bytes), unit.num_rows, [None, pa.py_buffer(decoded.pixels_NHWC)]
         )
+        encoded = {}
+        if left is not None:
+            encoded[ENCODED] = pa.array(left.images, pa.binary())
+            for row, header in left.kept():
+                decoded.widths[row], decoded.heights[row] = header.width, header.height
         return pa.table(
             {
                 ROW_ID: rows[ROW_ID].combine_chunks(),
                 PIXELS: pixels,
+                **encoded,
                 "width": decoded.widths,
                 "height": decoded.heights,
                 **_error_columns(decoded.errors),
@@ -142,14 +157,22 @@ class ClassifyStage:
             num_threads=num_threads,
             streams=streams,
         )
+        self._gpu_decoder = None
+        if run.config.decode.gpu_share:
+            from imgbatch.core.gpu_decode import GpuDecoder
+
+            self._gpu_decoder = GpuDecoder(run.spec, run.config.decode, device=plan.device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """The unit's result rows (:data:`UNIT_SCHEMA`) with the unit's index and seconds beside them."""
         started = time.perf_counter()
         failpoint("classify.unit", block[ROW_ID][0].as_py())
         errors = _errors_of(block)
+        images_NHWC, widths, heights = self._images(block), block["width"].to_numpy(), block["height"].to_numpy()
+        if ENCODED in block.column_names and block[ENCODED].null_count < block.num_rows:
+            images_NHWC, widths, heights = images_NHWC.copy(), widths.copy(), heights.copy()
+            self._decode_on_gpu(block[ENCODED], images_NHWC, widths, heights, errors)
         ok = np.array([error is None for error in errors], dtype=bool)
-        images_NHWC = self._images(block)
         if not ok.all():
             images_NHWC = images_NHWC[ok]
         predictions = self._predictor.predict(images_NHWC)
@@ -162,14 +185,36 @@ class ClassifyStage:
         table = unit_table(
             block[ROW_ID].combine_chunks(),
             errors,
-            block["width"].to_numpy(),
-            block["height"].to_numpy(),
+            widths,
+            heights,
             prediction_columns(predictions.probs_NK[predicted], self._rules, features_ND),
         )
         for name in DECODE_COLUMNS:
             table = table.append_column(name, block[name])
         elapsed = _constant(time.perf_counter() - started, table.num_rows, pa.float64())
         return table.append_column("classify_s", elapsed)
+
+    def _decode_on_gpu(
+        self,
+        encoded: pa.ChunkedArray,
+        images_NHWC: np.ndarray,
+        widths: np.ndarray,
+        heights: np.ndarray,
+        errors: list[RowError | None],
+    ) -> None:
+        """Settles the rows that have an encoded image, in what the block says of all rows."""
+        assert self._gpu_decoder is not None
+        rows = np.flatnonzero(encoded.is_valid())
+        sizes = list(zip(widths[rows].tolist(), heights[rows].tolist(), strict=True))
+        decoded = self._gpu_decoder.decode(encoded.take(rows).to_pylist(), sizes)
+        images_NHWC[rows], widths[rows], heights[rows] = decoded.pixels_NHWC, decoded.widths, decoded.heights
+        for row, error in zip(rows, decoded.errors, strict=True):
+            errors[row] = error
+
+    def close(self) -> None:
+        """End what decoding for the GPU may have started."""
+        if self._gpu_decoder is not None:
+            self._gpu_decoder.close()
 
     def _images(self, block: pa.Table) -> np.ndarray:
         cells = block[PIXELS].combine_chunks()

@@ -97,6 +97,8 @@ def forecast(config: Config) -> Forecast:
     warnings += [*backend.left_out, *input_warnings(sample, bundle, spec)]
     images = [row.get(URI) for row in sample.rows] if sample else []
     warnings += region_warnings([config.input.manifest, config.model.path, out, *images], regions)
+    if config.decode.gpu_share and device == "cpu":
+        warnings.append("decode.gpu_share: the model runs on the cores, where this only moves work from one to another")
     if layout.num_units > _MANY_UNITS:
         warnings.append(f"{layout.num_units:,} units are many for one driver; raise classify.unit_rows")
     return Forecast(

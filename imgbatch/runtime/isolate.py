@@ -35,7 +35,7 @@ def classify_isolated(run: Run, unit_index: int) -> Receipt:
     Raises:
         ImgbatchError: the model does not even load in a fresh process.
     """
-    with DecodeStage(run) as decode:
+    with DecodeStage(run, on_cpu=True) as decode:
         block = decode(unit_index)
     tables = list(_classify_rows(run, block))
     classified = pa.concat_tables(tables)

@@ -39,6 +39,12 @@ def test_no_image_is_looked_at_where_none_is_wanted(photo_config: Config) -> Non
     assert blind.num_units == 8
 
 
+def test_a_share_for_the_gpu_where_there_is_none(photo_config: Config) -> None:
+    pytest.importorskip("torchcodec", reason="torchcodec is not installed (extra nvjpeg)")
+    blind = changed(photo_config, plan__sample_rows=0, decode__gpu_share=0.5)
+    assert [warning.partition(":")[0] for warning in forecast(blind).warnings] == ["decode.gpu_share"]
+
+
 def test_what_a_look_at_the_images_warns_of(photo_config: Config, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.new("RGB", (400, 300)).save(large)

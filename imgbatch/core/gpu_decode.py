@@ -1,0 +1,122 @@
+"""JPEG decoding where the model runs, by nvJPEG, for machines whose cores cannot feed their GPU.
+
+Decode actors leave a share of the rows of each unit to it (``decode.gpu_share``): plain JPEGs only, see
+:func:`imgbatch.core.jpeg_header.read_plain_header`. Which rows is a matter of their row_id, not of who is idle: the
+two ways may differ by a few of 255 in a pixel, and the same job must give the same results.
+
+The resize follows the CPU's, and so Pillow's: across, then down, rounding to integers after each. On a CPU everything
+here runs too, with libjpeg in nvJPEG's place; that is how it is tested.
+
+Shape suffixes: N image, H height, W width, C channel.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imgbatch.config import DecodeConfig
+from imgbatch.core.decoder import DecodedUnit, Decoder
+from imgbatch.core.transforms import PreprocessSpec
+
+_MAX_IMAGES, _MAX_BYTES = 128, 512 * 2**20
+"""Of one call: what is decoded, full size, and not yet cropped."""
+
+
+class GpuDecoder:
+    """Encoded plain JPEGs to crops on ``device``. Holds a child process once an image needed one.
+
+    What the device cannot decode is decoded like any other image, in a child process that can be killed, and fails
+    there if it is damaged. Several threads may call it.
+
+    Raises:
+        UsageError: TorchCodec is not installed.
+    """
+
+    def __init__(self, spec: PreprocessSpec, config: DecodeConfig, *, device: str) -> None:
+        from torchcodec.decoders import decode_jpeg
+
+        self._decode_jpeg = decode_jpeg
+        self._spec = spec
+        self._device = device
+        self._decoder = Decoder(spec, config)
+        self._using_decoder = threading.Lock()
+
+    def decode(self, images: Sequence[bytes], sizes: Sequence[tuple[int, int]]) -> DecodedUnit:
+        """The crops of ``images``.
+
+        Args:
+            sizes: width and height of each, px, from its header.
+
+        Raises:
+            torch.AcceleratorError: the GPU is in a state that only a new process cures.
+        """
+        side = self._spec.crop_size
+        pixels_NHWC = np.zeros((len(images), side, side, 3), np.uint8)
+        failed: list[int] = []
+        for start, stop in _calls(sizes):
+            failed += self._decode_call(images, range(start, stop), pixels_NHWC)
+        widths, heights = (np.array([size[axis] for size in sizes], np.int32) for axis in (0, 1))
+        result = DecodedUnit(pixels_NHWC, widths, heights, [None] * len(images), decode_s=0.0)
+        if failed:
+            with self._using_decoder:
+                again = self._decoder.decode([images[index] for index in failed], len(failed))
+            for place, index in enumerate(failed):
+                pixels_NHWC[index] = again.pixels_NHWC[place]
+                widths[index], heights[index] = again.widths[place], again.heights[place]
+                result.errors[index] = again.errors[place]
+        return result
+
+    def close(self) -> None:
+        """End the child."""
+        self._decoder.close()
+
+    def _decode_call(self, images: Sequence[bytes], indices: Sequence[int], pixels_NHWC: np.ndarray) -> list[int]:
+        """Crops of one call, into ``pixels_NHWC``; gives the indices that came to nothing."""
+        try:
+            decoded = self._decode_jpeg([images[index] for index in indices], mode="RGB", device=self._device)
+            crops = torch.stack([crop(pixels_CHW, self._spec) for pixels_CHW in decoded])
+            pixels_NHWC[indices[0] : indices[-1] + 1] = crops.cpu().numpy()
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError:
+            # One bad image fails the call, and one call too large for the memory all of it.
+            if len(indices) == 1:
+                return list(indices)
+            middle = len(indices) // 2
+            halves = (indices[:middle], indices[middle:])
+            return [index for half in halves for index in self._decode_call(images, half, pixels_NHWC)]
+        return []
+
+
+def crop(pixels_CHW: Tensor, spec: PreprocessSpec) -> Tensor:
+    """The model's crop, uint8 [side, side, C], of an upright image, uint8 [C, H, W], on the same device."""
+    _, height, width = pixels_CHW.shape
+    geometry, side = spec.geometry(width, height), spec.crop_size
+    across = _resize(pixels_CHW, (height, geometry.resized_width), spec)[:, :, geometry.left : geometry.left + side]
+    down = _resize(across, (geometry.resized_height, side), spec)[:, geometry.top : geometry.top + side]
+    return down.permute(1, 2, 0).to(torch.uint8)
+
+
+def _resize(pixels_CHW: Tensor, size: tuple[int, int], spec: PreprocessSpec) -> Tensor:
+    """float32, whole numbers from 0 to 255."""
+    resized = torch.nn.functional.interpolate(
+        pixels_CHW[None].float(), size, mode=spec.interpolation, antialias=True, align_corners=False
+    )
+    return resized[0].round().clamp(0, 255)
+
+
+def _calls(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Runs of images, ``start`` to ``stop``, that are decoded together."""
+    start, num_bytes = 0, 0
+    for index, (width, height) in enumerate(sizes):
+        if index > start and (index - start == _MAX_IMAGES or num_bytes + 3 * width * height > _MAX_BYTES):
+            yield start, index
+            start, num_bytes = index, 0
+        num_bytes += 3 * width * height
+    if start < len(sizes):
+        yield start, len(sizes)

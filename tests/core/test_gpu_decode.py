@@ -1,0 +1,138 @@
+"""Everything but nvJPEG itself: on a CPU, libjpeg takes its place."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from imgbatch.config import Config, DecodeConfig
+from imgbatch.core import gpu_decode
+from imgbatch.core.gpu_decode import GpuDecoder, crop
+from imgbatch.core.images import Decoded, decode_image
+from imgbatch.core.jpeg_header import read_plain_header
+from imgbatch.core.plan import plan_run
+from imgbatch.core.stages import ENCODED, ClassifyStage, DecodeStage
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import Stage, Status
+from tests.conftest import changed
+from tests.core.test_jpeg_header import jpeg
+
+if importlib.util.find_spec("torchcodec") is None:
+    pytest.skip("torchcodec is not installed (extra nvjpeg)", allow_module_level=True)
+
+SPECS = [
+    PreprocessSpec(),
+    PreprocessSpec(interpolation="bicubic"),
+    PreprocessSpec(resize_size=100, crop_size=96, resize_mode="stretch"),
+]
+
+
+def on_cpu(data: bytes, spec: PreprocessSpec) -> Decoded:
+    decoded = decode_image(data, spec, max_pixels=10**8)
+    assert isinstance(decoded, Decoded), decoded
+    return decoded
+
+
+def sizes_of(images: list[bytes]) -> list[tuple[int, int]]:
+    headers = [read_plain_header(data) for data in images]
+    return [(header.width, header.height) for header in headers if header is not None]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=PreprocessSpec.describe)
+def test_crops_are_those_of_the_cpu(test_data: Path, spec: PreprocessSpec) -> None:
+    paths = sorted((test_data / "catalog" / "test").rglob("*.jpg"))[::12]
+    images = [path.read_bytes() for path in paths]
+    decoder = GpuDecoder(spec, DecodeConfig(), device="cpu")
+    unit = decoder.decode(images, sizes_of(images))
+    expected = [on_cpu(data, spec) for data in images]
+    difference = np.abs(unit.pixels_NHWC.astype(int) - np.stack([image.pixels_HWC for image in expected]))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.02
+    assert unit.widths.tolist() == [image.width for image in expected]
+    assert unit.heights.tolist() == [image.height for image in expected]
+    assert unit.errors == [None] * len(images)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (48, 300), (33, 32), (7, 5)])
+def test_crop_of_any_shape(size: tuple[int, int]) -> None:
+    data, spec = jpeg(size=size), PreprocessSpec(resize_size=36, crop_size=32)
+    expected = on_cpu(data, spec).pixels_HWC
+    pixels_CHW = gpu_decode.GpuDecoder(spec, DecodeConfig(), device="cpu")._decode_jpeg(data, mode="RGB", device="cpu")
+    given = crop(pixels_CHW, spec)
+    assert (given.dtype, given.shape) == (torch.uint8, (32, 32, 3))
+    assert np.abs(given.numpy().astype(int) - expected).max() <= 2
+
+
+def test_grey_images_become_rgb() -> None:
+    data, spec = jpeg("L"), PreprocessSpec(resize_size=20, crop_size=16)
+    unit = GpuDecoder(spec, DecodeConfig(), device="cpu").decode([data], [(37, 21)])
+    assert np.abs(unit.pixels_NHWC[0].astype(int) - on_cpu(data, spec).pixels_HWC).max() <= 1
+
+
+def test_what_the_device_cannot_decode_costs_its_own_row_only() -> None:
+    whole, spec = jpeg(), PreprocessSpec(resize_size=20, crop_size=16)
+    damaged = bytearray(whole)
+    place = damaged.index(b"\xff\xc4") + 5
+    damaged[place : place + 16] = b"\xff" * 16  # more codes than a Huffman table can hold
+    images = [whole, bytes(damaged), whole, jpeg(size=(21, 37))]
+    decoder = GpuDecoder(spec, DecodeConfig(), device="cpu")
+    try:
+        unit = decoder.decode(images, [(37, 21)] * 3 + [(21, 37)])
+        alone = decoder.decode(images[:1], [(37, 21)])
+    finally:
+        decoder.close()
+    errors = [error and (error.status, error.stage) for error in unit.errors]
+    assert errors == [None, (Status.CORRUPT, Stage.DECODE), None, None]
+    assert (unit.widths.tolist(), unit.heights.tolist()) == ([37, 0, 37, 21], [21, 0, 21, 37])
+    assert np.array_equal(unit.pixels_NHWC[0], unit.pixels_NHWC[2])
+    assert np.array_equal(unit.pixels_NHWC[0], alone.pixels_NHWC[0])
+    assert not unit.pixels_NHWC[1].any()
+
+
+def test_an_image_the_device_alone_refuses_is_decoded_on_the_cpu() -> None:
+    data, spec = jpeg(), PreprocessSpec(resize_size=20, crop_size=16)
+    decoder = GpuDecoder(spec, DecodeConfig(), device="cpu")
+
+    def refusing(images: list[bytes], **_: object) -> list[torch.Tensor]:
+        raise RuntimeError(f"cannot decode {len(images)}")
+
+    decoder._decode_jpeg = refusing
+    try:
+        unit = decoder.decode([data, data], [(37, 21)] * 2)
+    finally:
+        decoder.close()
+    assert unit.errors == [None, None]
+    assert np.array_equal(unit.pixels_NHWC[1], on_cpu(data, spec).pixels_HWC)
+
+
+def test_large_images_are_decoded_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(gpu_decode._calls([(10, 10)] * 300)) == [(0, 128), (128, 256), (256, 300)]
+    assert list(gpu_decode._calls([])) == []
+    monkeypatch.setattr(gpu_decode, "_MAX_BYTES", 3 * 250)
+    assert list(gpu_decode._calls([(10, 10), (10, 10), (10, 10), (50, 50), (1, 1)])) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_units_come_out_as_they_do_without(photo_config: Config, share: float) -> None:
+    shared = changed(photo_config, decode__gpu_share=share, run__on_unfinished="abandon")
+    results = []
+    for config in (photo_config, shared):
+        run = plan_run(config, "cpu")
+        classify = ClassifyStage(run, batch_size=8, num_threads=1)
+        with DecodeStage(run) as decode:
+            blocks = [decode(unit) for unit in range(run.plan.layout.num_units)]
+        left = [block[ENCODED].to_pylist() if ENCODED in block.column_names else [] for block in blocks]
+        results.append((sum(data is not None for unit in left for data in unit), [classify(block) for block in blocks]))
+        classify.close()
+    (none, expected), (some, given) = results
+    assert none == 0
+    assert some >= 45 * share
+    for block, other in zip(expected, given, strict=True):
+        for column in ("row_id", "status", "error_stage", "error_message", "attempts", "width", "height", "label"):
+            assert block[column].equals(other[column]), column
+        probs, others = (table["probabilities"].combine_chunks().flatten().to_numpy() for table in (block, other))
+        assert np.abs(probs - others).max() < 0.02
