@@ -59,6 +59,8 @@ class RowDecoder:
         embedded: Manifest | None = None,
         processes: int = 1,
     ) -> None:
+        self.spec = spec
+        self.max_pixels = config.decode.max_pixels
         self._only_rasters = spec.bands is not None
         self._has_rasters = reads_rasters(columns, spec)
         if self._has_rasters:

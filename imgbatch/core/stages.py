@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +46,9 @@ class DecodeStage:
     on their way.
     """
 
+    row_decoder: ClassVar[type[RowDecoder]] = RowDecoder
+    """A simulation puts another in its place."""
+
     def __init__(self, run: Run, *, processes: int = 1, on_cpu: bool = False) -> None:
         """``on_cpu``: leave nothing to the GPU, whatever the configuration says."""
         storage.configure(run.config.storage)
@@ -54,7 +58,9 @@ class DecodeStage:
         self.columns = image_columns(self._rows.schema.names)
         """What :meth:`decode_rows` needs of a row."""
         embedded = open_manifest(str(run.config.input.manifest)) if run.plan.has_bytes else None
-        self._decoder = RowDecoder(run.spec, run.config, columns=self.columns, embedded=embedded, processes=processes)
+        self._decoder = self.row_decoder(
+            run.spec, run.config, columns=self.columns, embedded=embedded, processes=processes
+        )
         self._reading, self._counting = threading.Lock(), threading.Lock()
         self._reported_changed = 0
 

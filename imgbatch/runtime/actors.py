@@ -37,8 +37,11 @@ def _dies_visibly(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, p
 class DecodeActor:
     """CPU pool: fetches and decodes, several units at once. Does not import torch."""
 
+    decode_stage: ClassVar[type[DecodeStage]] = DecodeStage
+    """A simulation puts another in its place, as it does with the other actor's stages."""
+
     def __init__(self, run: Run, processes: int) -> None:
-        self._decode = DecodeStage(run, processes=processes)
+        self._decode = self.decode_stage(run, processes=processes)
 
     @_dies_visibly
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -54,11 +57,11 @@ class ClassifyActor:
     """
 
     classify_stage: ClassVar[Callable[..., Callable[[pa.Table], pa.Table]]] = ClassifyStage
-    """A simulation puts another in its place."""
+    commit_stage: ClassVar[Callable[..., Callable[[pa.Table], Receipt]]] = CommitStage
 
     def __init__(self, run: Run, *, batch_size: int, num_threads: int | None, streams: int, defer: bool) -> None:
         self._classify = self.classify_stage(run, batch_size=batch_size, num_threads=num_threads, streams=streams)
-        self._commit = CommitStage(run, defer=defer)
+        self._commit = self.commit_stage(run, defer=defer)
         self._streams = threading.BoundedSemaphore(streams)
         self._waiting = WaitMetric(run.run_id)
 
