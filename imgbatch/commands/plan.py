@@ -54,6 +54,7 @@ def _rows(result: Forecast) -> list[tuple[str, str]]:
     if result.hours is not None:
         rows.append(("time", _duration(result.hours)))
     rows.append(("output", f"{result.output_mb:,.0f} MB before compression"))
+    rows.append(("memory", result.memory))
     if result.price_per_hour is not None:
         whole = f", {result.cost:,.2f} in all" if result.cost is not None else ""
         rows.append(("cost", f"{result.price_per_hour:,.2f} an hour{whole}"))

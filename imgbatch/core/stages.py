@@ -4,7 +4,9 @@
     classify  decoded block   -> classified block (normalise on the device, forward, probabilities, result rows)
     commit    classified block -> receipt         (one immutable file per unit, create-if-absent)
 
-Blocks are Arrow tables, one per unit, so that an engine can pass them between processes without copying pixels.
+Blocks are Arrow tables, one per unit, which an engine passes between processes without serialising pixels. They are
+copied three times on their way to the model: into the unit's memory, which the decoding child shares with its parent;
+into the engine's object store, which is mapped wherever a block is read; and into the batch, on a GPU in pinned memory.
 """
 
 from __future__ import annotations
@@ -223,7 +225,9 @@ class ClassifyStage:
             self._gpu_decoder.close()
 
     def _images(self, block: pa.Table) -> np.ndarray:
-        cells = block[PIXELS].combine_chunks()
+        column = block[PIXELS]
+        # A single chunk stays where it is, in the object store; combine_chunks would copy it even so.
+        cells = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         size, channels = self._spec.crop_size, self._spec.num_channels
         flat = np.frombuffer(
             cells.buffers()[1], np.uint8, len(cells) * self._spec.pixel_bytes, cells.offset * self._spec.pixel_bytes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -51,9 +51,9 @@ class DecodeActor:
 class ClassifyActor:
     """GPU pool, or the cores: runs the model over ``streams`` units at once, and writes the unit files.
 
-    Any more threads that call are those that write: the model need not wait for the storage. What goes on to the
-    driver is one small row; that nothing can be written is told in the same way, as Ray Data keeps little of an
-    exception.
+    Any more threads that call are those that write: the model need not wait for the storage. It has threads of its
+    own, because torch and OpenVINO keep buffers for each thread that ever ran it. What goes on to the driver is one
+    small row; that nothing can be written is told in the same way, as Ray Data keeps little of an exception.
     """
 
     classify_stage: ClassVar[Callable[..., Callable[[pa.Table], pa.Table]]] = ClassifyStage
@@ -62,18 +62,21 @@ class ClassifyActor:
     def __init__(self, run: Run, *, batch_size: int, num_threads: int | None, streams: int, defer: bool) -> None:
         self._classify = self.classify_stage(run, batch_size=batch_size, num_threads=num_threads, streams=streams)
         self._commit = self.commit_stage(run, defer=defer)
-        self._streams = threading.BoundedSemaphore(streams)
+        self._streams = ThreadPoolExecutor(streams, thread_name_prefix="stream")
         self._waiting = WaitMetric(run.run_id)
 
     @_dies_visibly
     def __call__(self, block: pa.Table) -> pa.Table:
-        with self._streams, self._waiting:
-            classified = self._classify(block)
+        classified = self._streams.submit(self._run_model, block).result()
         try:
             told = self._commit(classified).to_dict()
         except CannotWrite as error:
             told = {_CANNOT_WRITE: str(error)}
         return pa.table({RECEIPT: [json.dumps(told)]})
+
+    def _run_model(self, block: pa.Table) -> pa.Table:
+        with self._waiting:
+            return self._classify(block)
 
 
 def read_receipts(block: pa.Table) -> list[Receipt]:

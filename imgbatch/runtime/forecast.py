@@ -17,13 +17,14 @@ from imgbatch.core.backends import Backend, choose_backend
 from imgbatch.core.fingerprint import fingerprint_of, result_fields
 from imgbatch.core.layout import choose_layout, estimate_row_bytes
 from imgbatch.core.manifest import Manifest
-from imgbatch.core.model import ModelBundle
+from imgbatch.core.model import WEIGHTS_FILE, ModelBundle
 from imgbatch.core.plan import DeviceKind, open_inputs, wanted_rows
 from imgbatch.core.regions import region_warnings
 from imgbatch.core.runs import list_runs
 from imgbatch.core.sample import DecodedSample, classify_sample, decode_sample, sample_rows
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import UsageError
+from imgbatch.runtime.memory import MemoryBudget, memory_budget
 from imgbatch.runtime.pools import Machine, Pools, choose_batch_size, choose_device, choose_pools, this_machine
 from imgbatch.schema import TARGET, TARGETS, URI
 
@@ -31,6 +32,8 @@ _START_UP_S = 30.0
 _MUCH_LARGER = 4.0
 """A source whose shorter side is so many times the resized one spends its decoding on pixels that are thrown away."""
 _MANY_UNITS = 200_000
+_UNKNOWN_PIXELS = 1_000_000
+"""Of an image where none was looked at."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Forecast:
     hours: float | None
     output_mb: float
     """Before compression, about."""
+    memory: str
+    """What the job takes of a machine that all of it runs on, by arithmetic."""
     price_per_hour: float | None
     warnings: list[str]
 
@@ -120,6 +125,7 @@ def forecast(config: Config) -> Forecast:
         images_per_s=rates[limit] if limit else None,
         hours=hours,
         output_mb=layout.num_rows * estimate_row_bytes(config, bundle) / 1e6,
+        memory=_budget(config, bundle, spec, backend, device, pools, layout.unit_rows, sample).describe(pools),
         price_per_hour=price_per_hour(config.plan, config.report.price_per_hour),
         warnings=warnings,
     )
@@ -175,6 +181,29 @@ def _measure(
             sample, bundle, backend, device=device, batch_size=batch_size, threads=threads
         )
     return sample, stage_s
+
+
+def _budget(
+    config: Config,
+    bundle: ModelBundle,
+    spec: PreprocessSpec,
+    backend: Backend,
+    device: DeviceKind,
+    pools: Pools,
+    unit_rows: int,
+    sample: DecodedSample | None,
+) -> MemoryBudget:
+    pixels = sample.decoded.widths.astype(int) * sample.decoded.heights if sample else np.zeros(0, int)
+    return memory_budget(
+        pools,
+        spec,
+        backend,
+        unit_rows=unit_rows,
+        batch_size=choose_batch_size(config.classify.batch_size, device, backend),
+        weight_bytes=storage.file_info(storage.join(bundle.path, WEIGHTS_FILE)).size,
+        in_flight=config.fetch.in_flight,
+        image_pixels=int(pixels.max(initial=0)) or _UNKNOWN_PIXELS,
+    )
 
 
 def stage_rates(stage_s: Mapping[str, float], pools: Pools, device: DeviceKind, machine: Machine) -> dict[str, float]:

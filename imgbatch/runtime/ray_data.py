@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
@@ -29,6 +29,7 @@ from imgbatch.errors import UsageError
 from imgbatch.runtime.actors import ClassifyActor, DecodeActor, read_receipts
 from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import classify_isolated
+from imgbatch.runtime.memory import max_stored_units
 from imgbatch.runtime.metrics import RunMetrics
 from imgbatch.runtime.pools import Pools, choose_batch_size
 from imgbatch.runtime.watchdog import watched
@@ -104,6 +105,10 @@ class RayEngine:
 
     def _pipeline(self, units: Sequence[int], defer: bool) -> Dataset:
         run, pools = self._run, self._pools
+        unit_bytes = run.plan.layout.unit_rows * run.spec.pixel_bytes
+        DataContext.get_current().execution_options.resource_limits = ExecutionResources(
+            object_store_memory=max_stored_units(pools) * unit_bytes
+        )
         resources = run.config.resources
         batch_size = choose_batch_size(run.config.classify.batch_size, run.plan.device, run.backend)
         threads = pools.classify_threads if run.plan.device == "cpu" else None

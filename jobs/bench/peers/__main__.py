@@ -1,7 +1,7 @@
 """imgbatch beside its peers, on the same files with the same weights.
 
     python -m jobs.bench.peers [--images 60] [--repeats 1] [--model BUNDLE] [--folder IMAGES] [--calibration MANIFEST]
-                               [--only NAME,...] [-o RESULT]
+                               [--only NAME,...] [--workload NAME] [-o RESULT]
 
 Peers are written in our own words in the shape in which they are published (see ``task``), each in a module of this
 package. The clock starts when an engine is up and its workers have run 64 empty tasks, and stops after the write.
@@ -13,8 +13,8 @@ rows count in its time, though no peer writes any. It runs three times: with tor
 a short run the start of processes, which is in everyone's time, would decide.
 
 Daft and Spark are the extra ``peers``, and left out where they are not installed; Daft wants an older pyarrow than
-ours, so give them an environment of their own. Without ``--model`` the ResNet-18 has random weights: the time is the
-same, labels say nothing.
+ours, so give them an environment of their own. Without ``--model`` the network has random weights: the time is the
+same, labels say nothing. ``--workload`` takes other images or another network; see ``workloads``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 from imgbatch.runtime.pools import this_machine
 from jobs.bench.common import find_photographs, save_random_model
 from jobs.bench.contest import Contestant, compete, write_result
+from jobs.bench.peers.workloads import WORKLOADS
 
 OBJECT_STORE_MB = 1000
 OURS = {"imgbatch": "torch", "imgbatch openvino-fp32": "openvino_fp32", "imgbatch openvino-int8": "openvino_int8"}
@@ -58,7 +59,7 @@ SHARES = {
     "imgbatch openvino-fp32": 6,
     "imgbatch openvino-int8": 16,
 }
-"""Images of a contestant as a multiple of Ray Data's."""
+"""Images of a contestant as a multiple of Ray Data's, in the first workload."""
 
 
 def main() -> None:
@@ -66,12 +67,15 @@ def main() -> None:
     names = choose(arguments.only)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        photographs = find_photographs(arguments.folder, scratch)
+        workload = WORKLOADS[arguments.workload]
+        photographs = workload.prepare(find_photographs(arguments.folder, scratch), scratch / "images")
         manifest = scratch / "manifest.parquet"
-        longest = round(arguments.images * max(SHARES.values()))
+        longest = max(_limit(name, arguments) for name in names)
         repeated = [str(photographs[index % len(photographs)].resolve()) for index in range(longest)]
         pq.write_table(pa.table({"uri": repeated, "image_id": [str(index) for index in range(longest)]}), manifest)
-        given = arguments.model or save_random_model(scratch / "random", "resnet18", 10)
+        given = arguments.model or save_random_model(
+            scratch / "random", workload.arch, 10, resize_size=workload.resize_size, crop_size=workload.crop_size
+        )
         model = str(shutil.copytree(given, scratch / "model"))
         for backend in sorted({OURS[name] for name in names if name in OURS} - {"torch"}):
             optimize(model, backend.replace("_", "-"), arguments.calibration or str(manifest))
@@ -81,7 +85,7 @@ def main() -> None:
         labels = {name: read_labels(runs / name / "0") for name in names}
     intro = (
         f"    python -m jobs.bench.peers {' '.join(sys.argv[1:])}\n\n"
-        f"ResNet-18 at 224 px over photographs from local disk ({len(photographs):,} different ones, repeated), "
+        f"{workload.what} from local disk ({len(photographs):,} different ones, repeated), "
         f"{arguments.repeats} round(s) in turn: {', '.join(f'{name} {_limit(name, arguments):,}' for name in names)} "
         f"images. Object stores of {OBJECT_STORE_MB:,} MB."
     )
@@ -96,7 +100,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--model", help="a bundle of ResNet-18 at 224 px")
+    parser.add_argument("--workload", choices=WORKLOADS, default="photographs")
+    parser.add_argument("--model", help="a bundle of the workload's network and size")
     parser.add_argument("--folder", type=Path, help="JPEG files, in folders named after their class")
     parser.add_argument("--calibration", help="manifest for the variants; default: the images themselves")
     parser.add_argument("--only", help=f"some of {', '.join([*PEERS, *OURS])}")
@@ -138,7 +143,8 @@ def contestant(name: str, manifest: Path, model: str, arguments: argparse.Namesp
 
 
 def _limit(name: str, arguments: argparse.Namespace) -> int:
-    return round(arguments.images * SHARES.get(name, 1))
+    ours = WORKLOADS[arguments.workload].shares if name in OURS else 1
+    return round(arguments.images * SHARES.get(name, 1) * ours)
 
 
 @dataclass(frozen=True)

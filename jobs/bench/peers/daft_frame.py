@@ -9,12 +9,16 @@ from daft import DataType, col
 
 from jobs.bench.peers.task import BATCH_SIZE, NUM_EMPTY_TASKS, Stopwatch, Task, parse_task, published_transform
 
-PIXELS = DataType.tensor(DataType.float32(), (3, 224, 224))
 
+def transform_of(sizes: tuple[int, int]) -> Any:
+    """The transform as an expression over images."""
+    side = sizes[1]
 
-@daft.func(return_dtype=PIXELS)
-def transform(image: Any) -> Any:
-    return published_transform()(image).numpy()
+    @daft.func(return_dtype=DataType.tensor(DataType.float32(), (3, side, side)))
+    def transform(image: Any) -> Any:
+        return published_transform(sizes)(image).numpy()
+
+    return transform
 
 
 @daft.func(return_dtype=DataType.int64())
@@ -42,7 +46,7 @@ def main() -> None:
     watch = Stopwatch(task)
     daft.set_runner_native()
     daft.from_pydict({"number": list(range(NUM_EMPTY_TASKS))}).select(nothing(col("number"))).collect()
-    model = Classify(task)
+    model, transform = Classify(task), transform_of(task.sizes())
     watch.start()
     (
         daft.read_parquet(task.manifest)

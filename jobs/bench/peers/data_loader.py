@@ -15,8 +15,8 @@ _TRIAL_IMAGES = 300
 
 
 class Images(Dataset[Any]):
-    def __init__(self, uris: list[str]) -> None:
-        self._uris, self._transform = uris, tuned_transform()
+    def __init__(self, uris: list[str], sizes: tuple[int, int]) -> None:
+        self._uris, self._transform = uris, tuned_transform(sizes)
 
     def __len__(self) -> int:
         return len(self._uris)
@@ -27,7 +27,7 @@ class Images(Dataset[Any]):
 
 def label(task: Task, uris: list[str], num_workers: int, num_threads: int) -> list[str]:
     model = TunedModel(task, num_threads=num_threads)
-    loader = DataLoader(Images(uris), batch_size=BATCH_SIZE, num_workers=num_workers)
+    loader = DataLoader(Images(uris, task.sizes()), batch_size=BATCH_SIZE, num_workers=num_workers)
     return [name for images in loader for name in model(images)]
 
 

@@ -18,18 +18,18 @@ from jobs.bench.peers.task import (
 )
 
 _model: Any = None
+_transform: Any = None
 
 
 def prepare(task: Task) -> None:
-    global _model
-    _model = TunedModel(task, num_threads=1)
+    global _model, _transform
+    _model, _transform = TunedModel(task, num_threads=1), tuned_transform(task.sizes())
 
 
 def label(uris: Sequence[str]) -> list[str]:
     import torch
 
-    transform = tuned_transform()
-    return _model(torch.stack([transform(open_rgb(uri)) for uri in uris])) if uris else []
+    return _model(torch.stack([_transform(open_rgb(uri)) for uri in uris])) if uris else []
 
 
 def main() -> None:

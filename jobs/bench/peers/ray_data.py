@@ -18,8 +18,8 @@ from jobs.bench.peers.task import (
 )
 
 
-def load(row: dict[str, Any]) -> dict[str, Any]:
-    return {"uri": row["uri"], "pixels": published_transform()(open_rgb(row["uri"])).numpy()}
+def load(row: dict[str, Any], sizes: tuple[int, int]) -> dict[str, Any]:
+    return {"uri": row["uri"], "pixels": published_transform(sizes)(open_rgb(row["uri"])).numpy()}
 
 
 class Classify:
@@ -54,7 +54,7 @@ def main() -> None:
     (
         ray.data.read_parquet(task.manifest, columns=["uri"])
         .limit(task.limit)
-        .map(load)
+        .map(load, fn_args=(task.sizes(),))
         .map_batches(
             Classify,
             fn_constructor_args=(task,),

@@ -26,7 +26,8 @@ def main() -> None:
     def label(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
         import torch
 
-        names, network, transform = task.class_names(), task.network(num_threads=1), published_transform()
+        names, network = task.class_names(), task.network(num_threads=1)
+        transform = published_transform(task.sizes())
         for uris in batches:
             with torch.inference_mode():
                 logits = network(torch.stack([transform(open_rgb(uri)) for uri in uris]))

@@ -1,7 +1,7 @@
-"""What every peer does: read locations from Parquet, label each image with ResNet-18, write (uri, label) as Parquet.
+"""What every peer does: read locations from Parquet, label each image with a network, write (uri, label) as Parquet.
 
 The shape is that of published benchmarks of batch classification: full-size RGB, ``ToTensor``, then the transforms
-that torchvision publishes with the weights (resize 256, crop 224, normalise), float32, batches of 100, argmax.
+that torchvision publishes with its weights (resize, crop, normalise), float32, batches of 100, argmax.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Task:
     manifest: str
     """Parquet with a column ``uri``."""
     model: str
-    """A bundle of ResNet-18, of which weights and class names are used."""
+    """A bundle, of which architecture, sizes, weights and class names are used."""
     out: str
     """A directory that is not there yet."""
     result: str
@@ -45,17 +45,26 @@ class Task:
         return pq.read_table(self.manifest, columns=["uri"])["uri"].to_pylist()[: self.limit]
 
     def class_names(self) -> list[str]:
-        return json.loads(Path(self.model, "model.json").read_text())["class_names"]
+        return self._description()["class_names"]
+
+    def sizes(self) -> tuple[int, int]:
+        """What images are resized to and cropped to, px."""
+        preprocess = self._description()["preprocess"]
+        return preprocess["resize_size"], preprocess["crop_size"]
+
+    def _description(self) -> dict[str, Any]:
+        return json.loads(Path(self.model, "model.json").read_text())
 
     def network(self, *, num_threads: int | None = None) -> Any:
-        """torchvision's ResNet-18 with the bundle's weights, float32, for inference."""
+        """torchvision's network, or the trivial one, with the bundle's weights, float32, for inference."""
         import torch
         from safetensors.torch import load_file
-        from torchvision.models import resnet18
+
+        from imgbatch.core.architectures import build_network
 
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        network = resnet18(num_classes=len(self.class_names()))
+        network = build_network(self._description()["arch"], len(self.class_names()))
         network.load_state_dict(load_file(Path(self.model, "model.safetensors")))
         return network.eval().requires_grad_(False)
 
@@ -97,19 +106,23 @@ def parse_task() -> Task:
     return Task(**vars(parser.parse_args()))
 
 
-def published_transform() -> Any:
-    """PIL image to float32 CHW."""
+def published_transform(sizes: tuple[int, int]) -> Any:
+    """PIL image to float32 CHW; ``sizes``: see :meth:`Task.sizes`."""
     from torchvision.models import ResNet18_Weights
     from torchvision.transforms import Compose, ToTensor
 
-    return Compose([ToTensor(), ResNet18_Weights.IMAGENET1K_V1.transforms()])
+    resize_size, crop_size = sizes
+    return Compose(
+        [ToTensor(), ResNet18_Weights.IMAGENET1K_V1.transforms(resize_size=resize_size, crop_size=crop_size)]
+    )
 
 
-def tuned_transform() -> Any:
+def tuned_transform(sizes: tuple[int, int]) -> Any:
     """PIL image to uint8 CHW: resized and cropped before anything becomes a float."""
     from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-    return Compose([PILToTensor(), Resize(256, antialias=True), CenterCrop(224)])
+    resize_size, crop_size = sizes
+    return Compose([PILToTensor(), Resize(resize_size, antialias=True), CenterCrop(crop_size)])
 
 
 def open_rgb(uri: str) -> Any:

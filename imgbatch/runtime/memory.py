@@ -1,0 +1,109 @@
+"""What the job takes of a machine's memory, by arithmetic: stated before a run, and held to what actors take by a test.
+
+Private memory of each process, as psutil's USS has it, at its peak; what processes share (units on their way, in Ray's
+object store and in the decoders' memory) is counted once. The constants were measured on Linux, x86-64, with Python
+3.11, Ray 2.60, torch 2.15 and OpenVINO 2026.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imgbatch.core.backends import Backend
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.runtime.pools import Pools
+
+_MB = 10**6
+RAY_BYTES = 900 * _MB
+"""Ray's own processes of a machine, Ray Data's three actors and the driver."""
+_ACTOR_BYTES = 180 * _MB
+"""An actor of Ray Data with Arrow and pandas, before it does anything."""
+_CHILD_BYTES = 75 * _MB
+"""A decoding child before its first image."""
+_DECODED_PIXEL_BYTES = 8
+"""Of a source image's pixel: RGBX from the decoder, what Pillow makes of it, and the file."""
+_ENCODED_PIXEL_BYTES = 0.5
+"""JPEG has less, PNG more."""
+_WEIGHT_COPIES = 4
+"""The file's contents, the network, and what the library packs of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Library:
+    """What runs the model, measured with ResNet-18 at batches of 8 and 32."""
+
+    base: int
+    stream: int
+    """Of each thread that runs the model."""
+    pixel: int
+    """Of each input pixel of a batch: activations."""
+
+
+_TORCH = _Library(base=400 * _MB, stream=300 * _MB, pixel=192)
+_OPENVINO = _Library(base=150 * _MB, stream=20 * _MB, pixel=48)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """Bytes at the peak."""
+
+    decode_actor: int
+    """Each, without what it shares."""
+    decode_child: int
+    """Each; a poison image may take it up to ``decode.memory_mb`` more before it is ended."""
+    classify_actor: int
+    """Each, on the host."""
+    units: int
+    """Units on their way, in all."""
+    total: int
+    """Of everything, where all of it is on one machine."""
+
+    def describe(self, pools: Pools) -> str:
+        """One line for a person."""
+        parts = (
+            f"{pools.decode_actors} x {self.decode_actor / _MB:,.0f} MB decode actors",
+            f"{pools.decoders} x {self.decode_child / _MB:,.0f} their children",
+            f"{pools.classify_actors} x {self.classify_actor / _MB:,.0f} classify actors",
+            f"{self.units / _MB:,.0f} units on their way",
+            f"{RAY_BYTES / _MB:,.0f} Ray",
+        )
+        return f"{self.total / _MB:,.0f} MB: {', '.join(parts)}"
+
+
+def max_stored_units(pools: Pools) -> int:
+    """Decoded units that the object store is to hold at once, over the cluster: Ray Data stops decoding beyond.
+
+    One on its way from each decoder, one at work in each call of a classify actor, and as many again that wait. Ray
+    Data would fill half of the store, which makes nothing faster.
+    """
+    return 2 * (pools.decoders + pools.classify_actors * pools.classify_calls)
+
+
+def memory_budget(
+    pools: Pools,
+    spec: PreprocessSpec,
+    backend: Backend,
+    *,
+    unit_rows: int,
+    batch_size: int,
+    weight_bytes: int,
+    in_flight: int,
+    image_pixels: int,
+) -> MemoryBudget:
+    """The budget of a job.
+
+    Args:
+        weight_bytes: of the model's weights file.
+        in_flight: ``fetch.in_flight``.
+        image_pixels: of a source image, width x height.
+    """
+    unit_bytes = unit_rows * spec.pixel_bytes
+    child = _CHILD_BYTES + image_pixels * _DECODED_PIXEL_BYTES
+    library = _OPENVINO if backend.name.startswith("openvino") else _TORCH
+    stream = library.stream + batch_size * spec.crop_size**2 * library.pixel
+    classify = _ACTOR_BYTES + library.base + _WEIGHT_COPIES * weight_bytes + pools.classify_streams * stream
+    # Beside those in the object store, of each decoder the unit that it fills and the one before, which goes there.
+    units = (max_stored_units(pools) + 2 * pools.decoders) * unit_bytes
+    decode = _ACTOR_BYTES + in_flight * int(image_pixels * _ENCODED_PIXEL_BYTES)
+    total = RAY_BYTES + pools.decode_actors * decode + pools.decoders * child + pools.classify_actors * classify + units
+    return MemoryBudget(decode, child, classify, units, total)
