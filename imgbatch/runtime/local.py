@@ -67,3 +67,4 @@ class LocalEngine:
 
     def close(self) -> None:
         self._decode.close()
+        self._classify.close()
