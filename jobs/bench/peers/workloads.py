@@ -67,7 +67,7 @@ WORKLOADS = {
         "resnet18",
         256,
         224,
-        0.5,
+        2.0,
         _enlarged,
     ),
     "tiles": Workload(f"ResNet-18 at {TILE_PX} px over tiles of that size", "resnet18", TILE_PX, TILE_PX, 2.0, _tiles),
