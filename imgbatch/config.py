@@ -129,7 +129,8 @@ class ClassifyConfig(Section):
     unit_rows: PositiveInt | Auto = "auto"
     """Rows per unit, what is decoded, written and retried as one; auto: see ``core.units.choose_unit_rows``."""
     batch_size: PositiveInt | Auto = "auto"
-    """Images per forward pass; auto: what was the fastest for a variant of the model, else 8 on a CPU, 256 on a GPU."""
+    """Images per forward pass; auto: what was the fastest for a variant of the model, else 256 on a GPU, and on a CPU
+    8 at 224 px, up to 64 at smaller sizes."""
     engine: Literal["ray", "local"] = "ray"
     """``ray``, or ``local``: the same stages in a plain loop in this process."""
     backend: Literal["auto", "torch", "torch_bf16", "torch_compile", "openvino", "openvino_fp32", "openvino_int8"] = (

@@ -175,7 +175,7 @@ def _measure(
         return sample, {}
     stage_s = {"fetch": sample.fetch_s / len(sample.rows), "decode": sample.decoded.decode_s / len(sample.rows)}
     if device == "cpu" or this_machine().num_gpus:
-        batch_size = choose_batch_size(config.classify.batch_size, device, backend)
+        batch_size = choose_batch_size(config.classify.batch_size, device, spec.crop_size, backend)
         threads = pools.classify_threads
         stage_s["classify"] = classify_sample(
             sample, bundle, backend, device=device, batch_size=batch_size, threads=threads
@@ -199,7 +199,7 @@ def _budget(
         spec,
         backend,
         unit_rows=unit_rows,
-        batch_size=choose_batch_size(config.classify.batch_size, device, backend),
+        batch_size=choose_batch_size(config.classify.batch_size, device, spec.crop_size, backend),
         weight_bytes=storage.file_info(storage.join(bundle.path, WEIGHTS_FILE)).size,
         in_flight=config.fetch.in_flight,
         image_pixels=int(pixels.max(initial=0)) or _UNKNOWN_PIXELS,

@@ -23,7 +23,9 @@ class LocalEngine:
         threads = run.config.resources.classify_threads
         self._classify = ClassifyStage(
             run,
-            batch_size=choose_batch_size(run.config.classify.batch_size, run.plan.device, run.backend),
+            batch_size=choose_batch_size(
+                run.config.classify.batch_size, run.plan.device, run.spec.crop_size, run.backend
+            ),
             num_threads=threads if isinstance(threads, int) else this_machine().num_cpus,
         )
 

@@ -110,7 +110,7 @@ class RayEngine:
             object_store_memory=max_stored_units(pools) * unit_bytes
         )
         resources = run.config.resources
-        batch_size = choose_batch_size(run.config.classify.batch_size, run.plan.device, run.backend)
+        batch_size = choose_batch_size(run.config.classify.batch_size, run.plan.device, run.spec.crop_size, run.backend)
         threads = pools.classify_threads if run.plan.device == "cpu" else None
         return (
             # Not from_arrow, which starts a task for each block to learn its schema.

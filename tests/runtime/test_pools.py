@@ -74,8 +74,9 @@ def test_device_and_batch_size() -> None:
     assert choose_device(ResourcesConfig(), Machine(4, 0)) == "cpu"
     assert choose_device(ResourcesConfig(), Machine(4, 1)) == "cuda"
     assert choose_device(ResourcesConfig(device="cpu"), Machine(4, 1)) == "cpu"
-    assert choose_batch_size(7, "cpu") == 7
-    assert choose_batch_size("auto", "cpu") < choose_batch_size("auto", "cuda")
+    assert choose_batch_size(7, "cpu", 224) == 7
+    assert [choose_batch_size("auto", "cpu", side) for side in (1024, 224, 160, 96, 64, 32)] == [8, 8, 8, 32, 64, 64]
+    assert choose_batch_size("auto", "cpu", 64) < choose_batch_size("auto", "cuda", 64)
 
 
 @pytest.mark.parametrize(("visible", "num_gpus"), [("", 0), ("-1", 0), ("0", 1), ("0,2", 2)])
