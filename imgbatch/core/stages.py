@@ -55,7 +55,8 @@ class DecodeStage:
         """``on_cpu``: leave nothing to the GPU, whatever the configuration says."""
         storage.configure(run.config.storage)
         self._run = run
-        self._for_gpu = run.config.decode.gpu_share > 0 and not on_cpu
+        # A model that takes no JPEGs gets error rows for them, whoever would decode them.
+        self._for_gpu = run.config.decode.gpu_share > 0 and not on_cpu and "JPEG" in run.spec.decode.formats
         self._rows = RowsReader(run.paths)
         self.columns = image_columns(self._rows.schema.names)
         """What :meth:`decode_rows` needs of a row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,15 @@ def test_large_images_are_decoded_few_at_a_time(monkeypatch: pytest.MonkeyPatch)
     assert list(gpu_decode._calls([])) == []
     monkeypatch.setattr(gpu_decode, "_MAX_BYTES", 3 * 250)
     assert list(gpu_decode._calls([(10, 10), (10, 10), (10, 10), (50, 50), (1, 1)])) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_a_format_that_the_model_does_not_take_is_refused_all_the_same(photo_config: Config) -> None:
+    run = plan_run(changed(photo_config, decode__gpu_share=1.0), "cpu")
+    spec = replace(run.spec, decode=replace(run.spec.decode, formats=("PNG",)))
+    with DecodeStage(replace(run, spec=spec)) as decode:
+        block = decode(0)
+    assert ENCODED not in block.column_names
+    assert set(block["status"].to_pylist()) == {None, Status.UNSUPPORTED_FORMAT.value}
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
