@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/imgbatch demo -o out/demo --images 3000 --seed 0
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/pytest -m "not soak" -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -36,6 +36,15 @@ S3_ENVIRONMENT = {
 """What clients of the test server need beside its address."""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side, a file's tests stay together, which share its fixtures, and all of Ray's, which share one Ray."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        group = "ray" if "ray_local" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real images and weights that ``IMGBATCH_TEST_DATA`` names; skips where it is not set."""

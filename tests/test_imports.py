@@ -56,5 +56,11 @@ def test_the_local_engine_loads_no_ray():
 
 
 @pytest.mark.parametrize("module", ["actors", "crop_pool"])
-def test_what_decode_actors_load_brings_neither_torch_nor_the_s3_client(module):
-    assert loaded_by(f"import imgbatch.runtime.{module}") & {"torch", "torchvision", "botocore", "s3fs"} == set()
+def test_what_decode_actors_load_brings_neither_torch_nor_a_database_nor_the_s3_client(module):
+    unwanted = {"torch", "torchvision", "duckdb", "botocore", "s3fs"}
+    assert loaded_by(f"import imgbatch.runtime.{module}") & unwanted == set()
+
+
+def test_what_decoding_children_load_is_little():
+    unwanted = {"torch", "ray", "duckdb", "fsspec", "pydantic", "rasterio"}
+    assert loaded_by("import imgbatch.core.decode_child") & unwanted == set()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from imgbatch.core import storage
+
+if TYPE_CHECKING:
+    import duckdb
 
 _MB_PER_THREAD = 128
 """Grouping 100,000,000 keys fails at 30 MB a thread, for all that spills, and at 100 MB on more than two threads."""
@@ -16,6 +18,8 @@ _MB_PER_THREAD = 128
 
 def connect(out: str | None = None) -> duckdb.DuckDBPyConnection:
     """An in-memory database; close it when done. ``out``: a directory or file that queries will read, anywhere."""
+    import duckdb  # actors import what imports this, and ask no database
+
     connection = duckdb.connect()
     connection.execute("set timezone = 'UTC'")
     # Its progress bar would be printed into whatever the command prints. Where it is off, as in a notebook without

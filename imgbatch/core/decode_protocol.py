@@ -22,13 +22,15 @@ import struct
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imgbatch.config import StorageConfig
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, Stage, Status
+
+if TYPE_CHECKING:
+    from imgbatch.config import StorageConfig
 
 FRAME = struct.Struct("<qq")
 OPEN_UNIT = -1
@@ -66,9 +68,12 @@ class ChildSettings:
     @classmethod
     def from_json(cls, text: str) -> ChildSettings:
         values: dict[str, Any] = json.loads(text)
-        stored = values["storage"]
-        parsed = StorageConfig.model_validate(stored) if stored is not None else None
-        return cls(**(values | {"spec": PreprocessSpec.from_dict(values["spec"]), "storage": parsed}))
+        if values["storage"] is not None:
+            # Photographs do without the configuration, which takes longer to import than all else here.
+            from imgbatch.config import StorageConfig
+
+            values["storage"] = StorageConfig.model_validate(values["storage"])
+        return cls(**(values | {"spec": PreprocessSpec.from_dict(values["spec"])}))
 
 
 class RowState(IntEnum):

@@ -10,13 +10,15 @@ runs             one row per finished run
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from imgbatch.core import current, storage
 from imgbatch.core.current import CurrentRun
 from imgbatch.core.database import connect
 from imgbatch.errors import UsageError
+
+if TYPE_CHECKING:
+    import duckdb
 
 _NO_PREDICTIONS = (
     "select null::bigint row_id, null::varchar image_id, null::varchar uri, null::varchar label, "

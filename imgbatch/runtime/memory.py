@@ -73,10 +73,10 @@ class MemoryBudget:
 def max_stored_units(pools: Pools) -> int:
     """Decoded units that the object store is to hold at once, over the cluster: Ray Data stops decoding beyond.
 
-    One on its way from each decoder, one at work in each call of a classify actor, and as many again that wait. Ray
-    Data would fill half of the store, which makes nothing faster.
+    One on its way from each decoder, one at work in each call of a classify actor, and one that waits for each actor.
+    Ray Data would fill half of the store, which makes nothing faster.
     """
-    return 2 * (pools.decoders + pools.classify_actors * pools.classify_calls)
+    return pools.decoders + pools.classify_actors * (pools.classify_calls + 1)
 
 
 def memory_budget(

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,22 @@ def _start(config: Config, pools: Pools | None) -> None:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
+                _end_idle_processes()
     except ConnectionError as error:
         raise UsageError(f"ray.address: no cluster answers at {address} ({error})") from error
+
+
+def _end_idle_processes() -> None:
+    """End what a Ray of our own starts and nothing here asks: 200 MB, and some polling.
+
+    The monitor of an autoscaler that has nothing to scale, one that follows log files which nobody is shown, and the
+    dashboard's process, which without a dashboard only counts Ray's usage. Starting Ray without them has no public way.
+    """
+    with suppress(Exception):
+        node = ray._private.worker._global_node
+        node.kill_monitor()
+        node.kill_log_monitor()
+        node.kill_dashboard()
 
 
 @contextmanager

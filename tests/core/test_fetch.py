@@ -282,6 +282,6 @@ def test_without_hedging_a_request_is_waited_for(objects: ObjectServer) -> None:
 
 
 def test_when_both_requests_stall_the_timeout_holds(objects: ObjectServer) -> None:
-    error = fetch_error("s3://bucket/stalls9", hedge_after_s=0.2, timeout_s=1.0, retries=0)
+    error = fetch_error("s3://bucket/stalls9", hedge_after_s=0.2, timeout_s=3.0, retries=0)
     assert (error.status, error.attempts) == (Status.FETCH_FAILED, 1)
     assert objects.requests["stalls9"] == 2

@@ -31,9 +31,20 @@ def test_units_fill_their_budgets(pixel_bytes: int, result_bytes: int, expected:
         assert rows * result_bytes <= MAX_UNIT_RESULT_BYTES
 
 
-@pytest.mark.parametrize(("num_rows", "expected"), [(1, 32), (372, 32), (3_000, 64), (100_000, 512)])
-def test_a_small_manifest_is_cut_finer(num_rows: int, expected: int) -> None:
-    assert choose_unit_rows(224 * 224 * 3, 200, num_rows) == expected
+@pytest.mark.parametrize(
+    ("side", "num_rows", "expected"),
+    [
+        (224, 1, 32),
+        (224, 372, 32),
+        (224, 3_000, 64),
+        (224, 30_000, 128),
+        (224, 100_000, 512),
+        (64, 30_000, 512),
+        (64, 50_000, 1024),
+    ],
+)
+def test_a_small_manifest_is_cut_finer(side: int, num_rows: int, expected: int) -> None:
+    assert choose_unit_rows(side * side * 3, 200, num_rows) == expected
 
 
 @pytest.mark.parametrize("segments", [(10,), (10, 3, 4), (4, 4, 4), (1,)])
