@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from imgbatch.runtime.pools import Machine, Pools, this_machine
 _BLOCKS_PER_ACTOR = 4
 """Decoded blocks that the object store has room for, per unit at work: one worked on, two queued, one on its way."""
 _MIN_STORE_BYTES = 512 * 2**20
+_STARTING_IDLE_PROCESSES = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods of Ray's ``Node``."""
 
 
 def cluster_address(config: Config) -> str | None:
@@ -68,30 +70,36 @@ def _start(config: Config, pools: Pools | None) -> None:
             if address is not None:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=this_machine().num_cpus,
-                    object_store_memory=_store_bytes(config, pools),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-                _end_idle_processes()
+                with _without_idle_processes():
+                    ray.init(
+                        address="local",
+                        num_cpus=this_machine().num_cpus,
+                        object_store_memory=_store_bytes(config, pools),
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
     except ConnectionError as error:
         raise UsageError(f"ray.address: no cluster answers at {address} ({error})") from error
 
 
-def _end_idle_processes() -> None:
-    """End what a Ray of our own starts and nothing here asks: 200 MB, and some polling.
+@contextmanager
+def _without_idle_processes() -> Iterator[None]:
+    """Within the block Ray starts without what a Ray of our own asks nothing: 200 MB, 4 s of CPU, and some polling.
 
     The monitor of an autoscaler that has nothing to scale, one that follows log files which nobody is shown, and the
-    dashboard's process, which without a dashboard only counts Ray's usage. Starting Ray without them has no public way.
+    dashboard's process, which without a dashboard only counts Ray's usage. ``ray.init`` has no parameter for them;
+    where a version of Ray has other names for these, it starts them.
     """
-    with suppress(Exception):
-        node = ray._private.worker._global_node
-        node.kill_monitor()
-        node.kill_log_monitor()
-        node.kill_dashboard()
+    node = ray._private.node.Node
+    kept = {name: getattr(node, name) for name in _STARTING_IDLE_PROCESSES if hasattr(node, name)}
+    for name in kept:
+        setattr(node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(node, name, method)
 
 
 @contextmanager
