@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from enum import Enum
 from typing import Annotated, Any, Literal
 
 import typer
@@ -96,13 +97,22 @@ def inspect(
                 console.print(line, markup=False, soft_wrap=True)
 
 
+class _Target(Enum):
+    """As ``core.variants.Target``; typer takes no list of literals."""
+
+    OPENVINO_INT8 = "openvino-int8"
+    OPENVINO_FP32 = "openvino-fp32"
+    TORCH_BF16 = "torch-bf16"
+    TORCH_COMPILE = "torch-compile"
+
+
 @app.command()
 def optimize(
     config: Config,
     model: Model,
     target: Annotated[
-        Literal["openvino-int8", "openvino-fp32", "torch-bf16", "torch-compile"],
-        typer.Option(help="What the variant is."),
+        list[_Target],
+        typer.Option(help="What the variant is; repeat for several."),
     ],
     calibration: Annotated[
         str, typer.Option(metavar="MANIFEST", help="Images like those to be classified; targets help.")
@@ -116,28 +126,30 @@ def optimize(
 ) -> None:
     """Make a faster variant of a model and measure how far it agrees with the original; classify then uses it."""
     from imgbatch.core.optimize import optimize_bundle
-    from imgbatch.core.variants import directory_of
+    from imgbatch.core.variants import TARGETS, directory_of
 
-    bundle, variant = optimize_bundle(
-        model, target=target, calibration=calibration, output=output, limit=limit, config=config
-    )
-    if as_json:
-        print_json({"variant_id": variant.variant_id, **variant.model_dump(mode="json")})
-        return
-    console.print(f"{directory_of(bundle.path, target)}: variant_id {variant.variant_id}", markup=False)
-    console.print(f"agreement  {variant.agreement.describe()}", markup=False)
-    console.print(
-        f"speed      {variant.images_per_s['variant']:,.1f} images/s in one thread at batches of {variant.batch_size}, "
-        f"torch {variant.images_per_s['original']:,.1f}",
-        markup=False,
-    )
-    floor = config.classify.min_agreement
-    if variant.agreement.labels < floor:
+    for each in (name for name in TARGETS if _Target(name) in target):
+        bundle, variant = optimize_bundle(
+            model, target=each, calibration=calibration, output=output, limit=limit, config=config
+        )
+        model = bundle.path  # where the next one goes too
+        if as_json:
+            print_json({"variant_id": variant.variant_id, **variant.model_dump(mode="json")})
+            continue
+        console.print(f"{directory_of(bundle.path, each)}: variant_id {variant.variant_id}", markup=False)
+        console.print(f"agreement  {variant.agreement.describe()}", markup=False)
         console.print(
-            f"classify leaves it out, because its labels agree on less than {floor:.0%}, unless "
-            f"--set classify.min_agreement={int(variant.agreement.labels * 1000) / 1000:g} allows it",
+            f"speed      {variant.images_per_s['variant']:,.1f} images/s in one thread at batches of "
+            f"{variant.batch_size}, torch {variant.images_per_s['original']:,.1f}",
             markup=False,
         )
+        floor = config.classify.min_agreement
+        if variant.agreement.labels < floor:
+            console.print(
+                f"classify leaves it out, because its labels agree on less than {floor:.0%}, unless "
+                f"--set classify.min_agreement={int(variant.agreement.labels * 1000) / 1000:g} allows it",
+                markup=False,
+            )
 
 
 @app.command()

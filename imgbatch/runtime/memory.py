@@ -7,6 +7,7 @@ object store and in the decoders' memory) is counted once. The constants were me
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from imgbatch.core.backends import Backend
@@ -24,6 +25,8 @@ _DECODED_PIXEL_BYTES = 8
 """Of a source image's pixel: RGBX from the decoder, what Pillow makes of it, and the file."""
 _ENCODED_PIXEL_BYTES = 0.5
 """JPEG has less, PNG more."""
+_STAGE_SHARE = 0.75
+"""Of a limit on the object store, what Ray Data lets one of two stages have: half of it is reserved, in equal parts."""
 _WEIGHT_COPIES = 4
 """The file's contents, the network, and what the library packs of it."""
 
@@ -73,10 +76,11 @@ class MemoryBudget:
 def max_stored_units(pools: Pools) -> int:
     """Decoded units that the object store is to hold at once, over the cluster: Ray Data stops decoding beyond.
 
-    One on its way from each decoder, one at work in each call of a classify actor, and one that waits for each actor.
-    Ray Data would fill half of the store, which makes nothing faster.
+    Those under way in every call of a decode and of a classify actor: with fewer, decoders would wait for room; more,
+    such as half of the store, which Ray Data would fill, make nothing faster.
     """
-    return pools.decoders + pools.classify_actors * (pools.classify_calls + 1)
+    under_way = pools.decode_actors * pools.decode_calls + pools.classify_actors * pools.classify_calls
+    return math.ceil(under_way / _STAGE_SHARE)
 
 
 def memory_budget(

@@ -57,6 +57,11 @@ class Pools:
         return self.classify_actors * self.classify_streams
 
     @property
+    def decode_calls(self) -> int:
+        """Units at once in a decode actor: one more than it can decode, so that its first files are on their way."""
+        return self.decode_processes + 1
+
+    @property
     def classify_calls(self) -> int:
         """Units at once in a classify actor: those that the model runs over, and those written or waiting meanwhile.
 

@@ -118,11 +118,10 @@ class RayEngine:
             .map_batches(
                 self.decode_actor,
                 fn_constructor_kwargs={"run": run, "processes": pools.decode_processes},
-                # One call more than can decode, so that its first files are on their way.
                 compute=ActorPoolStrategy(
                     size=pools.decode_actors,
-                    max_tasks_in_flight_per_actor=pools.decode_processes + 1,
-                    max_concurrent_calls_per_actor=pools.decode_processes + 1,
+                    max_tasks_in_flight_per_actor=pools.decode_calls,
+                    max_concurrent_calls_per_actor=pools.decode_calls,
                     enable_true_multi_threading=True,
                 ),
                 num_cpus=pools.decode_cpus,

@@ -88,13 +88,17 @@ def test_the_commands_make_show_and_write_a_variant(
     tiny_model: ModelBundle, photo_manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     new = str(tmp_path / "new")
-    optimize = ["model", "optimize", tiny_model.path, "--target", "openvino-fp32", "--calibration", str(photo_manifest)]
+    targets = ["--target", "openvino-fp32", "--target", "torch-bf16"]
+    optimize = ["model", "optimize", tiny_model.path, *targets, "--calibration", str(photo_manifest)]
     assert command([*optimize, "-o", new]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{new}/variants/openvino-fp32: variant_id v")
     assert "agreement  the same labels as torch fp32 on 100.00% of 57 images" in printed
     assert command(["model", "inspect", new]) == 0
-    assert "variants\n  openvino-fp32         v" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\n  openvino-fp32         v" in shown
+    assert "\n  torch-bf16            v" in shown
+    assert not Path(tiny_model.path, "variants", "torch-bf16").exists()
     export = [
         "model",
         "export",
