@@ -52,11 +52,16 @@ def convert_network(bundle: ModelBundle, *, probabilities: bool = False) -> Any:
         ) from error
 
 
+def allowed_drop(num_images: int) -> float:
+    """:data:`MAX_ACCURACY_DROP`, or a single one of ``num_images``, which says nothing though it may be a larger share."""
+    return max(MAX_ACCURACY_DROP, (1 + 1e-9) / num_images)
+
+
 def quantize_network(network: Any, bundle: ModelBundle, calibration: Calibration) -> tuple[Any, str]:
     """``network`` in int8, and how it was quantised, for a person.
 
     With accuracy control where targets are known: layers whose quantisation costs most go back to float32 until the
-    accuracy on the calibration images has dropped by at most :data:`MAX_ACCURACY_DROP`.
+    accuracy on the calibration images has dropped by at most :func:`allowed_drop`.
 
     Raises:
         UsageError: nncf is not installed.
@@ -83,16 +88,17 @@ def quantize_network(network: Any, bundle: ModelBundle, calibration: Calibration
         right = [float(compiled(image_1HWC)[0].argmax() == index) for image_1HWC, index in pairs]
         return sum(right) / len(right), right
 
+    max_drop = allowed_drop(len(targets))
     quantised = nncf.quantize_with_accuracy_control(
         network,
         calibration_dataset=items,
         validation_dataset=nncf.Dataset(targets),
         validation_fn=accuracy,
-        max_drop=MAX_ACCURACY_DROP,
+        max_drop=max_drop,
         drop_type=nncf.DropType.ABSOLUTE,
         **options,
     )
-    return quantised, f"post-training, accuracy drop at most {MAX_ACCURACY_DROP:g} on {len(targets)} images"
+    return quantised, f"post-training, accuracy drop at most {max_drop:.2g} on {len(targets)} images"
 
 
 def network_files(network: Any) -> dict[str, bytes]:

@@ -1,7 +1,8 @@
-"""What a cluster's labels say, on real nodes."""
+"""What a Ray of our own is made of, and what a cluster's labels say, on real nodes."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,22 @@ import pytest
 
 from imgbatch.config import Config
 
-pytestmark = [pytest.mark.ray, pytest.mark.soak]
+pytestmark = pytest.mark.ray
 
 COMMAND = str(Path(sys.executable).with_name("imgbatch"))
 STORE_BYTES = 100 * 10**6
+
+
+IN_A_RAY_OF_OUR_OWN = """
+import json, psutil, ray
+from imgbatch.config import Config
+from imgbatch.runtime.session import ray_session
+
+with ray_session(Config()):
+    sum_of_two = ray.get(ray.remote(sum).remote([1, 2]))
+    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+print(json.dumps([sum_of_two, commands]))
+"""
 
 
 @pytest.fixture
@@ -42,6 +55,7 @@ def labels(zone: str) -> dict[str, str]:
     return {"ray.io/availability-zone": zone, "ray.io/availability-region": zone[:-1]}
 
 
+@pytest.mark.soak
 def test_plan_warns_of_zones_and_regions_that_differ(photo_config: Config, s3_bucket: str, cluster: Any) -> None:
     command = [COMMAND, "plan", "--manifest", str(photo_config.input.manifest), "-m", str(photo_config.model.path)]
     command += ["-o", f"{s3_bucket}/out", "--set", f"ray.address={cluster.address}"]
@@ -51,3 +65,15 @@ def test_plan_warns_of_zones_and_regions_that_differ(photo_config: Config, s3_bu
     assert "CPU nodes stand in eu-central-1a and GPU nodes in eu-central-1b" in told
     assert f"{s3_bucket} in region us-east-1, and the work in eu-central-1: " in told
     assert "1 classify actors (GPU each)" in " ".join(done.stdout.split())
+
+
+def test_a_ray_of_our_own_works_without_the_processes_that_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    code = [sys.executable, "-c", IN_A_RAY_OF_OUR_OWN]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    sum_of_two, commands = json.loads(done.stdout)
+    assert sum_of_two == 3
+    assert any("raylet" in command for command in commands)
+    idle = ("monitor.py", "dashboard.py")
+    assert [command for command in commands if any(name in command for name in idle)] == []
