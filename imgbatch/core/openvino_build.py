@@ -53,7 +53,7 @@ def convert_network(bundle: ModelBundle, *, probabilities: bool = False) -> Any:
 
 
 def allowed_drop(num_images: int) -> float:
-    """:data:`MAX_ACCURACY_DROP`, or a single one of ``num_images``, which says nothing though it may be a larger share."""
+    """:data:`MAX_ACCURACY_DROP`, or one of ``num_images``: a larger share of few, but a single image says nothing."""
     return max(MAX_ACCURACY_DROP, (1 + 1e-9) / num_images)
 
 
