@@ -72,12 +72,15 @@ def test_what_is_recorded_is_what_comes_out(optimized_model: ModelBundle, photo_
     assert agreement.largest_difference == pytest.approx(np.abs(expected_NK - given_NK).max(), abs=1e-6)
     assert 0 < agreement.mean_difference < agreement.largest_difference < 0.1
     assert agreement.original_accuracy is not None
-    assert variant.provenance["quantised"] == "post-training, accuracy drop at most 0.018 on 57 images"
+    assert variant.provenance["quantised"] == "post-training, accuracy drop at most 0.022 on 57 images"
 
 
-def test_int8_may_lose_half_a_percent_or_one_image():
-    assert allowed_drop(1000) == 0.005
-    assert 1 / 171 < allowed_drop(171) < 2 / 171
+def test_int8_may_lose_half_a_percent_or_what_chance_takes_from_few_images():
+    assert allowed_drop(10_000) == 0.005
+    rng = np.random.default_rng(0)
+    changed_NB = rng.random((171, 20_000)) < 0.01
+    drop_B = (changed_NB * rng.choice([-1, 1], changed_NB.shape)).sum(axis=0) / 171
+    assert 0.03 < (drop_B > allowed_drop(171)).mean() < 0.08
 
 
 def test_int8_is_smaller_and_another_variant(optimized_model: ModelBundle):
