@@ -10,7 +10,12 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+_TAKE_ROWS = """
+import sys
 import pyarrow.parquet as pq
+
+pq.write_table(pq.read_table(sys.argv[1]).slice(0, int(sys.argv[3])), sys.argv[2])
+"""
 
 
 def main() -> None:
@@ -21,7 +26,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
     manifest = Path(arguments.result).with_suffix(".parquet")
-    pq.write_table(pq.read_table(arguments.manifest).slice(0, arguments.limit), manifest)
+    # In a process of its own: this one is there all the time, and its memory counts as the command's.
+    subprocess.run([sys.executable, "-c", _TAKE_ROWS, arguments.manifest, manifest, str(arguments.limit)], check=True)
     settings = {
         "classify.backend": arguments.backend,
         "classify.min_agreement": "0",
