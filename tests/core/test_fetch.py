@@ -107,6 +107,9 @@ class ObjectHandler(BaseHTTPRequestHandler):
             time.sleep(2)
         if key.startswith("stalls") and seen <= int(key[6:]):
             self.server.stalled.wait(30)
+        # Before the answer, upon which the client may send its next request at once.
+        with self.server.lock:
+            self.server.busy -= 1
         if times and seen <= int(times):
             self.answer(int(status), b"<Error><Code>%s</Code><Message>no</Message></Error>" % status.encode())
         elif key == "reset":
@@ -114,8 +117,6 @@ class ObjectHandler(BaseHTTPRequestHandler):
         else:
             content = b"" if key == "empty" else key.encode() * 10
             self.answer(200, content, length=len(content) + (key == "short"))
-        with self.server.lock:
-            self.server.busy -= 1
 
     def answer(self, status: int, body: bytes, length: int | None = None) -> None:
         self.send_response(status)

@@ -80,7 +80,8 @@ def test_int8_may_lose_half_a_percent_or_what_chance_takes_from_few_images():
     rng = np.random.default_rng(0)
     changed_NB = rng.random((171, 20_000)) < 0.01
     drop_B = (changed_NB * rng.choice([-1, 1], changed_NB.shape)).sum(axis=0) / 171
-    assert 0.03 < (drop_B > allowed_drop(171)).mean() < 0.08
+    # Images are whole: two of them are within it, three are not.
+    assert 0.01 < (drop_B > allowed_drop(171)).mean() < 0.05
 
 
 def test_int8_is_smaller_and_another_variant(optimized_model: ModelBundle):

@@ -25,7 +25,7 @@ from imgbatch.config import Config
 from imgbatch.runtime.session import ray_session
 
 with ray_session(Config()):
-    sum_of_two = ray.get(ray.remote(sum).remote([1, 2]))
+    sum_of_two = ray.get(ray.remote(lambda: 1 + 2).remote())
     commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
 print(json.dumps([sum_of_two, commands]))
 """
