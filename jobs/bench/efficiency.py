@@ -215,9 +215,11 @@ def measure(stages: Stages, manifest: Path, model: str, out: Path, arguments: ar
                 measured.cpu_seconds[kind] += seconds - cpu_before[kind]
         before = num_committed
         until = time.perf_counter() + _STAGES_S
-        while time.perf_counter() < until:
-            stages.run_unit()
-        job.resume()
+        try:
+            while time.perf_counter() < until:
+                stages.run_unit()
+        finally:
+            job.resume()  # whatever happens here, nothing stays stopped for ever
     job.finish()
     if measured.seconds == 0:
         raise SystemExit("the run was over before it had settled; give more --images")
