@@ -1,15 +1,21 @@
-"""The two writes of :mod:`imgbatch.core.storage` on a local disk."""
+"""What :mod:`imgbatch.core.storage` writes and removes on a local disk."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from imgbatch.core.failpoints import failpoint
+
+_REMOVALS = 1000
+"""Tries to remove a directory that somebody writes to."""
+_SOMEBODY_WRITES = {errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, None}
+"""Without a number: ``shutil.rmtree`` found that another directory has taken the place of the one it looked at."""
 
 
 def create_if_absent(path: Path, data: bytes) -> bool:
@@ -61,6 +67,29 @@ def temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole directory, whoever else removes it or still writes to it; there may be none.
+
+    A driver that is behind another writes a temporary file into the directory that the other removes: the removal
+    is tried again until it meets no such file, and each of them is one that the other driver writes only once.
+    """
+    tries = _REMOVALS
+    while True:
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            return
+        except FileNotFoundError:
+            if not os.path.lexists(path):
+                return
+        except OSError as error:
+            tries -= 1
+            if error.errno not in _SOMEBODY_WRITES or not tries:
+                raise
 
 
 def sync_directory(directory: Path) -> None:

@@ -317,6 +317,9 @@ def staged_file(uri: str) -> Iterator[Path]:
 
 def remove(uri: str) -> None:
     """Remove a file or a whole directory; nothing happens where there is none."""
+    if is_local(uri):
+        local_disk.remove(local_path(uri))
+        return
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,6 +116,31 @@ def test_removing_takes_a_file_or_a_folder_and_minds_no_absence(base):
     storage.remove(storage.join(base, "x"))
     storage.remove(storage.join(base, "x"))
     assert not storage.exists(storage.join(base, "x"))
+
+
+def test_a_folder_is_removed_while_two_others_write_to_it_and_a_third_removes_it(tmp_path):
+    """As when a driver is done with a run that another one still works on."""
+    folder = storage.join(str(tmp_path), "units")
+    write_until, end = time.monotonic() + 2.0, object()
+
+    def write(name: int) -> object:
+        number = 0
+        while time.monotonic() < write_until:
+            number += 1
+            with contextlib.suppress(FileNotFoundError, FileExistsError):  # the folder went or came in between
+                storage.create_if_absent(storage.join(folder, f"{name}-{number}"), b"x")
+        return end
+
+    def remove() -> object:
+        while time.monotonic() < write_until:
+            storage.remove(folder)
+        return end
+
+    with ThreadPoolExecutor(4) as pool:
+        ended = [pool.submit(write, 0), pool.submit(write, 1), pool.submit(remove), pool.submit(remove)]
+        assert [task.result() for task in ended] == [end] * 4
+    storage.remove(folder)
+    assert not Path(folder).exists()
 
 
 def test_sha256_is_that_of_the_whole_file(base):

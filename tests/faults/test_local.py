@@ -80,7 +80,7 @@ def test_two_drivers_at_once(job: Job, oracle: Job, start: Callable[..., Driver]
     wait_until(lambda: all(is_stopped(driver.pid) for driver in drivers))
     for driver in drivers:
         os.kill(driver.pid, signal.SIGCONT)
-    assert [driver.wait() for driver in drivers] == [ExitCode.DONE, ExitCode.DONE]
+    assert [driver.wait() for driver in drivers] == [ExitCode.DONE, ExitCode.DONE], job.log.read_text()
     assert_exactly_once(job, oracle)
 
 
