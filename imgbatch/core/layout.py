@@ -21,26 +21,35 @@ _FEATURE_BYTES = 4
 
 
 def choose_layout(
-    config: Config, manifest: Manifest, wanted: np.ndarray, bundle: ModelBundle, spec: PreprocessSpec
+    config: Config,
+    manifest: Manifest,
+    wanted: np.ndarray,
+    bundle: ModelBundle,
+    spec: PreprocessSpec,
+    *,
+    on_cpus: bool,
 ) -> UnitLayout:
     """The units of a manifest's rows: cut at row groups where images are embedded, at scenes where windows are read.
 
     Args:
         wanted: which rows, from the first on, are classified: bool.
+        on_cpus: whether CPUs run the model.
     """
     if manifest.has_bytes:
         ends = np.cumsum([group.num_rows for group in manifest.row_groups])
         counts = [int(part.sum()) for part in np.split(wanted, ends[:-1])]
-        return cut_rows(config, [count for count in counts if count], bundle, spec)
+        return cut_rows(config, [count for count in counts if count], bundle, spec, on_cpus=on_cpus)
     if {WINDOW, URI} <= set(manifest.schema.names):
-        unit_rows = _unit_rows(config, int(wanted.sum()), bundle, spec)
+        unit_rows = _unit_rows(config, int(wanted.sum()), bundle, spec, on_cpus=on_cpus)
         return UnitLayout(unit_rows, tuple(join_scenes(_rows_of_scenes(manifest, wanted), unit_rows)))
-    return cut_rows(config, [int(wanted.sum())], bundle, spec)
+    return cut_rows(config, [int(wanted.sum())], bundle, spec, on_cpus=on_cpus)
 
 
-def cut_rows(config: Config, segments: Sequence[int], bundle: ModelBundle, spec: PreprocessSpec) -> UnitLayout:
+def cut_rows(
+    config: Config, segments: Sequence[int], bundle: ModelBundle, spec: PreprocessSpec, *, on_cpus: bool
+) -> UnitLayout:
     """``segments`` (numbers of rows that no unit straddles) cut into units of ``classify.unit_rows``."""
-    return UnitLayout(_unit_rows(config, sum(segments), bundle, spec), tuple(segments))
+    return UnitLayout(_unit_rows(config, sum(segments), bundle, spec, on_cpus=on_cpus), tuple(segments))
 
 
 def join_scenes(rows_of_scenes: Iterator[int], unit_rows: int) -> Iterator[int]:
@@ -76,10 +85,11 @@ def _rows_of_scenes(manifest: Manifest, wanted: np.ndarray) -> Iterator[int]:
         yield rows
 
 
-def _unit_rows(config: Config, num_rows: int, bundle: ModelBundle, spec: PreprocessSpec) -> int:
+def _unit_rows(config: Config, num_rows: int, bundle: ModelBundle, spec: PreprocessSpec, *, on_cpus: bool) -> int:
     if config.classify.unit_rows != "auto":
         return config.classify.unit_rows
-    return choose_unit_rows(spec.pixel_bytes, estimate_row_bytes(config, bundle), num_rows)
+    row_bytes = estimate_row_bytes(config, bundle)
+    return choose_unit_rows(spec.pixel_bytes, row_bytes, num_rows, on_cpus=on_cpus)
 
 
 def estimate_row_bytes(config: Config, bundle: ModelBundle) -> int:

@@ -156,7 +156,7 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
     paths = RunPaths(out, run_id)
     if not storage.exists(paths.plan):
         wanted = wanted_rows(config, manifest, bundle, out)
-        layout = choose_layout(config, manifest, wanted, bundle, spec)
+        layout = choose_layout(config, manifest, wanted, bundle, spec, on_cpus=device == "cpu")
         tables = (normalise_columns(table) for table in _manifest_rows(manifest, wanted))
         plan = _new_plan(
             config, fields, run_id, layout, bundle, has_bytes=manifest.has_bytes, parent=None, device=device
@@ -191,7 +191,7 @@ def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: 
             config,
             fields,
             run_id,
-            cut_rows(config, (len(failed_rows),), bundle, spec),
+            cut_rows(config, (len(failed_rows),), bundle, spec, on_cpus=device == "cpu"),
             bundle,
             has_bytes=manifest.has_bytes,
             parent=parent.run_id,

@@ -13,24 +13,28 @@ MAX_UNIT_PIXEL_BYTES = 80 * 2**20
 """Keeps a decoded block under the 128 MiB at which Ray would split it."""
 MAX_UNIT_RESULT_BYTES = 32 * 2**20
 _SMALL_MANIFEST_UNITS, _SMALL_MANIFEST_ROWS = 32, 32
-_FINE_UNITS, _FINE_UNIT_PIXEL_BYTES = 128, 16 * 2**20
+_FINE_UNIT_PIXEL_BYTES = 20 * 2**20
+_FINE_UNITS, _FINE_UNITS_ON_CPUS = 128, 8192
 """On two cores units of 128 rows at 224 px cost a model in int8 4% more than of 512, one in float32 1%; they take a
-quarter of the memory, and spread better over the pools."""
+quarter of the memory, and spread better over the pools. GPUs are fast enough for the driver's work to count, which is
+that of a unit, whatever its rows; a longer job has larger units on CPUs too, because each is a file and a request."""
 
 
-def choose_unit_rows(pixel_bytes: int, result_row_bytes: int, num_rows: int) -> int:
+def choose_unit_rows(pixel_bytes: int, result_row_bytes: int, num_rows: int, *, on_cpus: bool = False) -> int:
     """The largest power of two, 1 to 8,192, whose pixels fit in 80 MiB and whose result rows fit in 32 MiB.
 
-    A manifest too small to fill the pools with such units gets smaller ones: about 128 units of 16 MiB of pixels or
-    more, or else about 32, of 32 rows or more.
+    A manifest too small to fill the pools with such units gets smaller ones: about 128 units (8,192 where CPUs run the
+    model) of 20 MiB of pixels or more, or else about 32, of 32 rows or more.
 
     Args:
         pixel_bytes: bytes of one decoded image.
         result_row_bytes: bytes of one result row, estimated.
         num_rows: rows of the manifest.
+        on_cpus: whether CPUs run the model.
     """
     fits = min(MAX_UNIT_PIXEL_BYTES // pixel_bytes, MAX_UNIT_RESULT_BYTES // result_row_bytes, MAX_UNIT_ROWS)
-    fine = max(num_rows // _FINE_UNITS, _FINE_UNIT_PIXEL_BYTES // pixel_bytes)
+    num_fine = _FINE_UNITS_ON_CPUS if on_cpus else _FINE_UNITS
+    fine = max(num_rows // num_fine, _FINE_UNIT_PIXEL_BYTES // pixel_bytes)
     enough = max(_SMALL_MANIFEST_ROWS, min(num_rows // _SMALL_MANIFEST_UNITS, fine))
     return 1 << (max(1, min(fits, enough)).bit_length() - 1)
 

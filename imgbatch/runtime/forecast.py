@@ -23,6 +23,7 @@ from imgbatch.core.regions import region_warnings
 from imgbatch.core.runs import list_runs
 from imgbatch.core.sample import DecodedSample, classify_sample, decode_sample, sample_rows
 from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.units import UnitLayout
 from imgbatch.errors import UsageError
 from imgbatch.runtime.memory import MemoryBudget, memory_budget
 from imgbatch.runtime.pools import Machine, Pools, choose_batch_size, choose_device, choose_pools, this_machine
@@ -32,6 +33,8 @@ _START_UP_S = 30.0
 _MUCH_LARGER = 4.0
 """A source whose shorter side is so many times the resized one spends its decoding on pixels that are thrown away."""
 _MANY_UNITS = 200_000
+_UNITS_PER_S = 36
+"""That a driver hands out, on a Ray of two cores (``cluster/README.md``)."""
 _UNKNOWN_PIXELS = 1_000_000
 """Of an image where none was looked at."""
 
@@ -89,7 +92,7 @@ def forecast(config: Config) -> Forecast:
         device = choose_device(config.resources, machine)
         pools = choose_pools(config.resources, device, machine)
     wanted = wanted_rows(config, manifest, bundle, out)
-    layout = choose_layout(config, manifest, wanted, bundle, spec)
+    layout = choose_layout(config, manifest, wanted, bundle, spec, on_cpus=device == "cpu")
     backend = choose_backend(config.classify, bundle, spec, device, features=config.output.embeddings)
     fields = result_fields(config, manifest, bundle, spec, device, backend)
     run_id, state, units_done = _existing(fields, out)
@@ -104,8 +107,7 @@ def forecast(config: Config) -> Forecast:
     warnings += region_warnings([config.input.manifest, config.model.path, out, *images], regions)
     if config.decode.gpu_share and device == "cpu":
         warnings.append("decode.gpu_share: the model runs on the cores, where this only moves work from one to another")
-    if layout.num_units > _MANY_UNITS:
-        warnings.append(f"{layout.num_units:,} units are many for one driver; raise classify.unit_rows")
+    warnings += unit_warnings(layout, rates[limit] if limit else None)
     return Forecast(
         run_id=run_id,
         state=state,
@@ -221,6 +223,19 @@ def stage_rates(stage_s: Mapping[str, float], pools: Pools, device: DeviceKind, 
             core_s = stage_s["decode"] + stage_s["classify"] * pools.classify_threads
             rates["cores"] = machine.num_cpus / core_s
     return rates
+
+
+def unit_warnings(layout: UnitLayout, images_per_s: float | None) -> list[str]:
+    """Of units that are too many, or too small for what the pools do a second, where that is known."""
+    warnings = []
+    if layout.num_units > _MANY_UNITS:
+        warnings.append(f"{layout.num_units:,} units are many for one driver; raise classify.unit_rows")
+    if images_per_s and images_per_s > _UNITS_PER_S * layout.unit_rows and layout.num_units > 1:
+        warnings.append(
+            f"the pools could do {images_per_s / layout.unit_rows:,.0f} units a second, and a driver hands out "
+            f"{_UNITS_PER_S}; raise classify.unit_rows, which is {layout.unit_rows}"
+        )
+    return warnings
 
 
 def price_per_hour(plan: PlanConfig, given: float | None) -> float | None:

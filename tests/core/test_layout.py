@@ -46,17 +46,17 @@ def write_tiles(path: Path, uris: list[str], *, windows: bool = True) -> str:
 def test_no_unit_straddles_two_scenes_unless_both_fit(config: Config, tiny_model: ModelBundle, tmp_path: Path) -> None:
     manifest = open_manifest(write_tiles(tmp_path / "m.parquet", ["a"] * 6 + ["b"] * 2 + ["c"] * 2 + ["d"] * 3))
     everything = np.ones(13, dtype=bool)
-    layout = choose_layout(config, manifest, everything, tiny_model, tiny_model.preprocess)
+    layout = choose_layout(config, manifest, everything, tiny_model, tiny_model.preprocess, on_cpus=True)
     assert layout.segments == (6, 4, 3)
     assert [unit.num_rows for unit in layout] == [4, 2, 4, 3]
     some = everything.copy()
     some[[0, 1, 2, 6, 12]] = False
-    assert choose_layout(config, manifest, some, tiny_model, tiny_model.preprocess).segments == (4, 4)
+    assert choose_layout(config, manifest, some, tiny_model, tiny_model.preprocess, on_cpus=True).segments == (4, 4)
     few = everything[:7]
-    assert choose_layout(config, manifest, few, tiny_model, tiny_model.preprocess).segments == (6, 1)
+    assert choose_layout(config, manifest, few, tiny_model, tiny_model.preprocess, on_cpus=True).segments == (6, 1)
 
 
 def test_photographs_are_cut_by_number_alone(config: Config, tiny_model: ModelBundle, tmp_path: Path) -> None:
     manifest = open_manifest(write_tiles(tmp_path / "m.parquet", ["a"] * 6 + ["b"] * 3, windows=False))
-    layout = choose_layout(config, manifest, np.ones(9, dtype=bool), tiny_model, tiny_model.preprocess)
+    layout = choose_layout(config, manifest, np.ones(9, dtype=bool), tiny_model, tiny_model.preprocess, on_cpus=True)
     assert layout.segments == (9,)

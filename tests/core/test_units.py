@@ -47,6 +47,23 @@ def test_a_small_manifest_is_cut_finer(side: int, num_rows: int, expected: int) 
     assert choose_unit_rows(side * side * 3, 200, num_rows) == expected
 
 
+@pytest.mark.parametrize(
+    ("side", "num_rows", "expected"),
+    [
+        (224, 372, 32),
+        (224, 10_000, 128),
+        (224, 100_000, 128),
+        (224, 1_000_000, 128),
+        (224, 10_000_000, 512),
+        (64, 1_000_000, 1024),
+    ],
+)
+def test_on_cpus_a_million_images_take_no_more_memory_than_ten_thousand(
+    side: int, num_rows: int, expected: int
+) -> None:
+    assert choose_unit_rows(side * side * 3, 200, num_rows, on_cpus=True) == expected
+
+
 @pytest.mark.parametrize("segments", [(10,), (10, 3, 4), (4, 4, 4), (1,)])
 def test_units_cover_every_row_once_and_straddle_nothing(segments: tuple[int, ...]) -> None:
     layout = UnitLayout(4, segments)

@@ -9,8 +9,9 @@ from PIL import Image
 
 from imgbatch.config import Config, PlanConfig
 from imgbatch.core.plan import plan_run
+from imgbatch.core.units import UnitLayout
 from imgbatch.errors import UsageError
-from imgbatch.runtime.forecast import forecast, price_per_hour, stage_rates, zone_warnings
+from imgbatch.runtime.forecast import forecast, price_per_hour, stage_rates, unit_warnings, zone_warnings
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.pools import Machine, Pools
 from tests.conftest import changed
@@ -62,6 +63,15 @@ def test_the_limit_is_the_slowest_pool_or_the_shared_cores() -> None:
     rates = stage_rates(seconds, on_cpu, "cpu", Machine(2, 0))
     assert rates == {"decode": 500, "classify": 2000, "cores": pytest.approx(2 / 0.003)}
     assert stage_rates({}, on_cpu, "cpu", Machine(2, 0)) == {}
+
+
+def test_units_that_are_too_many_or_too_small_for_one_driver() -> None:
+    assert unit_warnings(UnitLayout(128, (1_000_000,)), 4_000.0) == []
+    assert unit_warnings(UnitLayout(128, (1_000_000,)), None) == []
+    (too_small,) = unit_warnings(UnitLayout(128, (1_000_000,)), 12_800.0)
+    assert "could do 100 units a second" in too_small and "classify.unit_rows, which is 128" in too_small
+    (too_many,) = unit_warnings(UnitLayout(1, (200_001,)), 30.0)
+    assert too_many.startswith("200,001 units")
 
 
 def test_the_price_is_of_all_nodes() -> None:
