@@ -19,6 +19,8 @@ from imgbatch.core.predictions import BatchedPredictor, BatchOutput, probabiliti
 from imgbatch.core.variants import CONSTANTS_FILE, GRAPH_FILE
 from imgbatch.errors import UsageError
 
+_setting_up = threading.Lock()
+
 
 class OpenVinoPredictor(BatchedPredictor):
     """A variant of a bundle on the CPU.
@@ -40,6 +42,10 @@ class OpenVinoPredictor(BatchedPredictor):
         network.reshape(self._shape)
         self._compiled = compile_network(network, num_threads=num_threads, streams=streams)
         self._of_thread = threading.local()
+        # OpenVINO's bindings finish setting themselves up with the first batch. Of two threads that come first at once,
+        # one holds Python's lock and the other what is being set up, and both wait for ever.
+        with _setting_up:
+            _infer(self._compiled.create_infer_request(), np.zeros(self._shape, np.uint8))
 
     def _forward(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         num_images = len(images_BHWC)
@@ -48,13 +54,17 @@ class OpenVinoPredictor(BatchedPredictor):
             mine.request, mine.batch_BHWC = self._compiled.create_infer_request(), np.zeros(self._shape, np.uint8)
         mine.batch_BHWC[:num_images] = images_BHWC
         failpoint("classify.forward")
-        mine.request.infer([mine.batch_BHWC], share_inputs=True)
-        # A copy, because the next batch is written to the same place.
-        logits_BK: npt.NDArray[np.float32] = mine.request.get_output_tensor(0).data[:num_images].copy()
-        return logits_BK
+        return _infer(mine.request, mine.batch_BHWC)[:num_images]
 
     def _collect(self, output: npt.NDArray[np.float32]) -> BatchOutput:
         return probabilities(output, self.bundle.task, self.bundle.temperature)
+
+
+def _infer(request: Any, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    request.infer([images_BHWC], share_inputs=True)
+    # A copy, because the next batch is written to the same place.
+    logits_BK: npt.NDArray[np.float32] = request.get_output_tensor(0).data.copy()
+    return logits_BK
 
 
 def parse_network(contents: Mapping[str, bytes]) -> Any:
