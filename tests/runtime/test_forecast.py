@@ -69,7 +69,8 @@ def test_units_that_are_too_many_or_too_small_for_one_driver() -> None:
     assert unit_warnings(UnitLayout(128, (1_000_000,)), 4_000.0) == []
     assert unit_warnings(UnitLayout(128, (1_000_000,)), None) == []
     (too_small,) = unit_warnings(UnitLayout(128, (1_000_000,)), 12_800.0)
-    assert "could do 100 units a second" in too_small and "classify.unit_rows, which is 128" in too_small
+    assert "could do 100 units a second" in too_small
+    assert "classify.unit_rows, which is 128" in too_small
     (too_many,) = unit_warnings(UnitLayout(1, (200_001,)), 30.0)
     assert too_many.startswith("200,001 units")
 
