@@ -37,10 +37,13 @@ TOKEN_FILE = Path("~/.ray/auth_token")
 _ANSWER_S = 20.0
 _PROBE_S = 120.0
 _POLL_S = 1.0
+_AGENT_S = 60.0
+"""That a cluster which has just started may take until it starts jobs."""
 _LOST_AFTER_S = 600.0
 """How long the cluster may be out of reach before following a job gives up; the job goes on."""
 
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_NO_AGENT = "No available agent"
 _CHATTY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 _PROBE = (
     "from importlib.util import find_spec; "
@@ -173,9 +176,22 @@ class JobServer:
         with tempfile.TemporaryDirectory() as folder:
             archive = Path(folder) / "working_dir.zip"
             package.write_zip(archive)
-            return self._client.submit_job(
-                entrypoint=entrypoint, runtime_env={"working_dir": str(archive)}, metadata=metadata
-            )
+            give_up = time.monotonic() + _AGENT_S
+            while True:
+                try:
+                    return self._client.submit_job(
+                        entrypoint=entrypoint, runtime_env={"working_dir": str(archive)}, metadata=metadata
+                    )
+                except RuntimeError as error:
+                    # The head answers before the agent is there that starts jobs; then nothing was submitted.
+                    if _NO_AGENT not in str(error):
+                        raise
+                    if time.monotonic() > give_up:
+                        raise ImgbatchError(
+                            f"--address {self.address}: no node starts jobs after {_AGENT_S:.0f} s; look at its Ray "
+                            f"(`ray status`), and submit again"
+                        ) from error
+                    time.sleep(_POLL_S)
 
     def _wait(self, job_id: str, timeout_s: float) -> JobDetails:
         give_up = time.monotonic() + timeout_s

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from imgbatch.cli import run
 from imgbatch.core.verify import verify
@@ -118,10 +120,26 @@ def night(photo_manifest: Path, tiny_model, tmp_path: Path) -> list[str]:
     return ["classify", "-c", str(tmp_path / "night.yaml"), "-o", str(tmp_path / "labels")]
 
 
+@pytest.fixture
+def late_agent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A cluster that says twice that it does not start jobs yet, as one does that has just started; what it said."""
+    submit, said = JobSubmissionClient.submit_job, []
+
+    def submit_late(client: JobSubmissionClient, **job: Any) -> str:
+        if len(said) < 2:
+            said.append("status code 500: No available agent to submit job, please try again later.")
+            raise RuntimeError(said[-1])
+        return submit(client, **job)
+
+    monkeypatch.setattr(JobSubmissionClient, "submit_job", submit_late)
+    return said
+
+
 @pytest.mark.usefixtures("laptop")
-def test_a_night_from_a_laptop(night, tmp_path, capfd):
+def test_a_night_from_a_laptop(night, tmp_path, capfd, late_agent):
     """One cluster, one after the other: each start of Ray costs ten seconds."""
     assert run(["submit", "--", *night, "--engine", "local"]) == ExitCode.DONE
+    assert len(late_agent) == 2
     assert "12 rows: 11 predictions, 1 errors" in capfd.readouterr().out
     assert verify(str(tmp_path / "labels")).ok
 
@@ -141,6 +159,14 @@ def test_a_night_from_a_laptop(night, tmp_path, capfd):
         assert run(["jobs", *words, "nobody"]) == ExitCode.USAGE
         (line,) = capfd.readouterr().err.splitlines()
         assert "nobody" in line
+
+
+def test_a_cluster_that_never_starts_jobs_is_one_line(laptop, night, late_agent, monkeypatch, capfd):
+    monkeypatch.setattr("imgbatch.runtime.submit._AGENT_S", 0.0)
+    assert run(["submit", "--", *night, "--engine", "local"]) == ExitCode.FAILED
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"--address {laptop.url}: no node starts jobs" in line
+    assert len(late_agent) == 1
 
 
 @pytest.mark.parametrize(
