@@ -226,11 +226,12 @@ def stage_rates(stage_s: Mapping[str, float], pools: Pools, device: DeviceKind, 
 
 
 def unit_warnings(layout: UnitLayout, images_per_s: float | None) -> list[str]:
-    """Of units that are too many, or too small for what the pools do a second, where that is known."""
+    """Of units that are too many, or too small for what the pools do a second, where that costs more than a minute."""
     warnings = []
     if layout.num_units > _MANY_UNITS:
         warnings.append(f"{layout.num_units:,} units are many for one driver; raise classify.unit_rows")
-    if images_per_s and images_per_s > _UNITS_PER_S * layout.unit_rows and layout.num_units > 1:
+    takes_minutes = layout.num_units > 60 * _UNITS_PER_S
+    if takes_minutes and images_per_s and images_per_s > _UNITS_PER_S * layout.unit_rows:
         warnings.append(
             f"the pools could do {images_per_s / layout.unit_rows:,.0f} units a second, and a driver hands out "
             f"{_UNITS_PER_S}; raise classify.unit_rows, which is {layout.unit_rows}"

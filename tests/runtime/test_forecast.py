@@ -68,6 +68,7 @@ def test_the_limit_is_the_slowest_pool_or_the_shared_cores() -> None:
 def test_units_that_are_too_many_or_too_small_for_one_driver() -> None:
     assert unit_warnings(UnitLayout(128, (1_000_000,)), 4_000.0) == []
     assert unit_warnings(UnitLayout(128, (1_000_000,)), None) == []
+    assert unit_warnings(UnitLayout(128, (100_000,)), 12_800.0) == []
     (too_small,) = unit_warnings(UnitLayout(128, (1_000_000,)), 12_800.0)
     assert "could do 100 units a second" in too_small
     assert "classify.unit_rows, which is 128" in too_small
