@@ -59,11 +59,14 @@ def finalize(run: Run, map_parts: MapParts = in_threads) -> dict[str, Any]:
     """Make a run's output from its unit files; returns what files.json holds.
 
     Args:
-        map_parts: where the parts of the work are done, each a range of units or a few output files.
+        map_parts: where the parts of the work are done, each a range of units or a few output files; where one range
+            has all units it is done here, because a process elsewhere takes longer to start.
 
     Raises:
         ImgbatchError: a unit file is missing or damaged, named.
     """
+    if run.plan.layout.num_units <= COUNTED_UNITS:
+        map_parts = in_threads
     tries = _TRIES
     while not run.paths.is_finished():
         tries -= 1

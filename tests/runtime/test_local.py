@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -129,7 +131,11 @@ def test_finalize_gives_the_same_bytes_from_the_same_units(photo_config: Config)
     stray = Path(paths.data("predictions"), "shop=north", "part-00009.parquet")
     stray.write_bytes(b"left by a crash")
     _, bundle, spec = open_inputs(photo_config)
-    finalize(open_run(paths, photo_config, bundle, spec))
+
+    def elsewhere(*_: object) -> Iterator[Any]:
+        raise AssertionError("a process started for eight units")
+
+    finalize(open_run(paths, photo_config, bundle, spec), elsewhere)
     assert files_of(photo_config) == before
 
 

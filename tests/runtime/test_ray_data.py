@@ -6,7 +6,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -14,11 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
+from imgbatch.core import finalize as finalize_module
 from imgbatch.core import storage
+from imgbatch.core.finalize import finalize
+from imgbatch.core.plan import open_inputs, open_run
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
 from imgbatch.runtime.job import classify
+from imgbatch.runtime.ray_data import map_in_tasks
 from tests.conftest import changed
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -69,6 +75,29 @@ def test_ray_gives_what_the_loop_gives(photo_config: Config, tmp_path: Path) -> 
     assert record["sessions"][0]["units"] == 8
     assert record["engine_ready_at"] < record["finished_at"]
     assert set(record["stage_seconds"]) == {"fetch", "decode", "classify", "commit"}
+
+
+def test_finalize_in_tasks_gives_the_bytes_of_finalize_in_threads(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(photo_config, output__keep_units=True, output__partition_by=("shop",))
+    result = classify(config)
+    paths = RunPaths(result.out, result.run_id)
+    data = [paths.finalize, paths.files, *map(str, Path(result.out).rglob(f"run_id={result.run_id}/**/*.parquet"))]
+    before = {path: Path(path).read_bytes() for path in data}
+    for path in (paths.success, *data):
+        storage.remove(path)
+    monkeypatch.setattr(finalize_module, "COUNTED_UNITS", 3)
+    parts: list[int] = []
+
+    def counted(function: Any, context: Any, items: Any) -> Iterator[Any]:
+        parts.append(len(items))
+        return map_in_tasks(function, context, items)
+
+    _, bundle, spec = open_inputs(config)
+    finalize(open_run(paths, config, bundle, spec), counted)
+    assert {path: Path(path).read_bytes() for path in data} == before
+    assert parts == [3, 1]
 
 
 def actor_pids(name: str) -> list[int]:
