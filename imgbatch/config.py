@@ -133,9 +133,9 @@ class ClassifyConfig(Section):
     8 at 224 px, up to 64 at smaller sizes."""
     engine: Literal["ray", "local"] = "ray"
     """``ray``, or ``local``: the same stages in a plain loop in this process."""
-    backend: Literal["auto", "torch", "torch_bf16", "torch_compile", "openvino", "openvino_fp32", "openvino_int8"] = (
-        "auto"
-    )
+    backend: Literal[
+        "auto", "torch", "torch_bf16", "torch_compile", "openvino", "openvino_fp32", "openvino_int8", "onnx_int8"
+    ] = "auto"
     """What runs the model: torch, or a variant that ``imgbatch model optimize`` has made; auto: the fastest that the
     model holds for the device, else torch."""
     min_agreement: float = Field(0.99, ge=0, le=1)

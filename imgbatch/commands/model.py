@@ -104,6 +104,7 @@ class _Target(Enum):
     OPENVINO_FP32 = "openvino-fp32"
     TORCH_BF16 = "torch-bf16"
     TORCH_COMPILE = "torch-compile"
+    ONNX_INT8 = "onnx-int8"
 
 
 @app.command()

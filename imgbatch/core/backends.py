@@ -1,7 +1,7 @@
 """What runs the model: torch, or a variant of the bundle that fits the device and agrees well enough with torch.
 
 A backend is settled when a run is planned; its name and the variant's id are part of the run's fingerprint, so
-results of two backends never mix in one run. Choosing needs neither torch nor OpenVINO.
+results of two backends never mix in one run. Choosing needs none of the libraries that run models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from imgbatch.config import ClassifyConfig
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.predictions import BatchedPredictor
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.core.variants import Target, Variant, load_variants, read_files
+from imgbatch.core.variants import ONNX_FILE, Target, Variant, load_variants, read_files
 from imgbatch.errors import UsageError
 
 TORCH = "torch"
@@ -120,7 +120,7 @@ def build_predictor(
     features: bool = False,
     streams: int = 1,
 ) -> BatchedPredictor:
-    """The loaded model; only now is torch or OpenVINO imported.
+    """The loaded model; only now is what runs it imported.
 
     Args:
         num_threads: of one forward pass on a CPU, or none for as many as the library likes.
@@ -137,6 +137,18 @@ def build_predictor(
         return OpenVinoPredictor(bundle, network, batch_size=batch_size, num_threads=num_threads, streams=streams)
     from imgbatch.core.predict import Predictor
 
+    if backend.name.startswith("onnx"):
+        from imgbatch.core.onnx_predict import OnnxGraph
+
+        assert backend.variant is not None
+        spec = bundle.preprocess
+        graph = OnnxGraph(
+            read_files(bundle, backend.variant)[ONNX_FILE],
+            device=device,
+            shape=(batch_size, spec.crop_size, spec.crop_size, spec.num_channels),
+            num_threads=num_threads,
+        )
+        return Predictor(bundle, device=device, batch_size=batch_size, num_threads=num_threads, graph=graph)
     target = backend.variant.target if backend.variant else None
     return Predictor(
         bundle,
@@ -187,6 +199,13 @@ def _missing_tool(variant: Variant) -> str | None:
     if variant.backend.startswith("openvino"):
         if importlib.util.find_spec("openvino") is None:
             return "openvino is not installed here; pip install 'imgbatch[openvino]'"
+    elif variant.backend.startswith("onnx"):
+        extra, packages = "onnxruntime", ["onnxruntime"]
+        if variant.device == "cuda":
+            extra, packages = "tensorrt", ["onnxruntime", "tensorrt"]
+        for name in packages:
+            if importlib.util.find_spec(name) is None:
+                return f"{name} is not installed here; pip install 'imgbatch[{extra}]'"
     elif variant.device == "cuda":
         return None
     elif variant.target == "torch-bf16":

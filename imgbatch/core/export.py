@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +16,20 @@ from typing import Any, Literal
 import numpy as np
 
 from imgbatch.config import Config
-from imgbatch.core import openvino_build, storage
-from imgbatch.core.graph import trace_graph
+from imgbatch.core import onnx_build, openvino_build, storage
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.openvino_predict import compile_network, import_openvino
 from imgbatch.core.pictures import load_pictures
 from imgbatch.core.predict import Predictor
-from imgbatch.errors import CheckFailed, UsageError, normalise_message
+from imgbatch.core.variants import ONNX_INPUT
+from imgbatch.errors import CheckFailed, UsageError
 
 Format = Literal["onnx", "openvino"]
 
 MAX_DIFFERENCE = 1e-3
 """Of a probability, between the exported file and torch."""
-INPUT, OUTPUT = "images", "probabilities"
+OUTPUT = "probabilities"
 _SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml"}
 
 
@@ -91,34 +90,16 @@ def export_bundle(
 
 
 def _write_onnx(bundle: ModelBundle, path: Path) -> None:
-    import torch
-
-    try:
-        import onnx
-        import onnxscript  # noqa: F401, torch's exporter needs it
-    except ImportError as error:
-        raise UsageError("onnx and onnxscript are not installed; pip install 'imgbatch[onnx]'") from error
-    program = trace_graph(bundle, probabilities=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.onnx.export(
-                program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
-            )
-    except Exception as error:  # whatever the exporter stumbles over
-        raise UsageError(
-            f"{bundle.path}: {bundle.arch} cannot be exported to ONNX ({normalise_message(error)})"
-        ) from error
-    assert exported is not None
-    proto = exported.model_proto
-    onnx.helper.set_model_props(proto, describe(bundle))
+    proto = onnx_build.convert_network(bundle, output=OUTPUT, probabilities=True)
+    for key, value in describe(bundle).items():
+        proto.metadata_props.add(key=key, value=value)
     path.write_bytes(proto.SerializeToString())
 
 
 def _write_openvino(bundle: ModelBundle, path: Path) -> None:
     openvino = import_openvino()
     network = openvino_build.convert_network(bundle, probabilities=True)
-    network.input(0).set_names({INPUT})
+    network.input(0).set_names({ONNX_INPUT})
     network.output(0).set_names({OUTPUT})
     for key, value in describe(bundle).items():
         network.set_rt_info(value, ["imgbatch", key])
@@ -134,7 +115,7 @@ def describe(bundle: ModelBundle) -> dict[str, str]:
         "task": bundle.task,
         "class_names": json.dumps(bundle.class_names, ensure_ascii=False),
         "preprocess": json.dumps(bundle.preprocess.to_dict()),
-        "input": f"{INPUT}: uint8 [N, H, W, C], decoded, resized and cropped as preprocess says, not normalised",
+        "input": f"{ONNX_INPUT}: uint8 [N, H, W, C], decoded, resized and cropped as preprocess says, not normalised",
     }
 
 

@@ -6,6 +6,7 @@ Shape suffixes: B image of the batch, H height, W width, C channel, K class, D f
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,8 @@ class Predictor(BatchedPredictor):
         num_threads: of the CPU for one forward pass, or none to leave it. Several threads may call at once.
         compiled: by ``torch.compile``, for batches of exactly ``batch_size``: smaller ones are filled up; no features.
         reduced: convolutions and products of matrices in bfloat16 (``torch.autocast``), the rest in float32.
+        graph: what runs instead of the bundle's network: uint8 ``images_BHWC`` on the device in, float32 ``logits_BK``
+            out, for batches of exactly ``batch_size``, as when compiled; no features.
 
     Raises:
         UsageError: the bundle's weights are not those it describes.
@@ -61,23 +64,26 @@ class Predictor(BatchedPredictor):
         num_threads: int | None = None,
         compiled: bool = False,
         reduced: bool = False,
+        graph: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if compiled and features:
+        if features and (compiled or graph):
             raise ValueError("a compiled network gives no features")
         super().__init__(bundle, batch_size=batch_size, features=features)
         self._num_threads = num_threads
         self._of_thread = threading.local()
         self._settle_threads()
-        self._compiled, self._reduced = compiled, reduced
+        self._fixed, self._reduced = compiled or graph is not None, reduced
         self.device = torch.device(device)
         # Pixels cross to a GPU on a stream of their own, while it computes the batch before.
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        network = load_network(bundle).requires_grad_(False)
-        network = network.to(self.device).to(memory_format=torch.channels_last)
-        self._network: nn.Module = torch.compile(network, dynamic=False) if compiled else network  # type: ignore[assignment]
-        std_C = 255.0 * torch.tensor(bundle.preprocess.std)
-        self._scale_C11 = std_C.reciprocal().view(-1, 1, 1).to(self.device)
-        self._shift_C11 = (-255.0 * torch.tensor(bundle.preprocess.mean) / std_C).view(-1, 1, 1).to(self.device)
+        self._graph = graph
+        if graph is None:
+            network = load_network(bundle).requires_grad_(False)
+            network = network.to(self.device).to(memory_format=torch.channels_last)
+            self._network: nn.Module = torch.compile(network, dynamic=False) if compiled else network  # type: ignore[assignment]
+            std_C = 255.0 * torch.tensor(bundle.preprocess.std)
+            self._scale_C11 = std_C.reciprocal().view(-1, 1, 1).to(self.device)
+            self._shift_C11 = (-255.0 * torch.tensor(bundle.preprocess.mean) / std_C).view(-1, 1, 1).to(self.device)
         self._temperature_K = torch.tensor(bundle.temperature, device=self.device)
 
     def _settle_threads(self) -> None:
@@ -94,24 +100,27 @@ class Predictor(BatchedPredictor):
 
     def _run(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
         # A copy, because what Ray hands out is read-only, and because only pinned memory is copied in the background.
-        num_staged = self.batch_size if self._compiled else len(images_BHWC)
+        num_staged = self.batch_size if self._fixed else len(images_BHWC)
         shape = (num_staged, *images_BHWC.shape[1:])
         staged_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         staged_BHWC.numpy()[: len(images_BHWC)] = images_BHWC
         failpoint("classify.forward")
-        # NHWC seen as NCHW is what channels_last means, so no pixel moves.
-        pixels_BCHW = self._to_device(staged_BHWC).permute(0, 3, 1, 2)
-        inputs_BCHW = torch.addcmul(self._shift_C11, pixels_BCHW.float(), self._scale_C11)
-        features_BD = None
-        if self._with_features:
-            logits_BK, features_BD = forward_with_features(self._network, self.bundle.arch, inputs_BCHW)
-            features_BD = features_BD.float()
-        else:
-            logits_BK = self._network(inputs_BCHW)
+        logits_BK, features_BD = self._infer(self._to_device(staged_BHWC))
         logits_BK = logits_BK[: len(images_BHWC)].float() / self._temperature_K
         probs_BK = logits_BK.sigmoid() if self.bundle.task == "multilabel" else logits_BK.softmax(dim=1)
         finite_B = logits_BK.isfinite().all(dim=1)
         return _Output(torch.where(finite_B[:, None], probs_BK, 0.0), finite_B, features_BD)
+
+    def _infer(self, images_BHWC: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self._graph is not None:
+            return self._graph(images_BHWC), None
+        # NHWC seen as NCHW is what channels_last means, so no pixel moves.
+        pixels_BCHW = images_BHWC.permute(0, 3, 1, 2)
+        inputs_BCHW = torch.addcmul(self._shift_C11, pixels_BCHW.float(), self._scale_C11)
+        if not self._with_features:
+            return self._network(inputs_BCHW), None
+        logits_BK, features_BD = forward_with_features(self._network, self.bundle.arch, inputs_BCHW)
+        return logits_BK, features_BD.float()
 
     def _to_device(self, staged: Tensor) -> Tensor:
         if self._copying is None:

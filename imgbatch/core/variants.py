@@ -4,9 +4,10 @@
     MODEL/variants/openvino-fp32/{model.xml, model.bin, variant.json}
     MODEL/variants/torch-compile/variant.json
     MODEL/variants/torch-bf16/variant.json
+    MODEL/variants/onnx-int8/{model.onnx, variant.json}
 
 A variant gives logits; temperature, thresholds and class names stay those of model.json, and so does ``model_id``.
-variant.json names every other file with its sha256 and is written last. Needs neither torch nor OpenVINO.
+variant.json names every other file with its sha256 and is written last. Needs none of the libraries that run them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from imgbatch.errors import UsageError
 
 VARIANTS_DIRECTORY, VARIANT_FILE = "variants", "variant.json"
 
-Target = Literal["openvino-int8", "openvino-fp32", "torch-bf16", "torch-compile"]
+Target = Literal["openvino-int8", "openvino-fp32", "torch-bf16", "torch-compile", "onnx-int8"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 GRAPH_FILE, CONSTANTS_FILE = "model.xml", "model.bin"
 """An OpenVINO network."""
+ONNX_FILE, ONNX_INPUT = "model.onnx", "images"
+"""An ONNX graph, and the name of its input."""
 
 
 class _Plain(BaseModel):
@@ -79,7 +82,7 @@ class Variant(_Plain):
     mean: tuple[float, ...]
     """What it takes off each channel, as ``PreprocessSpec.mean``."""
     std: tuple[float, ...]
-    files: dict[Literal["model.xml", "model.bin"], str]
+    files: dict[Literal["model.xml", "model.bin", "model.onnx"], str]
     """sha256, hex."""
     batch_size: int = Field(ge=1)
     """Images per forward pass that were the fastest."""

@@ -27,6 +27,8 @@ def plant_variant(bundle: ModelBundle, target: str = "openvino-fp32", *, labels:
         images=200, labels=labels, largest_difference=0.01, mean_difference=0.001, images_with_target=0
     )
     contents = CONTENTS if target.startswith("openvino") else {}
+    if target.startswith("onnx"):
+        contents = {"model.onnx": b"graph"}
     values = {
         "target": target,
         "device": "cpu",
@@ -145,6 +147,25 @@ def test_bfloat16_is_for_processors_that_have_it(make_bundle: MakeBundle, tmp_pa
     bundle = make_bundle()
     plant_variant(bundle, "torch-bf16", device="cuda")
     assert choose(bundle, device="cuda").name == "torch_bf16"
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "extra"),
+    [("cpu", "onnxruntime", "onnxruntime"), ("cuda", "onnxruntime", "tensorrt"), ("cuda", "tensorrt", "tensorrt")],
+)
+def test_without_onnx_runtime_the_extra_of_the_device_is_named(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, device: str, missing: str, extra: str
+):
+    bundle = make_bundle()
+    plant_variant(bundle, "onnx-int8", device=device)
+    for name in ("onnxruntime", "tensorrt"):
+        package = ModuleType(name)
+        package.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, package)
+    assert choose(bundle, device=device).name == "onnx_int8"
+    monkeypatch.setitem(sys.modules, missing, None)
+    expected = f"onnx-int8 is left out: {missing} is not installed here; pip install 'imgbatch[{extra}]'"
+    assert choose(bundle, device=device).left_out == (expected,)
 
 
 def test_torch_compile_needs_a_compiler(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ from imgbatch.cli import run as command
 from imgbatch.config import Config
 from imgbatch.core import storage
 from imgbatch.core.model import ModelBundle
+from imgbatch.core.optimize import optimize_bundle
 from imgbatch.core.plan import plan_run
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.variants import load_variants
@@ -53,6 +54,22 @@ def test_fp32_gives_torchs_labels_in_a_run_of_its_own(config: Config):
     assert torch.counts == openvino.counts
     assert labels(torch) == labels(openvino)
     assert "variant" not in storage.read_json(RunPaths(torch.out, torch.run_id).plan)["fields"]
+
+
+def test_onnx_runtime_gives_the_labels_that_it_was_measured_with(
+    photo_config: Config, tiny_model: ModelBundle, photo_manifest: Path, tmp_path: Path
+):
+    pytest.importorskip("onnxruntime", reason="needs the extra onnxruntime")
+    path = str(tmp_path / "model")
+    _, variant = optimize_bundle(tiny_model.path, target="onnx-int8", calibration=str(photo_manifest), output=path)
+    config = changed(photo_config, model__path=path, classify__min_agreement=0)
+    onnx = classify(changed(config, classify__backend="onnx_int8"))
+    torch = classify(changed(config, classify__backend="torch"))
+    assert storage.read_json(RunPaths(onnx.out, onnx.run_id).plan)["fields"]["variant"] == variant.variant_id
+    ours, theirs = labels(onnx), labels(torch)
+    assert onnx.counts == torch.counts
+    # Measured on half of the images.
+    assert abs(sum(ours[row] == theirs[row] for row in theirs) / len(theirs) - variant.agreement.labels) <= 0.05
 
 
 @pytest.mark.soak

@@ -1,0 +1,109 @@
+"""An ONNX graph that takes images as they were decoded, run by ONNX Runtime: by TensorRT on a GPU, or on the CPU.
+
+Shape suffixes: B image of the batch, H height, W width, C channel, K class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imgbatch.core.variants import ONNX_INPUT
+from imgbatch.errors import UsageError
+
+_TENSORRT = "TensorrtExecutionProvider"
+
+
+class OnnxGraph:
+    """uint8 ``images_BHWC`` on the device in, float32 ``logits_BK`` there out; several threads may call at once.
+
+    On a GPU TensorRT builds its engine when the graph is loaded first, which takes minutes, and keeps it in
+    ``$XDG_CACHE_HOME/imgbatch/tensorrt`` for the next process on that machine.
+
+    Args:
+        model: the serialised graph.
+        device: ``cpu`` or ``cuda`` (``cuda:1`` for another than the first).
+        shape: of the largest batch, ``[B, H, W, C]``.
+        num_threads: of one call on a CPU, or none for as many as ONNX Runtime likes.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed, or on a GPU not with TensorRT.
+    """
+
+    def __init__(self, model: bytes, *, device: str, shape: tuple[int, int, int, int], num_threads: int | None) -> None:
+        runtime = import_onnxruntime()
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        # Threads that wait for the next batch would take the cores from the decoders.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
+        self._device = torch.device(device)
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self._device.type == "cuda":
+            _load_tensorrt(runtime)
+            providers = [(_TENSORRT, _tensorrt_options(model, self._device.index or 0, shape)), *providers]
+        self._session = runtime.InferenceSession(model, options, providers=providers)
+        if self._device.type == "cuda" and _TENSORRT not in self._session.get_providers():
+            raise UsageError("TensorRT could not be loaded; pip install 'imgbatch[tensorrt]', in place of onnxruntime")
+        (output,) = self._session.get_outputs()
+        self._output, self._num_classes = output.name, output.shape[1]
+
+    def __call__(self, images_BHWC: Tensor) -> Tensor:
+        if images_BHWC.device.type == "cpu":
+            (logits_BK,) = self._session.run(None, {ONNX_INPUT: images_BHWC.numpy()})
+            return torch.from_numpy(logits_BK)
+        index = images_BHWC.device.index
+        on_device = torch.empty((len(images_BHWC), self._num_classes), device=images_BHWC.device)
+        # ONNX Runtime has a stream of its own, which does not wait for torch's.
+        torch.cuda.current_stream(images_BHWC.device).synchronize()
+        binding = self._session.io_binding()
+        binding.bind_input(ONNX_INPUT, "cuda", index, np.uint8, tuple(images_BHWC.shape), images_BHWC.data_ptr())
+        binding.bind_output(self._output, "cuda", index, np.float32, tuple(on_device.shape), on_device.data_ptr())
+        self._session.run_with_iobinding(binding)
+        return on_device
+
+
+def import_onnxruntime() -> Any:
+    """The package; raises :class:`UsageError` where it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError(
+            "onnxruntime is not installed; pip install 'imgbatch[onnxruntime]', or 'imgbatch[tensorrt]' for GPUs"
+        ) from error
+    return onnxruntime
+
+
+def _load_tensorrt(runtime: Any) -> None:
+    """CUDA's libraries come from the packages that torch has brought, TensorRT's from its own."""
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError as error:
+        raise UsageError("tensorrt is not installed; pip install 'imgbatch[tensorrt]'") from error
+    runtime.preload_dlls()
+
+
+def _tensorrt_options(model: bytes, index: int, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "imgbatch", "tensorrt")
+    engines = cache / hashlib.sha256(model).hexdigest()[:16]
+    engines.mkdir(parents=True, exist_ok=True)
+    largest, image = "x".join(map(str, shape)), "x".join(map(str, shape[1:]))
+    return {
+        "device_id": index,
+        "trt_int8_enable": True,
+        "trt_fp16_enable": True,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(engines),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(cache),
+        "trt_profile_min_shapes": f"{ONNX_INPUT}:1x{image}",
+        "trt_profile_opt_shapes": f"{ONNX_INPUT}:{largest}",
+        "trt_profile_max_shapes": f"{ONNX_INPUT}:{largest}",
+    }

@@ -1,0 +1,122 @@
+"""ONNX Runtime as a backend; on a GPU the same graphs go through TensorRT."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imgbatch.config import Config
+from imgbatch.core import onnx_build
+from imgbatch.core.backends import Backend, build_predictor
+from imgbatch.core.manifest import open_manifest
+from imgbatch.core.model import ModelBundle
+from imgbatch.core.onnx_predict import OnnxGraph
+from imgbatch.core.optimize import optimize_bundle
+from imgbatch.core.pictures import load_pictures
+from imgbatch.core.predict import Predictor
+from imgbatch.core.variants import Variant
+from imgbatch.errors import UsageError
+
+pytest.importorskip("onnxruntime", reason="needs the extra onnxruntime")
+
+
+@pytest.fixture(name="images_NHWC", scope="module")
+def load_images(photo_manifest: Path, tiny_model: ModelBundle) -> np.ndarray:
+    return load_pictures(open_manifest(str(photo_manifest)), tiny_model.preprocess, Config(), limit=60).images_NHWC
+
+
+@pytest.fixture(name="float_graph", scope="module")
+def convert(tiny_model: ModelBundle) -> bytes:
+    return onnx_build.convert_network(tiny_model, output="logits").SerializeToString()
+
+
+@pytest.fixture(name="quantised", scope="module")
+def optimize(
+    tiny_model: ModelBundle, photo_manifest: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModelBundle, Variant]:
+    path = str(tmp_path_factory.mktemp("quantised") / "model")
+    return optimize_bundle(tiny_model.path, target="onnx-int8", calibration=str(photo_manifest), output=path)
+
+
+def predictor_over(bundle: ModelBundle, model: bytes, *, batch_size: int) -> Predictor:
+    side = bundle.preprocess.crop_size
+    graph = OnnxGraph(model, device="cpu", shape=(batch_size, side, side, 3), num_threads=1)
+    return Predictor(bundle, batch_size=batch_size, num_threads=1, graph=graph)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_a_float_graph_says_what_torch_says(
+    tiny_model: ModelBundle, float_graph: bytes, images_NHWC: np.ndarray, batch_size: int
+):
+    expected = Predictor(tiny_model).predict(images_NHWC)
+    given = predictor_over(tiny_model, float_graph, batch_size=batch_size).predict(images_NHWC)
+    np.testing.assert_allclose(given.probs_NK, expected.probs_NK, atol=1e-5)
+    assert given.errors == [None] * len(images_NHWC)
+    assert given.features_ND is None
+
+
+def test_threads_may_share_a_graph(tiny_model: ModelBundle, float_graph: bytes, images_NHWC: np.ndarray):
+    shared = predictor_over(tiny_model, float_graph, batch_size=8)
+    expected_NK = shared.predict(images_NHWC).probs_NK
+    with ThreadPoolExecutor(2) as threads:
+        for predictions in threads.map(shared.predict, [images_NHWC] * 8):
+            np.testing.assert_array_equal(predictions.probs_NK, expected_NK)
+
+
+def test_int8_says_nearly_what_torch_says(quantised: tuple[ModelBundle, Variant], photo_manifest: Path):
+    bundle, variant = quantised
+    images_NHWC = load_pictures(open_manifest(str(photo_manifest)), bundle.preprocess, Config()).images_NHWC[1::2]
+    expected_NK = Predictor(bundle).predict(images_NHWC).probs_NK
+    predictor = build_predictor(bundle, Backend(variant), device="cpu", batch_size=8, num_threads=1)
+    given_NK = predictor.predict(images_NHWC).probs_NK
+    assert variant.agreement.labels == (expected_NK.argmax(axis=1) == given_NK.argmax(axis=1)).mean()
+    assert variant.agreement.largest_difference == pytest.approx(np.abs(expected_NK - given_NK).max(), abs=1e-6)
+    assert 0 < variant.agreement.mean_difference < 0.02
+    assert variant.provenance["versions"]["onnxruntime"]
+    assert (variant.device, list(variant.files)) == ("cpu", ["model.onnx"])
+
+
+def test_int8_is_written_as_tensorrt_wants_it(quantised: tuple[ModelBundle, Variant]):
+    """Signed and symmetric, weights by output channel, and every convolution between dequantised inputs."""
+    import onnx
+    from onnx import numpy_helper
+
+    bundle, _ = quantised
+    graph = onnx.load(str(Path(bundle.path, "variants", "onnx-int8", "model.onnx"))).graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    zero_points = [constants[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(zero_points) >= 6
+    assert all(point.dtype == np.int8 and not point.any() for point in zero_points)
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert convolutions
+    for node in convolutions:
+        pixels, weights = (makers[name] for name in node.input[:2])
+        assert (pixels.op_type, weights.op_type) == ("DequantizeLinear", "DequantizeLinear")
+        assert constants[pixels.input[1]].ndim == 0
+        num_outputs = constants[makers[weights.input[0]].input[0]].shape[0]
+        assert constants[weights.input[1]].shape == (num_outputs,)
+
+
+def test_a_gpu_needs_tensorrt(float_graph: bytes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(UsageError, match=r"tensorrt is not installed; pip install 'imgbatch\[tensorrt\]'"):
+        OnnxGraph(float_graph, device="cuda", shape=(8, 32, 32, 3), num_threads=None)
+
+
+def test_without_the_package_one_line_says_what_to_install(
+    tiny_model: ModelBundle, float_graph: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UsageError, match=r"onnxruntime is not installed; pip install 'imgbatch\[onnxruntime\]'"):
+        predictor_over(tiny_model, float_graph, batch_size=8)
+
+
+def test_a_graph_gives_no_features(tiny_model: ModelBundle, float_graph: bytes):
+    graph = OnnxGraph(float_graph, device="cpu", shape=(8, 32, 32, 3), num_threads=1)
+    with pytest.raises(ValueError, match="gives no features"):
+        Predictor(tiny_model, graph=graph, features=True)
