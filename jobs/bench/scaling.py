@@ -97,7 +97,7 @@ class Bench:
 
     def _rows(self) -> list[Point]:
         counts = [10_000, 100_000, *([1_000_000] if self._long else [])]
-        return [self._run("rows", rows, SMALL_PX, rows, {"classify.unit_rows": 512}) for rows in counts]
+        return [self._run("rows", rows, SMALL_PX, rows, {}) for rows in counts]
 
     def _run(
         self,

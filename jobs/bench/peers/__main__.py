@@ -1,6 +1,6 @@
 """imgbatch beside its peers, on the same files with the same weights.
 
-    python -m jobs.bench.peers [--images 60] [--repeats 1] [--model BUNDLE] [--folder IMAGES] [--calibration MANIFEST]
+    python -m jobs.bench.peers [--images 360] [--repeats 1] [--model BUNDLE] [--folder IMAGES] [--calibration MANIFEST]
                                [--only NAME,...] [--workload NAME] [-o RESULT]
 
 Peers are written in our own words in the shape in which they are published (see ``task``), each in a module of this
@@ -98,7 +98,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--images", type=int, default=360)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--workload", choices=WORKLOADS, default="photographs")
     parser.add_argument("--model", help="a bundle of the workload's network and size")
