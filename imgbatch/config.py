@@ -65,6 +65,9 @@ class PreprocessConfig(Section):
     image's proportions."""
     median_size: Literal[0, 3, 5, 7] | None = None
     """Side of a median filter that takes noise out of the decoded image, px; 0: none."""
+    reducing_gap: Annotated[float, Field(ge=0)] | None = None
+    """At least 1: large JPEGs are decoded at a half, a quarter or an eighth of their size, as long as that is so many
+    times the size after resizing (3 is hard to tell from the whole, 1 is the fastest); 0: never."""
 
 
 class FetchConfig(Section):

@@ -18,6 +18,7 @@ OPTIONS = [
     "preprocess.crop_size",
     "preprocess.resize_mode",
     "preprocess.median_size",
+    "preprocess.reducing_gap",
     "fetch.timeout_s",
     "fetch.retries",
     "fetch.in_flight",

@@ -141,13 +141,8 @@ def build_predictor(
         from imgbatch.core.onnx_predict import OnnxGraph
 
         assert backend.variant is not None
-        spec = bundle.preprocess
-        graph = OnnxGraph(
-            read_files(bundle, backend.variant)[ONNX_FILE],
-            device=device,
-            shape=(batch_size, spec.crop_size, spec.crop_size, spec.num_channels),
-            num_threads=num_threads,
-        )
+        model = read_files(bundle, backend.variant)[ONNX_FILE]
+        graph = OnnxGraph(model, device=device, batch_size=batch_size, num_threads=num_threads)
         return Predictor(bundle, device=device, batch_size=batch_size, num_threads=num_threads, graph=graph)
     target = backend.variant.target if backend.variant else None
     return Predictor(

@@ -19,8 +19,12 @@ def check_gpu_share(config: DecodeConfig, spec: PreprocessSpec) -> None:
     """Raises :class:`UsageError` where ``decode.gpu_share`` cannot be had."""
     if not config.gpu_share:
         return
-    if spec.bands is not None or spec.median_size:
-        what = "bands of rasters" if spec.bands is not None else "a median filter (preprocess.median_size)"
+    if spec.bands is not None or spec.median_size or spec.reducing_gap:
+        what = "a median filter (preprocess.median_size)"
+        if spec.bands is not None:
+            what = "bands of rasters"
+        elif spec.reducing_gap:
+            what = "reduced decoding (preprocess.reducing_gap)"
         raise UsageError(
             f"decode.gpu_share: this model's images go through {what}, which only the CPU does; set it to 0"
         )

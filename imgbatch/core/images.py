@@ -8,8 +8,8 @@ Pillow 13 picks the order of its passes by the shape of the box: 2% of the sampl
 Measured with ``jobs/bench/decode.py`` (figures in ``jobs/results/``): decoding by simplejpeg and by Pillow costs the
 same with these builds; handing simplejpeg's RGBX pixels to Pillow through Arrow saves the copy that ``fromarray``
 makes, and its strict mode reports damaged JPEG data that Pillow decodes to grey stripes without a word. Decoding at
-a reduced DCT scale is up to three times faster on large photographs, but changed 6% of the labels of an ImageNet
-model, so it is not used.
+a reduced DCT scale is up to three times faster on large photographs, but not what a model was trained with unless that
+was told so too (``PreprocessSpec.reducing_gap``).
 
 Legend of shape suffixes: H height, W width, C channel.
 """
@@ -114,8 +114,12 @@ def _decode(data: bytes, spec: PreprocessSpec, max_pixels: int) -> Decoded:
     image = _open(data, spec.decode.formats)
     if image.width * image.height > max_pixels:
         raise _Rejected(Status.TOO_LARGE, f"{image.width} x {image.height} px, more than {max_pixels} (max_pixels)")
-    pixels = _decode_plain_jpeg(data, image) if image.format in ("JPEG", "MPO") else None
+    is_jpeg, scale = image.format in ("JPEG", "MPO"), 1
+    if is_jpeg and spec.reducing_gap:
+        scale = _jpeg_scale(image, spec)
+    pixels = _decode_plain_jpeg(data, image, scale) if is_jpeg else None
     if pixels is None:
+        scale = 1
         deep = has_deep_rgb(image)
         image.load()
         pixels = to_rgb(image, spec.decode.background, deep=deep)
@@ -123,7 +127,8 @@ def _decode(data: bytes, spec: PreprocessSpec, max_pixels: int) -> Decoded:
         pixels = pixels.filter(ImageFilter.MedianFilter(spec.median_size))
     # After loading: the EXIF of a PNG may follow its pixels, and Pillow turns a TIFF upright while loading.
     orientation = _orientation(image) if spec.decode.apply_orientation else 1
-    return resize_and_crop(pixels, orientation, spec)
+    source = pixels.size if scale == 1 else image.size
+    return resize_and_crop(pixels, orientation, spec, source=source, scale=scale)
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
@@ -148,21 +153,31 @@ def _why_not_opened(data: bytes, name: str) -> Exception:
     return SyntaxError("not recognised")
 
 
-def _decode_plain_jpeg(data: bytes, image: Image.Image) -> Image.Image | None:
-    """Pixels by simplejpeg; none where Pillow has to decide (CMYK, rare sampling, stray bytes, cut files)."""
+def _jpeg_scale(image: Image.Image, spec: PreprocessSpec) -> int:
+    width, height = image.size
+    turned = spec.decode.apply_orientation and _orientation(image) >= 5
+    return spec.jpeg_scale(height, width) if turned else spec.jpeg_scale(width, height)
+
+
+def _decode_plain_jpeg(data: bytes, image: Image.Image, scale: int) -> Image.Image | None:
+    """Pixels by simplejpeg, their sides divided by ``scale`` and rounded up.
+
+    None where Pillow has to decide: CMYK, rare sampling, stray bytes, cut files.
+    """
     if image.mode not in ("RGB", "L"):
         return None
+    size = (math.ceil(image.width / scale), math.ceil(image.height / scale))
     try:
-        pixels_HWC = simplejpeg.decode_jpeg(data, "RGBX")
+        pixels_HWC = simplejpeg.decode_jpeg(data, "RGBX", min_width=size[0], min_height=size[1], min_factor=scale)
     except ValueError as error:
         if str(error).startswith(_DAMAGED_JPEG) and not end_is_missing(data, "JPEG"):
             raise _Rejected(Status.CORRUPT, str(error)) from None
         return None
     height, width, channels = pixels_HWC.shape
-    if (width, height) != image.size:
+    if (width, height) != size:
         return None
     samples = pa.Array.from_buffers(pa.uint8(), pixels_HWC.size, [None, pa.py_buffer(pixels_HWC)])
-    return Image.fromarrow(pa.FixedSizeListArray.from_arrays(samples, channels), "RGB", image.size)
+    return Image.fromarrow(pa.FixedSizeListArray.from_arrays(samples, channels), "RGB", size)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -174,24 +189,34 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TRANSPOSE else 1
 
 
-def resize_and_crop(pixels: Image.Image, orientation: int, spec: PreprocessSpec) -> Decoded:
+def resize_and_crop(
+    pixels: Image.Image, orientation: int, spec: PreprocessSpec, *, source: tuple[int, int], scale: int = 1
+) -> Decoded:
     """The upright crop of an image of any mode; ``orientation`` is EXIF's, from 1.
 
     Across, turn, down: the order of the reference's two passes in the upright image, each rounding to integers. The
     first pass runs on the stored pixels, so that only a strip ``crop_size`` wide has to be turned.
+
+    Args:
+        source: width and height as stored, px.
+        scale: what they were divided by to give ``pixels``, whose last column and row may be partly empty then.
     """
     swapped = orientation >= 5
-    width, height = (pixels.height, pixels.width) if swapped else pixels.size
+    source_width, source_height = source[::-1] if swapped else source
+    width, height = source_width / scale, source_height / scale
+    num_rows = pixels.width if swapped else pixels.height
     side, resampling = spec.crop_size, _RESAMPLING[spec.interpolation]
-    geometry = spec.geometry(width, height)
+    geometry = spec.geometry(source_width, source_height)
     left, right = (x * width / geometry.resized_width for x in (geometry.left, geometry.left + side))
     top, bottom = (y * height / geometry.resized_height for y in (geometry.top, geometry.top + side))
-    # The rows that the second pass will read.
+    # The rows that the second pass will read, as stored, and where in the upright image they begin.
     margin = math.ceil(_SUPPORT[spec.interpolation] * max(1.0, height / geometry.resized_height)) + 1
-    first, last = max(0, int(top) - margin), min(height, math.ceil(bottom) + margin)
+    upside_down = orientation in (3, 4, 7, 8)
+    upper, lower = (height - bottom, height - top) if upside_down else (top, bottom)
+    rows = (max(0, math.floor(upper) - margin), min(num_rows, math.ceil(lower) + margin))
+    first = height - rows[1] if upside_down else rows[0]
 
     across = (width - right, width - left) if orientation in (2, 3, 6, 7) else (left, right)
-    rows = (height - last, height - first) if orientation in (3, 4, 7, 8) else (first, last)
     if swapped:
         strip = pixels.crop((rows[0], 0, rows[1], pixels.height))
         strip = strip.resize((strip.width, side), resampling, box=(0, across[0], strip.width, across[1]))
@@ -201,7 +226,7 @@ def resize_and_crop(pixels: Image.Image, orientation: int, spec: PreprocessSpec)
     if orientation in _TRANSPOSE:
         strip = strip.transpose(_TRANSPOSE[orientation])
     crop = strip.resize((side, side), resampling, box=(0, top - first, side, bottom - first))
-    return Decoded(np.asarray(crop), width, height)
+    return Decoded(np.asarray(crop), source_width, source_height)
 
 
 def _status_of(error: Exception, data: bytes) -> Status:

@@ -17,7 +17,7 @@ import torch
 from imgbatch.core.graph import trace_graph
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.onnx_predict import import_onnxruntime
-from imgbatch.core.variants import ONNX_INPUT
+from imgbatch.core.variants import ONNX_BATCH, ONNX_INPUT
 from imgbatch.errors import UsageError, normalise_message
 
 _MAX_CALIBRATION_IMAGES = 300
@@ -52,6 +52,13 @@ def convert_network(bundle: ModelBundle, *, output: str, probabilities: bool = F
             f"{bundle.path}: {bundle.arch} cannot be exported to ONNX ({normalise_message(error)})"
         ) from error
     assert exported is not None
+    graph = exported.model_proto.graph
+    # torch calls it s0 or s17.
+    traced = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param == traced:
+                dimension.dim_param = ONNX_BATCH
     return exported.model_proto
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imgbatch.core.variants import ONNX_INPUT
+from imgbatch.core.variants import ONNX_BATCH, ONNX_INPUT
 from imgbatch.errors import UsageError
 
 _TENSORRT = "TensorrtExecutionProvider"
@@ -23,32 +23,35 @@ _TENSORRT = "TensorrtExecutionProvider"
 class OnnxGraph:
     """uint8 ``images_BHWC`` on the device in, float32 ``logits_BK`` there out; several threads may call at once.
 
-    On a GPU TensorRT builds its engine when the graph is loaded first, which takes minutes, and keeps it in
-    ``$XDG_CACHE_HOME/imgbatch/tensorrt`` for the next process on that machine.
+    For batches of exactly ``batch_size``. On a GPU TensorRT builds its engine for them when the graph is loaded first,
+    which takes minutes, and keeps it in ``$XDG_CACHE_HOME/imgbatch/tensorrt`` for the next process on that machine.
 
     Args:
         model: the serialised graph.
         device: ``cpu`` or ``cuda`` (``cuda:1`` for another than the first).
-        shape: of the largest batch, ``[B, H, W, C]``.
         num_threads: of one call on a CPU, or none for as many as ONNX Runtime likes.
 
     Raises:
         UsageError: ONNX Runtime is not installed, or on a GPU not with TensorRT.
     """
 
-    def __init__(self, model: bytes, *, device: str, shape: tuple[int, int, int, int], num_threads: int | None) -> None:
+    def __init__(self, model: bytes, *, device: str, batch_size: int, num_threads: int | None) -> None:
         runtime = import_onnxruntime()
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors
         # Threads that wait for the next batch would take the cores from the decoders.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_free_dimension_override_by_name(ONNX_BATCH, batch_size)
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         self._device = torch.device(device)
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._device.type == "cuda":
             _load_tensorrt(runtime)
-            providers = [(_TENSORRT, _tensorrt_options(model, self._device.index or 0, shape)), *providers]
+            index = self._device.index or 0
+            # TensorRT leaves to CUDA what it cannot do.
+            on_gpu = [(_TENSORRT, _tensorrt_options(model, index)), ("CUDAExecutionProvider", {"device_id": index})]
+            providers = [*on_gpu, *providers]
         self._session = runtime.InferenceSession(model, options, providers=providers)
         if self._device.type == "cuda" and _TENSORRT not in self._session.get_providers():
             raise UsageError("TensorRT could not be loaded; pip install 'imgbatch[tensorrt]', in place of onnxruntime")
@@ -67,6 +70,7 @@ class OnnxGraph:
         binding.bind_input(ONNX_INPUT, "cuda", index, np.uint8, tuple(images_BHWC.shape), images_BHWC.data_ptr())
         binding.bind_output(self._output, "cuda", index, np.float32, tuple(on_device.shape), on_device.data_ptr())
         self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
         return on_device
 
 
@@ -90,11 +94,10 @@ def _load_tensorrt(runtime: Any) -> None:
     runtime.preload_dlls()
 
 
-def _tensorrt_options(model: bytes, index: int, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+def _tensorrt_options(model: bytes, index: int) -> dict[str, Any]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "imgbatch", "tensorrt")
     engines = cache / hashlib.sha256(model).hexdigest()[:16]
     engines.mkdir(parents=True, exist_ok=True)
-    largest, image = "x".join(map(str, shape)), "x".join(map(str, shape[1:]))
     return {
         "device_id": index,
         "trt_int8_enable": True,
@@ -103,7 +106,4 @@ def _tensorrt_options(model: bytes, index: int, shape: tuple[int, int, int, int]
         "trt_engine_cache_path": str(engines),
         "trt_timing_cache_enable": True,
         "trt_timing_cache_path": str(cache),
-        "trt_profile_min_shapes": f"{ONNX_INPUT}:1x{image}",
-        "trt_profile_opt_shapes": f"{ONNX_INPUT}:{largest}",
-        "trt_profile_max_shapes": f"{ONNX_INPUT}:{largest}",
     }

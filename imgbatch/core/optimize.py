@@ -152,11 +152,9 @@ def _build_onnx(bundle: ModelBundle, calibration: Calibration) -> _Built:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = onnx_build.convert_network(bundle, output="logits")
     model = onnx_build.quantize_network(network, calibration.images_NHWC)
-    spec = bundle.preprocess
 
     def in_onnxruntime(batch_size: int, num_threads: int | None) -> BatchedPredictor:
-        shape = (batch_size, spec.crop_size, spec.crop_size, spec.num_channels)
-        graph = OnnxGraph(model, device=device, shape=shape, num_threads=num_threads)
+        graph = OnnxGraph(model, device=device, batch_size=batch_size, num_threads=num_threads)
         return Predictor(bundle, device=device, batch_size=batch_size, num_threads=num_threads, graph=graph)
 
     how = {"quantised": "post-training, symmetric, the accuracy measured but not controlled"}

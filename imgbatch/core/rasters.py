@@ -175,7 +175,7 @@ class RasterDecoder:
             image = Image.fromarray(np.ascontiguousarray(pixels_HW))
             if spec.median_size:
                 image = image.filter(ImageFilter.MedianFilter(spec.median_size))
-            crops.append(resize_and_crop(image, 1, spec).pixels_HWC)
+            crops.append(resize_and_crop(image, 1, spec, source=image.size).pixels_HWC)
         return np.stack(crops, axis=-1)
 
 

@@ -14,6 +14,8 @@ Interpolation = Literal["bilinear", "bicubic"]
 ResizeMode = Literal["shorter_side", "stretch"]
 
 MEDIAN_SIZES = (0, 3, 5, 7)
+_JPEG_SCALES = (8, 4, 2)
+"""Others, such as three eighths, are slower to decode than the whole (libjpeg-turbo has no SIMD code for them)."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,6 +62,9 @@ class PreprocessSpec:
     are kept."""
     median_size: int = 0
     """Side of the median filter that takes noise out of the decoded image, px, one of ``MEDIAN_SIZES``; 0: none."""
+    reducing_gap: float = 0.0
+    """JPEGs are decoded at a half, a quarter or an eighth of their size, which is faster, as long as that is so many
+    times the size after resizing; at least 1, or 0: never. As in Pillow's ``Image.thumbnail``."""
     bands: BandSpec | None = None
     """Of a model of rasters: its channels, one per band. None: RGB."""
 
@@ -72,6 +77,10 @@ class PreprocessSpec:
             raise ValueError("mean and std need one value per channel each")
         if self.median_size not in MEDIAN_SIZES:
             raise ValueError(f"median_size must be one of {', '.join(map(str, MEDIAN_SIZES))}, not {self.median_size}")
+        if self.reducing_gap != 0 and not self.reducing_gap >= 1:
+            raise ValueError(f"reducing_gap must be 0 or at least 1, not {self.reducing_gap:g}")
+        if self.reducing_gap and self.median_size:
+            raise ValueError("reducing_gap and median_size exclude each other: the filter needs the image in full")
         if self.bands is not None and len(self.bands.indices) != len(self.mean):
             raise ValueError(f"{len(self.bands.indices)} bands, but mean and std of {len(self.mean)}")
 
@@ -99,6 +108,14 @@ class PreprocessSpec:
         top = round((resized[1] - self.crop_size) / 2.0)
         return CropGeometry(resized[0], resized[1], left, top)
 
+    def jpeg_scale(self, width: int, height: int) -> int:
+        """What the sides of a JPEG of ``width`` x ``height`` px are divided by while it is decoded: 1, 2, 4 or 8."""
+        if not self.reducing_gap:
+            return 1
+        geometry = self.geometry(width, height)
+        spare = min(width / geometry.resized_width, height / geometry.resized_height) / self.reducing_gap
+        return next((scale for scale in _JPEG_SCALES if scale <= spare), 1)
+
     def with_sizes(self, resize_size: int | None = None, crop_size: int | None = None) -> PreprocessSpec:
         """A copy with other sizes; a ``crop_size`` alone keeps the ratio of the two."""
         if resize_size is None and crop_size is None:
@@ -114,9 +131,10 @@ class PreprocessSpec:
         crop_size: int | None = None,
         resize_mode: ResizeMode | None = None,
         median_size: int | None = None,
+        reducing_gap: float | None = None,
     ) -> PreprocessSpec:
         """A copy with what the configuration's section ``preprocess`` gives; see :meth:`with_sizes`."""
-        given = {"resize_mode": resize_mode, "median_size": median_size}
+        given = {"resize_mode": resize_mode, "median_size": median_size, "reducing_gap": reducing_gap}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         return replace(self.with_sizes(resize_size, crop_size), **changes)
 
@@ -124,7 +142,9 @@ class PreprocessSpec:
         """One line, as ``model inspect`` prints it."""
         median = f"median({self.median_size}) | " if self.median_size else ""
         resize = "resize" if self.resize_mode == "shorter_side" else self.resize_mode
-        decode = self.bands.describe() if self.bands else "decode"
+        decode = "decode" if not self.reducing_gap else f"decode(reducing_gap {self.reducing_gap:g})"
+        if self.bands:
+            decode = self.bands.describe()
         return (
             f"{decode} | {median}{resize}({self.resize_size}, {self.interpolation}) | center_crop({self.crop_size}) "
             f"| normalise({_numbers(self.mean)}; {_numbers(self.std)})"
@@ -134,7 +154,7 @@ class PreprocessSpec:
         """Plain values, as model.json holds them."""
         values = asdict(self)
         # Left out where they do nothing, so that models from before these keys keep their model_id.
-        for key in ("resize_mode", "median_size", "bands"):
+        for key in ("resize_mode", "median_size", "reducing_gap", "bands"):
             if values[key] == PreprocessSpec.__dataclass_fields__[key].default:
                 del values[key]
         return values

@@ -30,8 +30,8 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 GRAPH_FILE, CONSTANTS_FILE = "model.xml", "model.bin"
 """An OpenVINO network."""
-ONNX_FILE, ONNX_INPUT = "model.onnx", "images"
-"""An ONNX graph, and the name of its input."""
+ONNX_FILE, ONNX_INPUT, ONNX_BATCH = "model.onnx", "images", "batch"
+"""An ONNX graph, the name of its input, and that of the dimension which is the number of images."""
 
 
 class _Plain(BaseModel):

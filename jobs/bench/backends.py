@@ -5,8 +5,9 @@
 Measures the variants that the bundle holds, or with ``--calibration`` makes both OpenVINO ones in a copy of it. On
 the test images, which none of them has seen: images/s of the forward pass alone, for one and two threads and several
 batch sizes, backends taking turns within a round; labels against torch's; and accuracy, paired, where the manifest
-has targets. With ``--images`` the installed ``classify`` command labels the test images too, repeated to so many, on
-every backend in turn. A failed row fails the benchmark.
+has targets. A product of two large matrices in float32 takes its turn too: no direct convolution gets
+more arithmetic out of the cores. With ``--images`` the installed ``classify`` command labels the test images
+too, repeated to so many, on every backend in turn. A failed row fails the benchmark.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from imgbatch.config import Config
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.manifest import open_manifest
-from imgbatch.core.model import ModelBundle, load_bundle
+from imgbatch.core.model import ModelBundle, load_bundle, load_network
 from imgbatch.core.optimize import optimize_bundle
 from imgbatch.core.pictures import Pictures, load_pictures
 from imgbatch.core.predictions import BatchedPredictor
@@ -35,6 +37,7 @@ from jobs.bench.efficiency import run_pipeline
 
 THREADS, BATCH_SIZES = (1, 2), (1, 8, 32)
 RATE_IMAGES = 64
+PRODUCT_SIDE = 1024
 
 
 def main() -> None:
@@ -75,22 +78,29 @@ def make_variants(model: str, calibration: str, output: str) -> ModelBundle:
 def report_rates(
     bundle: ModelBundle, backends: list[Backend], images_NHWC: np.ndarray, repeats: int, seconds: float
 ) -> None:
-    """Prints a table: images/s by backend, threads and batch size, and the ratio of the best batch sizes."""
+    """Prints a table: images/s by backend, threads and batch size; of the best batch size, times torch and GFLOP/s."""
     cases = [(backend, threads, size) for threads in THREADS for size in BATCH_SIZES for backend in backends]
     predictors = [
         build_predictor(bundle, backend, device="cpu", batch_size=size, num_threads=threads)
         for backend, threads, size in cases
     ]
     rates: dict[tuple[str, int, int], list[float]] = {}
+    products: dict[int, list[float]] = {threads: [] for threads in THREADS}
     for _ in range(repeats):
+        for threads, of_product in products.items():
+            torch.set_num_threads(threads)
+            of_product.append(measure_product(seconds))
         for (backend, threads, size), predictor in zip(cases, predictors, strict=True):
             torch.set_num_threads(threads)
             rate = measure_rate(predictor, images_NHWC[:size], seconds)
             rates.setdefault((backend.name, threads, size), []).append(rate)
     print(
-        "| forward pass, images/s | threads |", " | ".join(f"batch {size}" for size in BATCH_SIZES), "| best / torch |"
+        "| forward pass, images/s | threads |",
+        " | ".join(f"batch {size}" for size in BATCH_SIZES),
+        "| best / torch | GFLOP/s | of the product's |",
     )
-    print("| --- | --- |", " | ".join("---" for _ in BATCH_SIZES), "| --- |")
+    print("| --- | --- |", " | ".join("---" for _ in BATCH_SIZES), "| --- | --- | --- |")
+    gflops_of_image = count_flops(bundle) / 1e9
     for num_threads in THREADS:
         best = {
             backend.name: max(statistics.median(rates[backend.name, num_threads, size]) for size in BATCH_SIZES)
@@ -99,7 +109,32 @@ def report_rates(
         for backend in backends:
             cells = [spread(rates[backend.name, num_threads, size]) for size in BATCH_SIZES]
             ratio = best[backend.name] / best[backends[0].name]
-            print(f"| {backend.name} | {num_threads} | {' | '.join(cells)} | {ratio:.2f} |")
+            gflops = best[backend.name] * gflops_of_image
+            share = gflops / statistics.median(products[num_threads])
+            print(
+                f"| {backend.name} | {num_threads} | {' | '.join(cells)} | {ratio:.2f} | {gflops:,.0f} | {share:.2f} |"
+            )
+    for num_threads, of_product in products.items():
+        print(f"\nProduct of matrices, {num_threads} threads: {spread(of_product)} GFLOP/s.")
+
+
+def count_flops(bundle: ModelBundle) -> int:
+    """Of the forward pass of one image; a multiplication and an addition are two."""
+    spec = bundle.preprocess
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        load_network(bundle)(torch.zeros(1, spec.num_channels, spec.crop_size, spec.crop_size))
+    return int(counter.get_total_flops())
+
+
+def measure_product(seconds: float) -> float:
+    """GFLOP/s of the product of two square float32 matrices."""
+    left, right = (torch.rand(PRODUCT_SIDE, PRODUCT_SIDE) for _ in range(2))
+    product = left @ right
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        torch.mm(left, right, out=product)
+        count += 1
+    return count * 2 * PRODUCT_SIDE**3 / (time.perf_counter() - started) / 1e9
 
 
 def measure_rate(predictor: BatchedPredictor, batch_NHWC: np.ndarray, seconds: float) -> float:

@@ -1,10 +1,15 @@
 """What decoding costs: the routes compared, and what the killable child adds to the one that was chosen.
 
-    python -m jobs.bench.decode [--folder IMAGES] [--max-images 100] [--repeats 3] [--only routes | large | protection]
+    python -m jobs.bench.decode [--folder IMAGES] [--max-images 100] [--repeats 3] [--model BUNDLE] [--chart PNG]
+                                [--only routes | reduced | protection]
 
 Single thread, files in memory. Runs alternate, so that a slow minute of the machine meets every candidate; medians
 and the range are printed as a Markdown table. Seconds of CPU are what a full machine pays; seconds on the clock
 include waiting for other programs. An image that does not decode fails the benchmark.
+
+``reduced`` is about ``preprocess.reducing_gap``: its time on large photographs, how far its crops are from the
+reference's by how much smaller than its source the resized image is (``--chart`` draws it), and with ``--model``, whose
+sizes should be well below those of the images, how many labels stay.
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +34,8 @@ from imgbatch.config import Config
 from imgbatch.core.decode_protocol import UnitBuffer, create_unit_file
 from imgbatch.core.decoder import Decoder
 from imgbatch.core.images import Decoded, decode_image
+from imgbatch.core.model import load_bundle
+from imgbatch.core.predict import Predictor
 from imgbatch.core.transforms import CropGeometry, PreprocessSpec
 from jobs.bench.common import describe_machine, find_photographs
 
@@ -35,6 +43,8 @@ SPEC = PreprocessSpec()
 DECODE = Config().decode
 MAX_PIXELS = DECODE.max_pixels
 BILINEAR = Image.Resampling.BILINEAR
+GAPS, RATIOS = (0.0, 4.0, 3.0, 2.0, 1.5, 1.0), (2, 3, 4, 6, 8, 12)
+"""Reducing gaps, 0 being none; and how many times as large as the resized images the photographs are."""
 
 
 @dataclass
@@ -45,8 +55,8 @@ class Timings:
     clock_ms: list[float] = field(default_factory=list)
 
 
-def crop_of(image: Image.Image, geometry: CropGeometry) -> np.ndarray:
-    box = (geometry.left, geometry.top, geometry.left + SPEC.crop_size, geometry.top + SPEC.crop_size)
+def crop_of(image: Image.Image, geometry: CropGeometry, side: int) -> np.ndarray:
+    box = (geometry.left, geometry.top, geometry.left + side, geometry.top + side)
     return np.asarray(image.resize((geometry.resized_width, geometry.resized_height), BILINEAR).crop(box))
 
 
@@ -57,10 +67,10 @@ def fused(image: Image.Image, geometry: CropGeometry) -> np.ndarray:
     return np.asarray(image.resize((SPEC.crop_size, SPEC.crop_size), BILINEAR, box=box))
 
 
-def reference(data: bytes) -> np.ndarray:
+def reference(data: bytes, spec: PreprocessSpec = SPEC) -> np.ndarray:
     """Pillow, resized whole and then cropped: what torchvision's PIL transform does."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    return crop_of(image, SPEC.geometry(*image.size))
+    return crop_of(image, spec.geometry(*image.size), spec.crop_size)
 
 
 def pillow_fused(data: bytes) -> np.ndarray:
@@ -73,16 +83,8 @@ def simplejpeg_fused(data: bytes) -> np.ndarray:
     return fused(image, SPEC.geometry(*image.size))
 
 
-def dct_scaled(data: bytes) -> np.ndarray:
-    """Decoded at the smallest DCT scale that still covers the resized image."""
-    image = Image.open(io.BytesIO(data))
-    geometry = SPEC.geometry(*image.size)
-    image.draft("RGB", (geometry.resized_width, geometry.resized_height))
-    return fused(image.convert("RGB"), geometry)
-
-
-def chosen(data: bytes) -> np.ndarray:
-    outcome = decode_image(data, SPEC, max_pixels=MAX_PIXELS)
+def chosen(data: bytes, spec: PreprocessSpec = SPEC) -> np.ndarray:
+    outcome = decode_image(data, spec, max_pixels=MAX_PIXELS)
     if not isinstance(outcome, Decoded):
         raise SystemExit(f"an image does not decode: {outcome}")
     return outcome.pixels_HWC
@@ -179,12 +181,90 @@ def differences(routes: Mapping[str, Callable[[bytes], np.ndarray]], files: Sequ
     return "\n".join(lines)
 
 
+def report_reduced(files: Sequence[bytes], repeats: int, *, chart: Path | None, model: str | None) -> None:
+    """Prints time, error and, of a model, labels with reduced decoding."""
+    print("### Reduced decoding: the same photographs, four times as wide and high\n")
+    routes = {_name(gap): partial(chosen, spec=replace(SPEC, reducing_gap=gap)) for gap in GAPS}
+    large = enlarged(files[:: math.ceil(len(files) / 40)], 4)
+    print(table(time_routes(routes, large, repeats)), end="\n\n")
+    print(
+        "Mean difference of a sample from the reference's, of 255; 99th percentile of an image's; sides divided by:\n"
+    )
+    print("| resized to a |", " | ".join(_name(gap) for gap in GAPS), "|")
+    print("| --- |", " | ".join("---" for _ in GAPS), "|")
+    errors: dict[float, list[float]] = {gap: [] for gap in GAPS}
+    for ratio in RATIOS:
+        cells = []
+        for gap in GAPS:
+            means, tails, scales = _errors(files, ratio, gap)
+            errors[gap].append(statistics.fmean(means))
+            shown = ", ".join(str(scale) for scale in sorted(scales))
+            cells.append(f"{statistics.fmean(means):.2f}; {statistics.fmean(tails):.1f}; {shown}")
+        print(f"| {ratio}th | {' | '.join(cells)} |")
+    if chart:
+        draw_errors(chart, errors)
+    if model:
+        report_labels(files, model)
+
+
+def _name(gap: float) -> str:
+    return f"gap {gap:g}" if gap else "in full"
+
+
+def _errors(files: Sequence[bytes], ratio: int, gap: float) -> tuple[list[float], list[float], set[int]]:
+    """Of each image: mean and 99th percentile of the differences; and the scales that were used."""
+    means, tails, scales = [], [], set()
+    for data in files:
+        width, height = Image.open(io.BytesIO(data)).size
+        side = max(8, min(width, height) // ratio)
+        spec = PreprocessSpec(side, side, reducing_gap=gap)
+        difference = np.abs(chosen(data, spec).astype(int) - reference(data, spec))
+        means.append(float(difference.mean()))
+        tails.append(float(np.percentile(difference, 99)))
+        scales.add(spec.jpeg_scale(width, height))
+    return means, tails, scales
+
+
+def draw_errors(path: Path, errors: Mapping[float, Sequence[float]]) -> None:
+    """One line for each gap: the mean error over how many times as large the source is."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for gap, means in errors.items():
+        axes.plot(RATIOS, means, marker="o", label=_name(gap))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(RATIOS, [str(ratio) for ratio in RATIOS])
+    axes.set_xlabel("side of the photograph / side after resizing")
+    axes.set_ylabel("mean difference from the reference, of 255")
+    axes.set_ylim(bottom=0)
+    axes.legend(title="preprocess.reducing_gap", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def report_labels(files: Sequence[bytes], model: str) -> None:
+    """Prints the labels that a model gives to reduced images against those of the reference's pixels."""
+    bundle = load_bundle(model)
+    predictor = Predictor(bundle)
+    expected_NK = predictor.predict(np.stack([reference(data, bundle.preprocess) for data in files])).probs_NK
+    print(f"\n{bundle.arch}, {bundle.preprocess.describe()}, {len(files)} images:\n")
+    print("| | same label as from the reference | mean difference of a probability |\n| --- | --- | --- |")
+    for gap in GAPS:
+        spec = replace(bundle.preprocess, reducing_gap=gap)
+        given_NK = predictor.predict(np.stack([chosen(data, spec) for data in files])).probs_NK
+        same = (given_NK.argmax(axis=1) == expected_NK.argmax(axis=1)).mean()
+        print(f"| {_name(gap)} | {same:.2%} | {np.abs(given_NK - expected_NK).mean():.4f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="JPEG files")
     parser.add_argument("--max-images", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["routes", "large", "protection"], help="one part instead of all")
+    parser.add_argument("--only", choices=["routes", "reduced", "protection"], help="one part instead of all")
+    parser.add_argument("--model", help="a bundle whose labels are looked at in the part reduced")
+    parser.add_argument("--chart", type=Path, help="where to draw the errors of the part reduced, a PNG")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -192,17 +272,14 @@ def main() -> None:
         files = [path.read_bytes() for path in paths[:: math.ceil(len(paths) / arguments.max_images)]]
     print(f"{len(files)} files, {sum(map(len, files)) / len(files) / 1e3:.0f} KB on average, {arguments.repeats} runs.")
     print(f"{describe_machine()}, simplejpeg {simplejpeg.__version__}\n")
-    parts = [arguments.only] if arguments.only else ["routes", "large", "protection"]
+    parts = [arguments.only] if arguments.only else ["routes", "reduced", "protection"]
     if "routes" in parts:
         print("### Routes\n")
         print(table(time_routes(ROUTES, files, arguments.repeats)), end="\n\n")
         print(differences(ROUTES, files), end="\n\n")
-    if "large" in parts:
-        print("### The same photographs, four times as wide and high\n")
-        scaled = {"decode_image": chosen, "reduced DCT scale, fused": dct_scaled}
-        large = enlarged(files[:: math.ceil(len(files) / 40)], 4)
-        print(table(time_routes(scaled, large, 3)), end="\n\n")
-        print(differences(scaled, large), end="\n\n")
+    if "reduced" in parts:
+        report_reduced(files, arguments.repeats, chart=arguments.chart, model=arguments.model)
+        print()
     if "protection" in parts:
         print("### Protection\n")
         print(table(time_protection(files, arguments.repeats)))

@@ -46,7 +46,10 @@ def test_an_onnx_file_says_what_it_is(tiny_model: ModelBundle, photo_manifest: P
 
     path = str(tmp_path / "model.onnx")
     export_bundle(tiny_model.path, file_format="onnx", output=path, manifest=str(photo_manifest), limit=10)
-    properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    model = onnx.load(path)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    properties = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(properties["class_names"]) == list(tiny_model.class_names)
     assert properties["model_id"] == tiny_model.model_id
 

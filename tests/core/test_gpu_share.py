@@ -45,6 +45,8 @@ def test_what_the_gpu_does_not_do_is_refused() -> None:
     check_gpu_share(DecodeConfig(), replace(spec, median_size=3))
     with pytest.raises(UsageError, match=r"^decode.gpu_share: .* median filter .* set it to 0$"):
         check_gpu_share(share, replace(spec, median_size=3))
+    with pytest.raises(UsageError, match=r"^decode.gpu_share: .* reduced decoding \(preprocess.reducing_gap\)"):
+        check_gpu_share(share, replace(spec, reducing_gap=3))
     bands = BandSpec(indices=(1, 2, 3), low=(0.0,) * 3, high=(1.0,) * 3)
     with pytest.raises(UsageError, match=r"^decode.gpu_share: .* bands of rasters"):
         check_gpu_share(share, replace(spec, bands=bands))

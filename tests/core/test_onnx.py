@@ -43,8 +43,7 @@ def optimize(
 
 
 def predictor_over(bundle: ModelBundle, model: bytes, *, batch_size: int) -> Predictor:
-    side = bundle.preprocess.crop_size
-    graph = OnnxGraph(model, device="cpu", shape=(batch_size, side, side, 3), num_threads=1)
+    graph = OnnxGraph(model, device="cpu", batch_size=batch_size, num_threads=1)
     return Predictor(bundle, batch_size=batch_size, num_threads=1, graph=graph)
 
 
@@ -105,7 +104,7 @@ def test_int8_is_written_as_tensorrt_wants_it(quantised: tuple[ModelBundle, Vari
 def test_a_gpu_needs_tensorrt(float_graph: bytes, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(UsageError, match=r"tensorrt is not installed; pip install 'imgbatch\[tensorrt\]'"):
-        OnnxGraph(float_graph, device="cuda", shape=(8, 32, 32, 3), num_threads=None)
+        OnnxGraph(float_graph, device="cuda", batch_size=8, num_threads=None)
 
 
 def test_without_the_package_one_line_says_what_to_install(
@@ -117,6 +116,6 @@ def test_without_the_package_one_line_says_what_to_install(
 
 
 def test_a_graph_gives_no_features(tiny_model: ModelBundle, float_graph: bytes):
-    graph = OnnxGraph(float_graph, device="cpu", shape=(8, 32, 32, 3), num_threads=1)
+    graph = OnnxGraph(float_graph, device="cpu", batch_size=8, num_threads=1)
     with pytest.raises(ValueError, match="gives no features"):
         Predictor(tiny_model, graph=graph, features=True)

@@ -45,7 +45,7 @@ def test_stretching_brings_both_sides_to_the_size():
     assert (geometry.left, geometry.top) == (2, 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"resize_mode": "stretch", "median_size": 3}])
+@pytest.mark.parametrize("options", [{}, {"resize_mode": "stretch", "median_size": 3}, {"reducing_gap": 2.5}])
 def test_a_spec_survives_json(options):
     policy = DecodePolicy(background=(0, 0, 0), formats=("PNG",))
     spec = PreprocessSpec(73, 64, "bicubic", decode=policy, **options)
@@ -54,7 +54,7 @@ def test_a_spec_survives_json(options):
 
 def test_what_a_spec_does_not_do_is_not_in_its_description():
     """Models from before these keys keep their model_id."""
-    assert not {"resize_mode", "median_size"} & PreprocessSpec().to_dict().keys()
+    assert not {"resize_mode", "median_size", "reducing_gap"} & PreprocessSpec().to_dict().keys()
 
 
 def test_an_unknown_key_is_refused():
@@ -70,10 +70,17 @@ def test_an_unknown_key_is_refused():
         {"mean": (0.5,)},
         {"mean": (), "std": ()},
         {"median_size": 4},
+        {"reducing_gap": 0.5},
+        {"reducing_gap": float("nan")},
+        {"reducing_gap": 2.0, "median_size": 3},
     ],
 )
 def test_a_spec_that_cannot_work_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"resize_size|mean and std|median_size must be one of 0, 3, 5, 7, not 4"):
+    messages = (
+        r"resize_size|mean and std|median_size must be one of 0, 3, 5, 7, not 4"
+        r"|reducing_gap must be 0 or at least 1, not (0.5|nan)|reducing_gap and median_size exclude each other"
+    )
+    with pytest.raises(ValueError, match=messages):
         PreprocessSpec(**arguments)
 
 
@@ -102,6 +109,29 @@ def test_a_configuration_overrides_what_it_gives():
     assert spec.overridden(crop_size=None, median_size=None) == spec
     changed = spec.overridden(resize_size=64, crop_size=64, resize_mode="stretch", median_size=0)
     assert changed == PreprocessSpec(64, 64, resize_mode="stretch")
+    assert changed.overridden(reducing_gap=2).overridden(reducing_gap=0) == changed
+
+
+@pytest.mark.parametrize(
+    ("gap", "size", "scale"),
+    [
+        (0, (8000, 8000), 1),
+        (1, (255, 400), 1),
+        (1, (512, 512), 2),
+        (1, (511, 2000), 1),
+        (1, (3872, 2592), 8),
+        (2, (3872, 2592), 4),
+        (3, (3872, 2592), 2),
+        (1.5, (768, 5000), 2),
+    ],
+)
+def test_a_jpeg_is_reduced_as_long_as_it_stays_so_many_times_as_large(gap, size, scale):
+    assert PreprocessSpec(256, 224, reducing_gap=gap).jpeg_scale(*size) == scale
+
+
+def test_both_sides_count_where_an_image_is_stretched():
+    spec = PreprocessSpec(100, 100, resize_mode="stretch", reducing_gap=1)
+    assert spec.jpeg_scale(800, 200) == 2
 
 
 def test_a_spec_prints_as_one_line():
@@ -110,6 +140,7 @@ def test_a_spec_prints_as_one_line():
         .describe()
         .startswith("decode | median(5) | stretch(64, bilinear) | center_crop(64) | ")
     )
+    assert PreprocessSpec(reducing_gap=1.5).describe().startswith("decode(reducing_gap 1.5) | resize(256, ")
     assert PreprocessSpec().describe() == (
         "decode | resize(256, bilinear) | center_crop(224) | normalise(0.485, 0.456, 0.406; 0.229, 0.224, 0.225)"
     )
