@@ -262,10 +262,11 @@ def input_warnings(sample: DecodedSample | None, bundle: ModelBundle, spec: Prep
         )
     sides = np.minimum(sample.decoded.widths, sample.decoded.heights)
     sides = sides[sides > 0]
-    if len(sides) and np.median(sides) >= _MUCH_LARGER * spec.resize_size:
+    if len(sides) and np.median(sides) >= _MUCH_LARGER * spec.resize_size and not spec.reducing_gap:
         warnings.append(
             f"the images' shorter side is {np.median(sides):,.0f} px, {np.median(sides) / spec.resize_size:.0f} times "
-            f"the {spec.resize_size} px that the model sees: smaller copies would decode much faster"
+            f"the {spec.resize_size} px that the model sees: smaller copies would decode much faster, and JPEGs with "
+            f"preprocess.reducing_gap"
         )
     named = {row[TARGET] for row in sample.rows if row.get(TARGET)}
     named |= {target for row in sample.rows for target in row.get(TARGETS) or ()}

@@ -51,8 +51,11 @@ def test_what_a_look_at_the_images_warns_of(photo_config: Config, tmp_path: Path
     Image.new("RGB", (400, 300)).save(large)
     table = pa.table({"uri": [str(large), str(tmp_path / "gone.png")], "target": ["red", "purple"]})
     pq.write_table(table, tmp_path / "m.parquet")
-    warnings = forecast(changed(photo_config, input__manifest=str(tmp_path / "m.parquet"))).warnings
-    assert [word for word in ("NOT_FOUND", "300 px", "'purple'") if not any(word in w for w in warnings)] == []
+    config = changed(photo_config, input__manifest=str(tmp_path / "m.parquet"))
+    warnings = forecast(config).warnings
+    expected = ("NOT_FOUND", "300 px", "preprocess.reducing_gap", "'purple'")
+    assert [word for word in expected if not any(word in w for w in warnings)] == []
+    assert not any("300 px" in w for w in forecast(changed(config, preprocess__reducing_gap=2)).warnings)
 
 
 def test_the_limit_is_the_slowest_pool_or_the_shared_cores() -> None:
