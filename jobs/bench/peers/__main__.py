@@ -7,7 +7,7 @@ Peers are written in our own words in the shape in which they are published (see
 package. The clock starts when an engine is up and its workers have run 64 empty tasks, and stops after the write.
 imgbatch is the installed command, from ``engine_ready_at`` to ``finished_at`` in run.json: its probabilities and error
 rows count in its time, though no peer writes any. It runs three times: with torch, and with the OpenVINO variants that
-``imgbatch model optimize`` makes before the contest.
+``imgbatch model optimize`` makes before the contest; on large images a fourth time, with reduced decoding.
 
 ``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in
 a short run the start of processes, which is in everyone's time, would decide.
@@ -38,8 +38,15 @@ from jobs.bench.contest import Contestant, compete, write_result
 from jobs.bench.peers.workloads import WORKLOADS
 
 OBJECT_STORE_MB = 1000
-OURS = {"imgbatch": "torch", "imgbatch openvino-fp32": "openvino_fp32", "imgbatch openvino-int8": "openvino_int8"}
-"""``classify.backend`` of each."""
+OURS = {
+    "imgbatch": {"classify.backend": "torch"},
+    "imgbatch openvino-fp32": {"classify.backend": "openvino_fp32"},
+    "imgbatch openvino-int8": {"classify.backend": "openvino_int8"},
+    "imgbatch openvino-int8 reduced": {"classify.backend": "openvino_int8", "preprocess.reducing_gap": "3"},
+}
+"""Options of each."""
+ON_LARGE_IMAGES = "imgbatch openvino-int8 reduced"
+"""Elsewhere it is the same as without."""
 PEERS = {
     "Ray Data": "ray_data",
     "Daft": "daft_frame",
@@ -58,13 +65,14 @@ SHARES = {
     "imgbatch": 3.5,
     "imgbatch openvino-fp32": 6,
     "imgbatch openvino-int8": 16,
+    "imgbatch openvino-int8 reduced": 16,
 }
 """Images of a contestant as a multiple of Ray Data's, in the first workload."""
 
 
 def main() -> None:
     arguments = parse_arguments()
-    names = choose(arguments.only)
+    names = choose(arguments.only, arguments.workload)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         workload = WORKLOADS[arguments.workload]
@@ -77,7 +85,7 @@ def main() -> None:
             scratch / "random", workload.arch, 10, resize_size=workload.resize_size, crop_size=workload.crop_size
         )
         model = str(shutil.copytree(given, scratch / "model"))
-        for backend in sorted({OURS[name] for name in names if name in OURS} - {"torch"}):
+        for backend in sorted({OURS[name]["classify.backend"] for name in names if name in OURS} - {"torch"}):
             optimize(model, backend.replace("_", "-"), arguments.calibration or str(manifest))
         runs = scratch / "runs"
         contestants = [contestant(name, manifest, model, arguments) for name in names]
@@ -109,9 +117,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def choose(only: str | None) -> list[str]:
+def choose(only: str | None, workload: str) -> list[str]:
     """The contestants that were named, or else all that are installed here."""
     names = only.split(",") if only else [*PEERS, *OURS]
+    if not only and workload != "large":
+        names.remove(ON_LARGE_IMAGES)
     if unknown := [name for name in names if name not in (*PEERS, *OURS)]:
         raise SystemExit(f"--only {unknown[0]}: none of {', '.join([*PEERS, *OURS])}")
     missing = [name for name in names if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None]
@@ -132,12 +142,15 @@ def optimize(model: str, target: str, calibration: str) -> None:
 
 
 def contestant(name: str, manifest: Path, model: str, arguments: argparse.Namespace) -> Contestant:
-    backend = OURS.get(name)
-    module = "imgbatch_command" if backend else PEERS[name]
+    settings = OURS.get(name)
+    module = "imgbatch_command" if settings else PEERS[name]
     command = [sys.executable, "-m", f"jobs.bench.peers.{module}", "--out", "{out}", "--result", "{result}"]
     command += ["--manifest", str(manifest), "--model", model, "--limit", str(_limit(name, arguments))]
     command += ["--object-store-mb", str(OBJECT_STORE_MB)]
-    command += ["--backend", backend] if backend else ["--cores", str(this_machine().num_cpus)]
+    if settings:
+        command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    else:
+        command += ["--cores", str(this_machine().num_cpus)]
     environment = {"RAY_AUTH_MODE": "disabled", "DO_NOT_TRACK": "true", "DAFT_PROGRESS_BAR": "0"}
     return Contestant(name, command, {**environment, "PYSPARK_PYTHON": sys.executable})
 

@@ -20,23 +20,24 @@ pq.write_table(pq.read_table(sys.argv[1]).slice(0, int(sys.argv[3])), sys.argv[2
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("manifest", "model", "out", "result", "backend"):
+    for name in ("manifest", "model", "out", "result"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("object-store-mb", "limit"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the command")
     arguments = parser.parse_args()
     manifest = Path(arguments.result).with_suffix(".parquet")
     # In a process of its own: this one is there all the time, and its memory counts as the command's.
     subprocess.run([sys.executable, "-c", _TAKE_ROWS, arguments.manifest, manifest, str(arguments.limit)], check=True)
-    settings = {
-        "classify.backend": arguments.backend,
-        "classify.min_agreement": "0",
-        "resources.device": "cpu",
-        "ray.object_store_mb": str(arguments.object_store_mb),
-    }
+    settings = [
+        *arguments.set,
+        "classify.min_agreement=0",
+        "resources.device=cpu",
+        f"ray.object_store_mb={arguments.object_store_mb}",
+    ]
     command = [str(Path(sys.executable).with_name("imgbatch")), "classify", "-m", arguments.model]
     command += ["--manifest", str(manifest), "-o", arguments.out]
-    command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    command += [part for setting in settings for part in ("--set", setting)]
     started = time.time()
     subprocess.run(command, check=True)
     (path,) = Path(arguments.out).glob("runs/*/run.json")
