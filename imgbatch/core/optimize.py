@@ -36,7 +36,7 @@ MIN_IMAGES = 50
 """Fewer say too little about how often labels agree."""
 _CPU_BATCH_SIZES, _COMPILED_BATCH_SIZES, _GPU_BATCH_SIZES = (1, 4, 8, 16, 32), (8,), (64, 128, 256, 512)
 """To choose from by measurement; compiling takes a minute on a CPU, for each."""
-_ROUNDS, _MEASURE_S = 5, 0.2
+_ROUNDS, _MEASURE_S = 5, 0.1
 """In turns, because the speed of a shared machine drifts."""
 _NEARLY = 0.97
 """Of the best rate: a smaller batch that reaches it is taken."""
