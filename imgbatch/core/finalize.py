@@ -50,6 +50,7 @@ BUFFERED_BYTES = 256 * 2**20
 MAX_ROW_GROUP_BYTES = 32 * 2**20
 COUNTED_UNITS = 1024
 """Units of one part of the layout."""
+FEW_PARTS = 4
 READERS = 8
 """Unit files of an object store that one part reads at once."""
 _TRIES = 3
@@ -59,14 +60,12 @@ def finalize(run: Run, map_parts: MapParts = in_threads) -> dict[str, Any]:
     """Make a run's output from its unit files; returns what files.json holds.
 
     Args:
-        map_parts: where the parts of the work are done, each a range of units or a few output files; where one range
-            has all units it is done here, because a process elsewhere takes longer to start.
+        map_parts: where the parts of the work are done, each a range of units or a few output files; up to
+            :data:`FEW_PARTS` of them are done here, because a process elsewhere takes longer to start.
 
     Raises:
         ImgbatchError: a unit file is missing or damaged, named.
     """
-    if run.plan.layout.num_units <= COUNTED_UNITS:
-        map_parts = in_threads
     tries = _TRIES
     while not run.paths.is_finished():
         tries -= 1
@@ -94,7 +93,8 @@ def finalize(run: Run, map_parts: MapParts = in_threads) -> dict[str, Any]:
 def _write_output(run: Run, map_parts: MapParts) -> None:
     files = _settled_layout(run, map_parts)
     failpoint("finalize.after_layout")
-    written = list(itertools.chain.from_iterable(map_parts(write_files, run, _groups(run, files))))
+    groups = _groups(run, files)
+    written = list(itertools.chain.from_iterable(_here_if_few(groups, map_parts)(write_files, run, groups)))
     failpoint("finalize.after_files")
     _remove_strays(run, files)
     failpoint("finalize.after_strays")
@@ -128,7 +128,7 @@ def _lay_out(run: Run, map_parts: MapParts) -> Iterator[OutputFile]:
     rows_of: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     arrow_bytes: Counter[str] = Counter()
     stored_bytes = sum(info.size for info in storage.list_files(run.paths.rows, ".parquet"))
-    for counts in map_parts(count_units, run, parts):
+    for counts in _here_if_few(parts, map_parts)(count_units, run, parts):
         for kind, partition, unit, rows in counts.rows:
             rows_of[kind, partition].append((unit, rows))
         arrow_bytes.update(counts.arrow_bytes)
@@ -143,6 +143,10 @@ def _lay_out(run: Run, map_parts: MapParts) -> Iterator[OutputFile]:
         for number, chunk in enumerate(_fill(rows_of[kind, partition], rows_per_file)):
             name = "/".join(filter(None, [kind, f"run_id={run.run_id}", partition, f"part-{number:05d}.parquet"]))
             yield OutputFile(name, kind, partition, _ranges([u for u, _ in chunk]), sum(n for _, n in chunk))
+
+
+def _here_if_few(parts: Sequence[object], map_parts: MapParts) -> MapParts:
+    return map_parts if len(parts) > FEW_PARTS else in_threads
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def test_finalize_in_tasks_gives_the_bytes_of_finalize_in_threads(
     for path in (paths.success, *data):
         storage.remove(path)
     monkeypatch.setattr(finalize_module, "COUNTED_UNITS", 3)
+    monkeypatch.setattr(finalize_module, "FEW_PARTS", 0)
     parts: list[int] = []
 
     def counted(function: Any, context: Any, items: Any) -> Iterator[Any]:
