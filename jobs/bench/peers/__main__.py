@@ -1,7 +1,7 @@
 """imgbatch beside its peers, on the same files with the same weights.
 
     python -m jobs.bench.peers [--images 360] [--repeats 1] [--model BUNDLE] [--folder IMAGES] [--calibration MANIFEST]
-                               [--only NAME,...] [--workload NAME] [-o RESULT]
+                               [--only NAME,...] [--workload NAME] [--s3 s3://BUCKET/PREFIX] [-o RESULT]
 
 Peers are written in our own words in the shape in which they are published (see ``task``), each in a module of this
 package. The clock starts when an engine is up and its workers have run 64 empty tasks, and stops after the write.
@@ -11,6 +11,9 @@ rows count in its time, though no peer writes any. It runs three times: with tor
 
 ``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in
 a short run the start of processes, which is in everyone's time, would decide.
+
+With ``--s3`` the images are put there first, and everybody reads them from there: credentials and endpoint from the
+environment, as botocore has them. Daft, which has a client of its own, is left out then.
 
 Daft and Spark are the extra ``peers``, and left out where they are not installed; Daft wants an older pyarrow than
 ours, so give them an environment of their own. Without ``--model`` the network has random weights: the time is the
@@ -25,13 +28,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgbatch.core import storage
 from imgbatch.runtime.pools import this_machine
 from jobs.bench.common import find_photographs, save_random_model
 from jobs.bench.contest import Contestant, compete, write_result
@@ -72,14 +76,15 @@ SHARES = {
 
 def main() -> None:
     arguments = parse_arguments()
-    names = choose(arguments.only, arguments.workload)
+    names = choose(arguments)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         workload = WORKLOADS[arguments.workload]
         photographs = workload.prepare(find_photographs(arguments.folder, scratch), scratch / "images")
+        locations = upload(photographs, arguments.s3) if arguments.s3 else [str(path.resolve()) for path in photographs]
         manifest = scratch / "manifest.parquet"
         longest = max(_limit(name, arguments) for name in names)
-        repeated = [str(photographs[index % len(photographs)].resolve()) for index in range(longest)]
+        repeated = [locations[index % len(locations)] for index in range(longest)]
         pq.write_table(pa.table({"uri": repeated, "image_id": [str(index) for index in range(longest)]}), manifest)
         given = arguments.model or save_random_model(
             scratch / "random", workload.arch, 10, resize_size=workload.resize_size, crop_size=workload.crop_size
@@ -93,7 +98,8 @@ def main() -> None:
         labels = {name: read_labels(runs / name / "0") for name in names}
     intro = (
         f"    python -m jobs.bench.peers {' '.join(sys.argv[1:])}\n\n"
-        f"{workload.what} from local disk ({len(photographs):,} different ones, repeated), "
+        f"{workload.what} from {'S3' if arguments.s3 else 'local disk'} "
+        f"({len(photographs):,} different ones, repeated), "
         f"{arguments.repeats} round(s) in turn: {', '.join(f'{name} {_limit(name, arguments):,}' for name in names)} "
         f"images. Object stores of {OBJECT_STORE_MB:,} MB."
     )
@@ -111,17 +117,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workload", choices=WORKLOADS, default="photographs")
     parser.add_argument("--model", help="a bundle of the workload's network and size")
     parser.add_argument("--folder", type=Path, help="JPEG files, in folders named after their class")
+    parser.add_argument("--s3", metavar="s3://BUCKET/PREFIX", help="put the images there and read them from there")
     parser.add_argument("--calibration", help="manifest for the variants; default: the images themselves")
     parser.add_argument("--only", help=f"some of {', '.join([*PEERS, *OURS])}")
     parser.add_argument("-o", "--output", type=Path, default=Path(tempfile.gettempdir(), "peers"))
     return parser.parse_args()
 
 
-def choose(only: str | None, workload: str) -> list[str]:
-    """The contestants that were named, or else all that are installed here."""
-    names = only.split(",") if only else [*PEERS, *OURS]
-    if not only and workload != "large":
-        names.remove(ON_LARGE_IMAGES)
+def choose(arguments: argparse.Namespace) -> list[str]:
+    """The contestants that were named, or else all that have something to do and are installed here."""
+    only = arguments.only
+    left_out = {ON_LARGE_IMAGES} if arguments.workload != "large" else set()
+    left_out |= {"Daft"} if arguments.s3 else set()
+    names = only.split(",") if only else [name for name in (*PEERS, *OURS) if name not in left_out]
     if unknown := [name for name in names if name not in (*PEERS, *OURS)]:
         raise SystemExit(f"--only {unknown[0]}: none of {', '.join([*PEERS, *OURS])}")
     missing = [name for name in names if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None]
@@ -131,6 +139,14 @@ def choose(only: str | None, workload: str) -> list[str]:
             raise SystemExit(message)
         print(message)
     return [name for name in names if name not in missing]
+
+
+def upload(photographs: Sequence[Path], prefix: str) -> list[str]:
+    """Their locations in the object store; folders are classes there too."""
+    uris = [f"{prefix}/{path.parent.name}/{index}{path.suffix}" for index, path in enumerate(photographs)]
+    for uri, path in zip(uris, photographs, strict=True):
+        storage.replace(uri, path.read_bytes())
+    return uris
 
 
 def optimize(model: str, target: str, calibration: str) -> None:

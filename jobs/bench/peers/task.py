@@ -7,12 +7,15 @@ that torchvision publishes with its weights (resize, crop, normalise), float32, 
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pyarrow as pa
@@ -129,8 +132,21 @@ def open_rgb(uri: str) -> Any:
     """The whole image, PIL RGB."""
     from PIL import Image
 
-    with Image.open(uri) as image:
+    with Image.open(io.BytesIO(_read_object(uri)) if uri.startswith("s3://") else uri) as image:
         return image.convert("RGB")
+
+
+def _read_object(uri: str) -> bytes:
+    location = urlsplit(uri)
+    return _client().get_object(Bucket=location.netloc, Key=location.path[1:])["Body"].read()
+
+
+@functools.cache
+def _client() -> Any:
+    """One for each process, from the environment."""
+    import botocore.session
+
+    return botocore.session.get_session().create_client("s3")
 
 
 class TunedModel:
