@@ -88,10 +88,10 @@ def run(contestant: Contestant, out: Path) -> Outcome:
 
 
 class PeakMemory:
-    """Watches a process and everything below it."""
+    """Watches a process and everything below it, or with ``below`` only that."""
 
-    def __init__(self, pid: int) -> None:
-        self._root = psutil.Process(pid)
+    def __init__(self, pid: int, *, below: bool = False) -> None:
+        self._root, self._below = psutil.Process(pid), below
         self._peak = 0
         self._ended = threading.Event()
         self._watching = threading.Thread(target=self._watch, daemon=True)
@@ -105,15 +105,18 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._ended.wait(_SAMPLE_S):
-            self._peak = max(self._peak, _summed_pss(self._root))
+            self._peak = max(self._peak, self._summed_pss())
+
+    def _summed_pss(self) -> int:
+        try:
+            below = self._root.children(recursive=True)
+        except psutil.NoSuchProcess:
+            return 0
+        return _summed_pss(below if self._below else [self._root, *below])
 
 
-def _summed_pss(root: psutil.Process) -> int:
+def _summed_pss(processes: Sequence[psutil.Process]) -> int:
     total = 0
-    try:
-        processes = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
     for process in processes:
         try:
             total += process.memory_full_info().pss

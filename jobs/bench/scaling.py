@@ -4,8 +4,8 @@
 
 Axes: ``decoders`` (children that decode), ``unit-rows``, ``side`` (of the images, px), ``classes`` (with every class's
 probability written), ``rows`` (of 64 px) and ``nodes``. Each point is one run of the installed command with a trivial
-model: the rate in the middle of the run, and the highest memory of all processes together (PSS; this one, which has
-loaded torch to write the model, among them). ``--long`` adds a million rows.
+model: the rate in the middle of the run, and the highest memory of all its processes together (PSS). ``--long`` adds a
+million rows.
 
 ``nodes`` is weak scaling: one, two and four nodes of a local cluster with one decode and one classify actor each, whose
 work is to wait, so that the cores at hand do not matter and what is seen is the engine.
@@ -111,7 +111,7 @@ class Bench:
     ) -> Point:
         manifest, out = self._manifest(side, images), self._scratch / f"run{self._runs}"
         self._runs += 1
-        memory = PeakMemory(os.getpid())
+        memory = PeakMemory(os.getpid(), below=True)
         run = run_pipeline(manifest, model or self._model, out, [f"{key}={value}" for key, value in settings.items()])
         point = Point(axis, value, images, run["steady_images_per_s"], memory.stop())
         print(f"{axis} {value:,}: {point.images_per_s:,.0f} images/s, {point.peak_mb:,.0f} MB", flush=True)
