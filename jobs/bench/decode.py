@@ -229,7 +229,7 @@ def draw_errors(path: Path, errors: Mapping[float, Sequence[float]]) -> None:
     """One line for each gap: the mean error over how many times as large the source is."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
     for gap, means in errors.items():
         axes.plot(RATIOS, means, marker="o", label=_name(gap))
@@ -238,7 +238,7 @@ def draw_errors(path: Path, errors: Mapping[float, Sequence[float]]) -> None:
     axes.set_xlabel("side of the photograph / side after resizing")
     axes.set_ylabel("mean difference from the reference, of 255")
     axes.set_ylim(bottom=0)
-    axes.legend(title="preprocess.reducing_gap", frameon=False)
+    axes.legend(title="reducing_gap", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
