@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from jobs.bench.peers.task import BATCH_SIZE, Stopwatch, Task, TunedModel, open_rgb, parse_task, tuned_transform
+from jobs.bench.peers.task import BATCH_SIZE, Stopwatch, Task, TunedModel, open_all_rgb, parse_task, tuned_transform
 
 _TRIAL_IMAGES = 300
 
@@ -21,8 +21,9 @@ class Images(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._uris)
 
-    def __getitem__(self, index: int) -> Any:
-        return self._transform(open_rgb(self._uris[index]))
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """A batch at once, which is what DataLoader asks for where it can."""
+        return [self._transform(image) for image in open_all_rgb([self._uris[index] for index in indices])]
 
 
 def label(task: Task, uris: list[str], num_workers: int, num_threads: int) -> list[str]:

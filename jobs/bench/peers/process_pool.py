@@ -12,7 +12,7 @@ from jobs.bench.peers.task import (
     Task,
     TunedModel,
     batched,
-    open_rgb,
+    open_all_rgb,
     parse_task,
     tuned_transform,
 )
@@ -29,7 +29,7 @@ def prepare(task: Task) -> None:
 def label(uris: Sequence[str]) -> list[str]:
     import torch
 
-    return _model(torch.stack([_transform(open_rgb(uri)) for uri in uris])) if uris else []
+    return _model(torch.stack([_transform(image) for image in open_all_rgb(uris)])) if uris else []
 
 
 def main() -> None:

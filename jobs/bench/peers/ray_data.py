@@ -6,12 +6,15 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy
+from ray.data.expressions import download
 
 from jobs.bench.peers.task import (
     BATCH_SIZE,
     NUM_EMPTY_TASKS,
     Stopwatch,
     Task,
+    decode_rgb,
+    in_s3,
     open_rgb,
     parse_task,
     published_transform,
@@ -19,7 +22,8 @@ from jobs.bench.peers.task import (
 
 
 def load(row: dict[str, Any], sizes: tuple[int, int]) -> dict[str, Any]:
-    return {"uri": row["uri"], "pixels": published_transform(sizes)(open_rgb(row["uri"])).numpy()}
+    image = decode_rgb(row["bytes"]) if "bytes" in row else open_rgb(row["uri"])
+    return {"uri": row["uri"], "pixels": published_transform(sizes)(image).numpy()}
 
 
 class Classify:
@@ -51,10 +55,11 @@ def main() -> None:
     )
     ray.get([nothing.remote() for _ in range(NUM_EMPTY_TASKS)])
     watch.start()
+    rows = ray.data.read_parquet(task.manifest, columns=["uri"]).limit(task.limit)
+    if in_s3(task.uris()[0]):
+        rows = rows.with_column("bytes", download("uri"))
     (
-        ray.data.read_parquet(task.manifest, columns=["uri"])
-        .limit(task.limit)
-        .map(load, fn_args=(task.sizes(),))
+        rows.map(load, fn_args=(task.sizes(),))
         .map_batches(
             Classify,
             fn_constructor_args=(task,),

@@ -8,7 +8,7 @@ import pandas as pd
 from pyspark.sql import SparkSession
 from pyspark.sql.functions import col, pandas_udf
 
-from jobs.bench.peers.task import BATCH_SIZE, NUM_EMPTY_TASKS, Stopwatch, open_rgb, parse_task, published_transform
+from jobs.bench.peers.task import BATCH_SIZE, NUM_EMPTY_TASKS, Stopwatch, open_all_rgb, parse_task, published_transform
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         transform = published_transform(task.sizes())
         for uris in batches:
             with torch.inference_mode():
-                logits = network(torch.stack([transform(open_rgb(uri)) for uri in uris]))
+                logits = network(torch.stack([transform(image) for image in open_all_rgb(list(uris))]))
             yield pd.Series([names[index] for index in logits.argmax(dim=1).tolist()])
 
     watch.start()
