@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
+from pyarrow.fs import S3FileSystem
 from ray.data import ActorPoolStrategy
 from ray.data.expressions import download
 
@@ -38,6 +41,15 @@ class Classify:
         return {"uri": batch["uri"], "label": [self._names[index] for index in indices]}
 
 
+def object_store() -> S3FileSystem:
+    """Arrow's client; left to itself, Ray Data's asks AWS whatever endpoint the environment names."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint is None:
+        return S3FileSystem()
+    address = urlsplit(endpoint)
+    return S3FileSystem(endpoint_override=address.netloc, scheme=address.scheme)
+
+
 @ray.remote
 def nothing() -> None:
     """Makes a worker start."""
@@ -57,7 +69,7 @@ def main() -> None:
     watch.start()
     rows = ray.data.read_parquet(task.manifest, columns=["uri"]).limit(task.limit)
     if in_s3(task.uris()[0]):
-        rows = rows.with_column("bytes", download("uri"))
+        rows = rows.with_column("bytes", download("uri", filesystem=object_store()))
     (
         rows.map(load, fn_args=(task.sizes(),))
         .map_batches(
