@@ -142,11 +142,16 @@ def open_rgb(uri: str) -> Any:
 
 
 def open_all_rgb(uris: Sequence[str]) -> Iterable[Any]:
-    """The images in order; objects are fetched side by side, as every loop by hand over an object store does."""
-    if not uris or not in_s3(uris[0]):
-        return map(open_rgb, uris)
+    """The images in order; objects are fetched side by side."""
+    if len(uris) and in_s3(uris[0]):
+        return map(decode_rgb, read_objects(uris))
+    return map(open_rgb, uris)
+
+
+def read_objects(uris: Sequence[str]) -> list[bytes]:
+    """Their contents, fetched by threads."""
     with ThreadPoolExecutor(IN_FLIGHT) as threads:
-        return map(decode_rgb, list(threads.map(_read_object, uris)))
+        return list(threads.map(_read_object, uris))
 
 
 def decode_rgb(data: bytes) -> Any:
