@@ -52,14 +52,15 @@ def convert_network(bundle: ModelBundle, *, output: str, probabilities: bool = F
             f"{bundle.path}: {bundle.arch} cannot be exported to ONNX ({normalise_message(error)})"
         ) from error
     assert exported is not None
-    graph = exported.model_proto.graph
+    model = exported.model_proto  # another one each time
+    graph = model.graph
     # torch calls it s0 or s17.
     traced = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param == traced:
                 dimension.dim_param = ONNX_BATCH
-    return exported.model_proto
+    return model
 
 
 def quantize_network(network: Any, images_NHWC: npt.NDArray[np.uint8]) -> bytes:

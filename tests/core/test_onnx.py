@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from imgbatch.config import Config
 from imgbatch.core import onnx_build
@@ -56,6 +57,13 @@ def test_a_float_graph_says_what_torch_says(
     np.testing.assert_allclose(given.probs_NK, expected.probs_NK, atol=1e-5)
     assert given.errors == [None] * len(images_NHWC)
     assert given.features_ND is None
+
+
+def test_a_graph_is_made_for_batches_of_one_size(float_graph: bytes):
+    graph = OnnxGraph(float_graph, device="cpu", batch_size=4, num_threads=1)
+    assert graph(torch.zeros((4, 32, 32, 3), dtype=torch.uint8)).shape == (4, 3)
+    with pytest.raises(Exception, match="Got: 5 Expected: 4"):
+        graph(torch.zeros((5, 32, 32, 3), dtype=torch.uint8))
 
 
 def test_threads_may_share_a_graph(tiny_model: ModelBundle, float_graph: bytes, images_NHWC: np.ndarray):
