@@ -4,8 +4,8 @@
 
 Axes: ``decoders`` (children that decode), ``unit-rows``, ``side`` (of the images, px), ``classes`` (with every class's
 probability written), ``rows`` (of 64 px) and ``nodes``. Each point is one run of the installed command with a trivial
-model: the rate in the middle of the run, and the highest memory of all its processes together (PSS). ``--long`` adds a
-million rows.
+model, in units of 128 rows unless they are the axis: the rate in the middle of the run, and the highest memory of all
+its processes together (PSS). ``--long`` adds a million rows.
 
 ``nodes`` is weak scaling: one, two and four nodes of a local cluster with one decode and one classify actor each, whose
 work is to wait, so that the cores at hand do not matter and what is seen is the engine.
