@@ -216,7 +216,10 @@ def _measure(bundle: ModelBundle, built: _Built, images_NHWC: np.ndarray) -> tup
     try:
         original = Predictor(bundle, device=built.device, batch_size=_ORIGINAL_BATCH_SIZES[built.device], num_threads=1)
         variants = [built.build(batch_size, 1) for batch_size in built.batch_sizes]
-        rounds = [[_rate(predictor, images_NHWC) for predictor in (original, *variants)] for _ in range(_ROUNDS)]
+        turns = [
+            (each, np.resize(images_NHWC, (each.batch_size, *images_NHWC.shape[1:]))) for each in (original, *variants)
+        ]
+        rounds = [[measure_rate(*turn, _MEASURE_S) for turn in turns] for _ in range(_ROUNDS)]
     finally:
         torch.set_num_threads(threads_before)
     original_rate, *rates = [round(statistics.median(each), 1) for each in zip(*rounds, strict=True)]
@@ -224,11 +227,11 @@ def _measure(bundle: ModelBundle, built: _Built, images_NHWC: np.ndarray) -> tup
     return built.batch_sizes[chosen], {"original": original_rate, "variant": rates[chosen]}
 
 
-def _rate(predictor: BatchedPredictor, images_NHWC: np.ndarray) -> float:
-    batch_NHWC = np.resize(images_NHWC, (predictor.batch_size, *images_NHWC.shape[1:]))
+def measure_rate(predictor: BatchedPredictor, batch_NHWC: np.ndarray, seconds: float) -> float:
+    """Images per second of the forward pass, for about ``seconds`` after a first batch."""
     predictor.predict(batch_NHWC)
     started, num_images = time.perf_counter(), 0
-    while time.perf_counter() - started < _MEASURE_S:
+    while time.perf_counter() - started < seconds:
         predictor.predict(batch_NHWC)
         num_images += len(batch_NHWC)
     return num_images / (time.perf_counter() - started)

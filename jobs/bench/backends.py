@@ -28,9 +28,8 @@ from imgbatch.config import Config
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle, load_network
-from imgbatch.core.optimize import optimize_bundle
+from imgbatch.core.optimize import measure_rate, optimize_bundle
 from imgbatch.core.pictures import Pictures, load_pictures
-from imgbatch.core.predictions import BatchedPredictor
 from imgbatch.core.variants import load_variants
 from jobs.bench.common import describe_machine, spread
 from jobs.bench.efficiency import run_pipeline
@@ -135,16 +134,6 @@ def measure_product(seconds: float) -> float:
         torch.mm(left, right, out=product)
         count += 1
     return count * 2 * PRODUCT_SIDE**3 / (time.perf_counter() - started) / 1e9
-
-
-def measure_rate(predictor: BatchedPredictor, batch_NHWC: np.ndarray, seconds: float) -> float:
-    """Images per second of the forward pass, for about ``seconds`` after a first batch."""
-    predictor.predict(batch_NHWC)
-    started, num_images = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        predictor.predict(batch_NHWC)
-        num_images += len(batch_NHWC)
-    return num_images / (time.perf_counter() - started)
 
 
 def report_agreement(bundle: ModelBundle, backends: list[Backend], pictures: Pictures) -> None:
