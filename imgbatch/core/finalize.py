@@ -51,6 +51,7 @@ MAX_ROW_GROUP_BYTES = 32 * 2**20
 COUNTED_UNITS = 1024
 """Units of one part of the layout."""
 FEW_PARTS = 4
+"""As many as :func:`in_threads` does at once."""
 READERS = 8
 """Unit files of an object store that one part reads at once."""
 _TRIES = 3

@@ -36,6 +36,8 @@ MIN_IMAGES = 50
 """Fewer say too little about how often labels agree."""
 _CPU_BATCH_SIZES, _COMPILED_BATCH_SIZES, _GPU_BATCH_SIZES = (1, 4, 8, 16, 32), (8,), (64, 128, 256, 512)
 """To choose from by measurement; compiling takes a minute on a CPU, for each."""
+_TENSORRT_BATCH_SIZES = (256,)
+"""One, because TensorRT takes minutes to build its engine for each."""
 _ROUNDS, _MEASURE_S = 5, 0.1
 """In turns, because the speed of a shared machine drifts."""
 _NEARLY = 0.97
@@ -158,7 +160,8 @@ def _build_onnx(bundle: ModelBundle, calibration: Calibration) -> _Built:
         return Predictor(bundle, device=device, batch_size=batch_size, num_threads=num_threads, graph=graph)
 
     how = {"quantised": "post-training, symmetric, the accuracy measured but not controlled"}
-    return _Built(device, {ONNX_FILE: model}, how, _CPU_BATCH_SIZES if device == "cpu" else (256,), in_onnxruntime)
+    batch_sizes = _CPU_BATCH_SIZES if device == "cpu" else _TENSORRT_BATCH_SIZES
+    return _Built(device, {ONNX_FILE: model}, how, batch_sizes, in_onnxruntime)
 
 
 def _class_indices(pictures: Pictures, bundle: ModelBundle) -> np.ndarray:
