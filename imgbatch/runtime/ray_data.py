@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
-from imgbatch.core.parallel import Context, MapParts, Part, Result
+from imgbatch.core.parallel import Context, Part, Result
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT
@@ -37,6 +39,8 @@ from imgbatch.runtime.watchdog import watched
 FINITE_RETRIES = {"max_restarts": 3, "max_task_retries": 3}
 """Ray Data's own defaults are infinite: one image that kills its actor would do so for ever."""
 _STATS_TIMEOUT_S = 5.0
+_POOLS_END_S = 10.0
+"""In a cluster of several jobs, others may have taken the cores meanwhile."""
 _ACTOR = re.compile(r"\((\w+)Actor\)")
 
 
@@ -83,9 +87,8 @@ class RayEngine:
             # Finite retries have no other way in: the named parameters that replace remote args lack them.
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
             pipeline = self._pipeline(units, defer)
-        blocks = pipeline.iter_batches(batch_size=None, batch_format="pyarrow")
         try:
-            for block in watched(blocks, self._run.config.run.no_progress_s, self._where):
+            for block in watched(_blocks(pipeline), self._run.config.run.no_progress_s, self._where):
                 for receipt in read_receipts(block):
                     self._metrics.add(receipt)
                     yield receipt
@@ -170,13 +173,29 @@ class RayEngine:
         except RayError as error:
             raise EngineStopped(describe_failure(error)) from error
 
-    @property
-    def map_parts(self) -> MapParts:
-        """In tasks, on whatever nodes have a core free."""
-        return map_in_tasks
+    def map_parts(
+        self, function: Callable[[Context, Part], Result], context: Context, parts: Sequence[Part]
+    ) -> Iterator[Result]:
+        """:class:`MapParts` in tasks, on whatever nodes have a core free, once the actors of the last pass are gone.
+
+        Ray starts processes for tasks that wait for a core, and actors take seconds to end: both at once hold more
+        memory than the job ever did.
+        """
+        cpus = self._pools.decode_actors * self._pools.decode_cpus
+        cpus += self._pools.classify_actors * self._pools.classify_cpus
+        until = time.monotonic() + _POOLS_END_S
+        while ray.available_resources().get("CPU", 0) < cpus and time.monotonic() < until:
+            time.sleep(0.1)
+        yield from map_in_tasks(function, context, parts)
 
     def close(self) -> None:
         """The pools end with each pass; nothing is held between them."""
+
+
+def _blocks(pipeline: Dataset) -> Iterator[pa.Table]:
+    """Not ``iter_batches``, which every five seconds sends what is known of each block so far to an actor of Ray's."""
+    for bundle in pipeline.iter_internal_ref_bundles():
+        yield from ray.get([entry.ref for entry in bundle.blocks])
 
 
 def map_in_tasks(

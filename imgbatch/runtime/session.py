@@ -22,6 +22,8 @@ from imgbatch.runtime.pools import Machine, Pools, this_machine
 _BLOCKS_PER_ACTOR = 4
 """Decoded blocks that the object store has room for, per unit at work: one worked on, two queued, one on its way."""
 _MIN_STORE_BYTES = 512 * 2**20
+_NO_TASK_EVENTS = {"task_events_report_interval_ms": 0}
+"""Of each task, which Ray keeps for its dashboard and its state API: 7 KB a unit in gcs_server."""
 _STARTING_IDLE_PROCESSES = ("start_monitor", "start_log_monitor", "start_api_server")
 """Methods of Ray's ``Node``."""
 
@@ -78,6 +80,7 @@ def _start(config: Config, pools: Pools | None) -> None:
                         include_dashboard=False,
                         log_to_driver=False,
                         logging_level=logging.ERROR,
+                        _system_config=_NO_TASK_EVENTS,
                     )
     except ConnectionError as error:
         raise UsageError(f"ray.address: no cluster answers at {address} ({error})") from error

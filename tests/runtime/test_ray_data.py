@@ -14,6 +14,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from imgbatch.config import Config
 from imgbatch.core import finalize as finalize_module
@@ -23,6 +24,7 @@ from imgbatch.core.plan import open_inputs, open_run
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
+from imgbatch.runtime import ray_data
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.ray_data import map_in_tasks
 from tests.conftest import changed
@@ -99,6 +101,23 @@ def test_finalize_in_tasks_gives_the_bytes_of_finalize_in_threads(
     finalize(open_run(paths, config, bundle, spec), counted)
     assert {path: Path(path).read_bytes() for path in data} == before
     assert parts == [3, 1]
+
+
+def test_finalize_starts_no_task_beside_actors_that_are_ending(
+    photo_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = on_ray(photo_config, tmp_path)
+    cpus = ray.available_resources()["CPU"]
+    monkeypatch.setattr(finalize_module, "FEW_PARTS", 0)
+    free: list[float] = []
+
+    def watched(*arguments: Any) -> Iterator[Any]:
+        free.append(ray.available_resources().get("CPU", 0))
+        return map_in_tasks(*arguments)
+
+    monkeypatch.setattr(ray_data, "map_in_tasks", watched)
+    classify(config)
+    assert free == [cpus, cpus]
 
 
 def actor_pids(name: str) -> list[int]:

@@ -36,3 +36,21 @@ def test_a_wait_ends() -> None:
     with pytest.raises(Interrupted, match=r"no unit was committed for 0\.1 s"):
         next(items)
     release.set()
+
+
+def test_nothing_more_is_taken_of_what_nobody_waits_for() -> None:
+    asked, ended = threading.Semaphore(0), threading.Event()
+
+    def counting() -> Iterator[int]:
+        try:
+            for number in range(1000):
+                yield number
+                asked.acquire(timeout=60)
+        finally:
+            ended.set()
+
+    items = watched(counting(), timeout_s=30)
+    assert next(items) == 0
+    items.close()
+    asked.release()
+    assert ended.wait(30)
