@@ -20,12 +20,13 @@ from imgbatch.config import Config
 from imgbatch.core import finalize as finalize_module
 from imgbatch.core import storage
 from imgbatch.core.finalize import finalize
-from imgbatch.core.plan import open_inputs, open_run
+from imgbatch.core.plan import open_inputs, open_run, plan_run
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
 from imgbatch.runtime import ray_data
 from imgbatch.runtime.job import classify
+from imgbatch.runtime.pools import Machine, choose_pools
 from imgbatch.runtime.ray_data import map_in_tasks
 from tests.conftest import changed
 
@@ -118,6 +119,21 @@ def test_finalize_starts_no_task_beside_actors_that_are_ending(
     monkeypatch.setattr(ray_data, "map_in_tasks", watched)
     classify(config)
     assert free == [cpus, cpus]
+
+
+def test_who_takes_no_more_receipts_ends_the_pass(photo_config: Config, tmp_path: Path) -> None:
+    config = on_ray(changed(photo_config, classify__unit_rows=1), tmp_path)
+    cpus = ray.available_resources()["CPU"]
+    run = plan_run(config, "cpu")
+    engine = ray_data.RayEngine(run, lambda: choose_pools(config.resources, "cpu", Machine(2, 0)))
+    receipts = engine.classify_units(range(run.plan.layout.num_units), defer=False)
+    next(receipts)
+    receipts.close()
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < cpus:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert 0 < run.plan.layout.num_units - len(run.pending_units()) < run.plan.layout.num_units // 2
 
 
 def actor_pids(name: str) -> list[int]:
