@@ -110,7 +110,7 @@ def demo_step(console: Console, what: str) -> Iterator[None]:
     console.print(f"… {time.monotonic() - started:.1f} s", markup=False)
 
 
-def _session(config: Config) -> AbstractContextManager[None]:
+def _session(config: Config) -> AbstractContextManager[object]:
     """One Ray for training and classifying: starting a second would cost the seconds twice."""
     if config.classify.engine == "local":
         return nullcontext()

@@ -184,13 +184,15 @@ def open_engine(run: Run, meanwhile: Callable[[], object] = lambda: None) -> Ite
     # A cluster may have the GPUs that this machine lacks; only a Ray of our own is sized from here.
     of_our_own = cluster_address(run.config) is None
     planned = choose_pools(run.config.resources, run.plan.device, this_machine()) if of_our_own else None
-    with ray_session(run.config, planned, load_and_go_on):
+    with ray_session(run.config, planned, load_and_go_on) as is_our_own:
+        from imgbatch.runtime.own_ray import without_data_actors
         from imgbatch.runtime.ray_data import RayEngine
 
         def sized() -> Pools:
             return choose_pools(run.config.resources, run.plan.device, cluster_machine())
 
-        with contextlib.closing(RayEngine(run, sized)) as ray_engine:
+        lighter = without_data_actors() if is_our_own else contextlib.nullcontext()
+        with lighter, contextlib.closing(RayEngine(run, sized)) as ray_engine:
             yield ray_engine
 
 

@@ -17,15 +17,14 @@ import ray
 from imgbatch.config import Config
 from imgbatch.core.units import MAX_UNIT_PIXEL_BYTES
 from imgbatch.errors import UsageError
+from imgbatch.runtime.own_ray import NO_TASK_EVENTS, without_idle_processes
 from imgbatch.runtime.pools import Machine, Pools, this_machine
 
 _BLOCKS_PER_ACTOR = 4
 """Decoded blocks that the object store has room for, per unit at work: one worked on, two queued, one on its way."""
 _MIN_STORE_BYTES = 512 * 2**20
-_NO_TASK_EVENTS = {"task_events_report_interval_ms": 0}
-"""Of each task, which Ray keeps for its dashboard and its state API: 7 KB a unit in gcs_server."""
-_STARTING_IDLE_PROCESSES = ("start_monitor", "start_log_monitor", "start_api_server")
-"""Methods of Ray's ``Node``."""
+_our_own = threading.Event()
+"""Set while this process has a Ray of our own."""
 
 
 def cluster_address(config: Config) -> str | None:
@@ -36,8 +35,10 @@ def cluster_address(config: Config) -> str | None:
 @contextmanager
 def ray_session(
     config: Config, pools: Pools | None = None, meanwhile: Callable[[], object] = lambda: None
-) -> Iterator[None]:
-    """Ray is connected inside the block. One that was connected before stays so afterwards.
+) -> Iterator[bool]:
+    """Ray is connected inside the block, which is told whether it is one of our own.
+
+    One that was connected before stays so afterwards, whoever connected it.
 
     Args:
         pools: sizes the object store of a Ray of our own.
@@ -45,7 +46,7 @@ def ray_session(
     """
     if ray.is_initialized():
         meanwhile()
-        yield
+        yield _our_own.is_set()
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with ThreadPoolExecutor(1, thread_name_prefix="meanwhile") as thread:
@@ -59,10 +60,13 @@ def ray_session(
     if threading.current_thread() is threading.main_thread():
         # Ray puts its own in place, which ends the process with the signal's number as its exit code.
         signal.signal(signal.SIGTERM, on_sigterm)
+    if cluster_address(config) is None:
+        _our_own.set()
     try:
-        yield
+        yield _our_own.is_set()
     finally:
         ray.shutdown()
+        _our_own.clear()
 
 
 def _start(config: Config, pools: Pools | None) -> None:
@@ -72,7 +76,7 @@ def _start(config: Config, pools: Pools | None) -> None:
             if address is not None:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                with _without_idle_processes():
+                with without_idle_processes():
                     ray.init(
                         address="local",
                         num_cpus=this_machine().num_cpus,
@@ -80,29 +84,10 @@ def _start(config: Config, pools: Pools | None) -> None:
                         include_dashboard=False,
                         log_to_driver=False,
                         logging_level=logging.ERROR,
-                        _system_config=_NO_TASK_EVENTS,
+                        _system_config=NO_TASK_EVENTS,
                     )
     except ConnectionError as error:
         raise UsageError(f"ray.address: no cluster answers at {address} ({error})") from error
-
-
-@contextmanager
-def _without_idle_processes() -> Iterator[None]:
-    """Within the block Ray starts without what a Ray of our own asks nothing: 200 MB, 4 s of CPU, and some polling.
-
-    The monitor of an autoscaler that has nothing to scale, one that follows log files which nobody is shown, and the
-    dashboard's process, which without a dashboard only counts Ray's usage. ``ray.init`` has no parameter for them;
-    where a version of Ray has other names for these, it starts them.
-    """
-    node = ray._private.node.Node
-    kept = {name: getattr(node, name) for name in _STARTING_IDLE_PROCESSES if hasattr(node, name)}
-    for name in kept:
-        setattr(node, name, lambda *_, **__: None)
-    try:
-        yield
-    finally:
-        for name, method in kept.items():
-            setattr(node, name, method)
 
 
 @contextmanager

@@ -230,7 +230,7 @@ def _resolve(config: Config) -> Config:
     return config.model_copy(update=updates)
 
 
-def _session(config: Config) -> AbstractContextManager[None]:
+def _session(config: Config) -> AbstractContextManager[object]:
     if config.classify.engine == "local":
         return nullcontext()
     from imgbatch.runtime.session import ray_session
