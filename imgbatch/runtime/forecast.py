@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,7 +88,8 @@ def forecast(config: Config) -> Forecast:
     """
     manifest, bundle, spec = open_inputs(config)
     out = storage.absolute(str(config.output.path))
-    with _place(config) as (machine, regions, warnings):
+    with _place(config) as place:
+        machine, regions, warnings = place.machine, place.regions, place.warnings
         device = choose_device(config.resources, machine)
         pools = choose_pools(config.resources, device, machine)
     wanted = wanted_rows(config, manifest, bundle, out)
@@ -127,15 +128,24 @@ def forecast(config: Config) -> Forecast:
         images_per_s=rates[limit] if limit else None,
         hours=hours,
         output_mb=layout.num_rows * estimate_row_bytes(config, bundle) / 1e6,
-        memory=_budget(config, bundle, spec, backend, device, pools, layout.unit_rows, sample).describe(pools),
+        memory=_budget(config, bundle, spec, backend, device, pools, place, layout.unit_rows, sample).describe(pools),
         price_per_hour=price_per_hour(config.plan, config.report.price_per_hour),
         warnings=warnings,
     )
 
 
+class _Place(NamedTuple):
+    """Where the job would run."""
+
+    machine: Machine
+    regions: list[str]
+    warnings: list[str]
+    is_cluster: bool = False
+
+
 @contextlib.contextmanager
-def _place(config: Config) -> Iterator[tuple[Machine, list[str], list[str]]]:
-    """What there is to run on, in which regions, and what to say of it; a cluster is connected for the block."""
+def _place(config: Config) -> Iterator[_Place]:
+    """What there is to run on; a cluster is connected for the block."""
     configured = [config.storage.region] if config.storage.region else []
     if config.classify.engine == "ray":
         from imgbatch.runtime import session
@@ -143,9 +153,10 @@ def _place(config: Config) -> Iterator[tuple[Machine, list[str], list[str]]]:
         if session.cluster_address(config) is not None:
             with session.ray_session(config):
                 regions = session.cluster_regions() or configured
-                yield session.cluster_machine(), regions, zone_warnings(*session.cluster_zones())
+                warnings = zone_warnings(*session.cluster_zones())
+                yield _Place(session.cluster_machine(), regions, warnings, is_cluster=True)
             return
-    yield this_machine(), configured, []
+    yield _Place(this_machine(), configured, [])
 
 
 def _existing(fields: dict[str, Any], out: str) -> tuple[str, str, int]:
@@ -192,6 +203,7 @@ def _budget(
     backend: Backend,
     device: DeviceKind,
     pools: Pools,
+    place: _Place,
     unit_rows: int,
     sample: DecodedSample | None,
 ) -> MemoryBudget:
@@ -205,6 +217,7 @@ def _budget(
         weight_bytes=storage.file_info(storage.join(bundle.path, WEIGHTS_FILE)).size,
         in_flight=config.fetch.in_flight,
         image_pixels=int(pixels.max(initial=0)) or _UNKNOWN_PIXELS,
+        on_cluster=place.is_cluster,
     )
 
 

@@ -15,8 +15,8 @@ from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.runtime.pools import Pools
 
 _MB = 10**6
-RAY_BYTES = 900 * _MB
-"""Ray's own processes of a machine, Ray Data's three actors and the driver."""
+_OWN_RAY_BYTES, _CLUSTER_RAY_BYTES = 600 * _MB, 900 * _MB
+"""Ray's own processes of a machine and the driver; in a cluster, Ray Data's three actors too."""
 _ACTOR_BYTES = 180 * _MB
 """An actor of Ray Data with Arrow and pandas, before it does anything."""
 _CHILD_BYTES = 75 * _MB
@@ -58,6 +58,8 @@ class MemoryBudget:
     """Each, on the host."""
     units: int
     """Units on their way, in all."""
+    ray: int
+    """What is there beside the pools."""
     total: int
     """Of everything, where all of it is on one machine."""
 
@@ -68,7 +70,7 @@ class MemoryBudget:
             f"{pools.decoders} x {self.decode_child / _MB:,.0f} their children",
             f"{pools.classify_actors} x {self.classify_actor / _MB:,.0f} classify actors",
             f"{self.units / _MB:,.0f} units on their way",
-            f"{RAY_BYTES / _MB:,.0f} Ray",
+            f"{self.ray / _MB:,.0f} Ray",
         )
         return f"{self.total / _MB:,.0f} MB: {', '.join(parts)}"
 
@@ -93,6 +95,7 @@ def memory_budget(
     weight_bytes: int,
     in_flight: int,
     image_pixels: int,
+    on_cluster: bool = False,
 ) -> MemoryBudget:
     """The budget of a job.
 
@@ -100,6 +103,7 @@ def memory_budget(
         weight_bytes: of the model's weights file.
         in_flight: ``fetch.in_flight``.
         image_pixels: of a source image, width x height.
+        on_cluster: not in a Ray of the job's own.
     """
     unit_bytes = unit_rows * spec.pixel_bytes
     child = _CHILD_BYTES + image_pixels * _DECODED_PIXEL_BYTES
@@ -109,5 +113,6 @@ def memory_budget(
     # Beside those in the object store, of each decoder the unit that it fills and the one before, which goes there.
     units = (max_stored_units(pools) + 2 * pools.decoders) * unit_bytes
     decode = _ACTOR_BYTES + in_flight * int(image_pixels * _ENCODED_PIXEL_BYTES)
-    total = RAY_BYTES + pools.decode_actors * decode + pools.decoders * child + pools.classify_actors * classify + units
-    return MemoryBudget(decode, child, classify, units, total)
+    ray = _CLUSTER_RAY_BYTES if on_cluster else _OWN_RAY_BYTES
+    total = ray + pools.decode_actors * decode + pools.decoders * child + pools.classify_actors * classify + units
+    return MemoryBudget(decode, child, classify, units, ray, total)

@@ -38,6 +38,7 @@ from imgbatch.core.row_decoder import RowDecoder
 from imgbatch.core.stages import UNIT, DecodeStage
 from imgbatch.errors import RowError
 from imgbatch.runtime.actors import ClassifyActor, DecodeActor
+from imgbatch.runtime.own_ray import without_data_actors
 from imgbatch.runtime.pools import choose_pools, this_machine
 from imgbatch.runtime.ray_data import RayEngine
 from imgbatch.runtime.session import ray_session
@@ -183,7 +184,7 @@ def main() -> None:
         settings = [*arguments.settings, f"classify.unit_rows={arguments.unit_rows}"]
         rates: dict[str, list[float]] = {ablation: [] for ablation in ENGINES}
         config = load_config(None, settings)
-        with ray_session(config, choose_pools(config.resources, "cpu", this_machine())):
+        with ray_session(config, choose_pools(config.resources, "cpu", this_machine())), without_data_actors():
             for number in range(arguments.repeats):
                 for ablation in ENGINES if number % 2 == 0 else reversed(ENGINES):
                     out = scratch / f"{ablation} {number}".replace(" ", "-")

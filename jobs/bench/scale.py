@@ -30,6 +30,7 @@ from imgbatch.core.stages import DECODE_COLUMNS, UNIT
 from imgbatch.core.verify import verify
 from imgbatch.runtime.actors import ClassifyActor
 from imgbatch.runtime.job import MAX_PASS_UNITS
+from imgbatch.runtime.own_ray import without_data_actors
 from imgbatch.runtime.pools import choose_pools, this_machine
 from imgbatch.runtime.ray_data import RayEngine
 from imgbatch.runtime.session import ray_session
@@ -128,7 +129,7 @@ def simulate(scratch: Path, unit_rows: int) -> None:
     num_rows, num_units = run.plan.layout.num_rows, run.plan.layout.num_units
     steps.done("plan", num_rows, "rows/s")
     pools = choose_pools(run.config.resources, "cpu", this_machine())
-    with ray_session(run.config, pools):
+    with ray_session(run.config, pools), without_data_actors():
         engine = SimulatedEngine(run, lambda: pools)
         steps.done("start Ray", 0, "")
         while pending := run.pending_units()[:MAX_PASS_UNITS]:

@@ -78,7 +78,9 @@ def large_units(photo_config: Config, tmp_path: Path) -> Config:
     )
 
 
-def budget_of(config: Config, *, cpus: int, unit_rows: int = UNIT_ROWS, weight_bytes: int = 10**5) -> MemoryBudget:
+def budget_of(
+    config: Config, *, cpus: int, unit_rows: int = UNIT_ROWS, weight_bytes: int = 10**5, on_cluster: bool = False
+) -> MemoryBudget:
     return memory_budget(
         choose_pools(config.resources, "cpu", Machine(cpus, 0)),
         SPEC,
@@ -88,6 +90,7 @@ def budget_of(config: Config, *, cpus: int, unit_rows: int = UNIT_ROWS, weight_b
         weight_bytes=weight_bytes,
         in_flight=32,
         image_pixels=90 * 90,
+        on_cluster=on_cluster,
     )
 
 
@@ -115,6 +118,7 @@ def test_what_the_budget_grows_with(photo_config: Config) -> None:
     heavier = budget_of(photo_config, cpus=4, weight_bytes=10**5 + 10**8)
     assert heavier.classify_actor == budget.classify_actor + 4 * 10**8
     assert budget_of(photo_config, cpus=16).total > budget.total
+    assert budget_of(photo_config, cpus=4, on_cluster=True).total == budget.total + 300 * 10**6
 
 
 def test_the_budget_in_words(photo_config: Config) -> None:
@@ -122,4 +126,4 @@ def test_the_budget_in_words(photo_config: Config) -> None:
     words = budget_of(photo_config, cpus=2).describe(pools)
     assert words.startswith("2,") or words.startswith("1,"), words
     assert "1 x " in words
-    assert words.endswith(" 900 Ray")
+    assert words.endswith(" 600 Ray")
