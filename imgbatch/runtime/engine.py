@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 from imgbatch.core.parallel import MapParts
@@ -27,7 +27,7 @@ class Engine(Protocol):
     def describe(self) -> str:
         """One line for a person."""
 
-    def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
+    def classify_units(self, units: Sequence[int], *, defer: bool) -> Generator[Receipt]:
         """A receipt per unit; raises :class:`EngineStopped` when it cannot go on, ``CannotWrite`` if no pass could."""
 
     def classify_isolated(self, unit: int) -> Receipt:

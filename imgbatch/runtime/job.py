@@ -306,9 +306,10 @@ class _Passes:
         failpoint("job.before_pass")
         unseen = dict.fromkeys(units)
         try:
-            for receipt in self._engine.classify_units(units, defer=defer):
-                unseen.pop(receipt.unit, None)
-                self._take(receipt)
+            with contextlib.closing(self._engine.classify_units(units, defer=defer)) as receipts:
+                for receipt in receipts:
+                    unseen.pop(receipt.unit, None)
+                    self._take(receipt)
         except EngineStopped as error:
             # What was committed stays; the units under way are tried again.
             self._reporter.say(f"a pass ended early: {normalise_message(error)}")

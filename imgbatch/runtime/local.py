@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from imgbatch.core.parallel import MapParts, in_threads
 from imgbatch.core.plan import Run
@@ -41,7 +41,7 @@ class LocalEngine:
     def describe(self) -> str:
         return "one process"
 
-    def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
+    def classify_units(self, units: Sequence[int], *, defer: bool) -> Generator[Receipt]:
         """A receipt for each of the units, in order."""
         commit = CommitStage(self._run, defer=defer)
         try:

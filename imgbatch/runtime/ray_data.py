@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import ClassVar
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
@@ -73,8 +75,8 @@ class RayEngine:
     def describe(self) -> str:
         return self._pools.describe()
 
-    def classify_units(self, units: Sequence[int], *, defer: bool) -> Iterator[Receipt]:
-        """A receipt for each of the units, as they are committed.
+    def classify_units(self, units: Sequence[int], *, defer: bool) -> Generator[Receipt]:
+        """A receipt for each of the units, as they are committed; close it to end the pass.
 
         Raises:
             EngineStopped: an actor died or failed more often than it is tried again.
@@ -94,6 +96,8 @@ class RayEngine:
                     yield receipt
         except RayError as error:
             raise EngineStopped(describe_failure(error)) from error
+        finally:
+            _end_pass(pipeline)
 
     def _where(self) -> str:
         """How many units are through each stage of the pass, which shows the one that is waited for."""
@@ -196,6 +200,15 @@ def _blocks(pipeline: Dataset) -> Iterator[pa.Table]:
     """Not ``iter_batches``, which every five seconds sends what is known of each block so far to an actor of Ray's."""
     for bundle in pipeline.iter_internal_ref_bundles():
         yield from ray.get([entry.ref for entry in bundle.blocks])
+
+
+def _end_pass(pipeline: Dataset) -> None:
+    """Leaves no thread of Ray Data's behind: one that asks Ray for something when Ray is gone starts another Ray, or
+    ends the process."""
+    name = f"StreamingExecutor-{pipeline.get_dataset_id()}"
+    for thread in threading.enumerate():
+        if thread.name == name and isinstance(thread, StreamingExecutor):
+            thread.shutdown(force=True)
 
 
 def map_in_tasks(

@@ -152,6 +152,7 @@ def test_stopped_at_once(signals: list[signal.Signals], ray_job: Job, oracle: Jo
                 wait_until(lambda: "Ctrl-C again stops now" in ray_job.log.read_text())
         assert process.wait(60) == ExitCode.INTERRUPTED, ray_job.log.read_text()
     assert "the same command continues" in ray_job.last_line()
+    assert "SIGTERM handler is not set" not in ray_job.log.read_text(), "a thread that was left started another Ray"
     assert job_on_one_process(ray_job).run() == ExitCode.DONE
     assert_exactly_once(ray_job, oracle)
 

@@ -108,7 +108,7 @@ def test_finalize_starts_no_task_beside_actors_that_are_ending(
     photo_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = on_ray(photo_config, tmp_path)
-    cpus = ray.available_resources()["CPU"]
+    cpus = ray.cluster_resources()["CPU"]
     monkeypatch.setattr(finalize_module, "FEW_PARTS", 0)
     free: list[float] = []
 
@@ -123,7 +123,7 @@ def test_finalize_starts_no_task_beside_actors_that_are_ending(
 
 def test_who_takes_no_more_receipts_ends_the_pass(photo_config: Config, tmp_path: Path) -> None:
     config = on_ray(changed(photo_config, classify__unit_rows=1), tmp_path)
-    cpus = ray.available_resources()["CPU"]
+    cpus = ray.cluster_resources()["CPU"]
     run = plan_run(config, "cpu")
     engine = ray_data.RayEngine(run, lambda: choose_pools(config.resources, "cpu", Machine(2, 0)))
     receipts = engine.classify_units(range(run.plan.layout.num_units), defer=False)
