@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import ray
@@ -38,10 +39,9 @@ def without_data_actors() -> Iterator[None]:
 
     One asks the autoscaler for nodes, one follows actors from node to node, and one keeps statistics for a dashboard.
     """
-    data = "ray.data._internal"
-    rate_based = importlib.import_module(f"{data}.cluster_autoscaler.rate_based_cluster_autoscaler")
-    actor_pools = importlib.import_module(f"{data}.execution.operators.actor_pool_map_operator")
-    stats, here = importlib.import_module(f"{data}.stats"), _Called(Statistics())
+    rate_based = _data_module("cluster_autoscaler.rate_based_cluster_autoscaler")
+    actor_pools = _data_module("execution.operators.actor_pool_map_operator")
+    stats, here = _data_module("stats"), _Called(Statistics())
     replacements: dict[tuple[Any, str], Any] = {
         (rate_based, "DefaultAutoscalingCoordinator"): WholeMachine,
         (actor_pools, "get_or_create_actor_location_tracker"): NoTracker,
@@ -50,6 +50,13 @@ def without_data_actors() -> Iterator[None]:
     }
     with _replaced(replacements):
         yield
+
+
+def _data_module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"ray.data._internal.{name}")
+    except ImportError:
+        return None
 
 
 @contextmanager
