@@ -137,7 +137,15 @@ class ClassifyConfig(Section):
     engine: Literal["ray", "local"] = "ray"
     """``ray``, or ``local``: the same stages in a plain loop in this process."""
     backend: Literal[
-        "auto", "torch", "torch_bf16", "torch_compile", "openvino", "openvino_fp32", "openvino_int8", "onnx_int8"
+        "auto",
+        "torch",
+        "torch_bf16",
+        "torch_compile",
+        "openvino",
+        "openvino_fp32",
+        "openvino_int8",
+        "mnn_fp32",
+        "onnx_int8",
     ] = "auto"
     """What runs the model: torch, or a variant that ``imgbatch model optimize`` has made; auto: the fastest that the
     model holds for the device, else torch."""

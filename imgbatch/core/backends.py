@@ -135,6 +135,12 @@ def build_predictor(
         assert backend.variant is not None
         network = parse_network(read_files(bundle, backend.variant))
         return OpenVinoPredictor(bundle, network, batch_size=batch_size, num_threads=num_threads, streams=streams)
+    if backend.name.startswith("mnn"):
+        from imgbatch.core.mnn_predict import MnnPredictor
+
+        assert backend.variant is not None
+        contents = read_files(bundle, backend.variant)
+        return MnnPredictor(bundle, contents, batch_size=batch_size, num_threads=num_threads, streams=streams)
     from imgbatch.core.predict import Predictor
 
     if backend.name.startswith("onnx"):
@@ -194,6 +200,9 @@ def _missing_tool(variant: Variant) -> str | None:
     if variant.backend.startswith("openvino"):
         if importlib.util.find_spec("openvino") is None:
             return "openvino is not installed here; pip install 'imgbatch[openvino]'"
+    elif variant.backend.startswith("mnn"):
+        if importlib.util.find_spec("MNN") is None:
+            return "MNN is not installed here; pip install 'imgbatch[mnn]'"
     elif variant.backend.startswith("onnx"):
         extra, packages = "onnxruntime", ["onnxruntime"]
         if variant.device == "cuda":

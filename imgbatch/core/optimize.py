@@ -18,9 +18,10 @@ import torch
 
 from imgbatch import __version__
 from imgbatch.config import Config
-from imgbatch.core import onnx_build, openvino_build, storage
+from imgbatch.core import mnn_build, onnx_build, openvino_build, storage
 from imgbatch.core.backends import is_compiled
 from imgbatch.core.manifest import open_manifest
+from imgbatch.core.mnn_predict import MnnPredictor
 from imgbatch.core.model import ModelBundle, load_bundle, load_metrics, recalibrate_bundle
 from imgbatch.core.onnx_predict import OnnxGraph
 from imgbatch.core.openvino_build import Calibration
@@ -139,6 +140,8 @@ def _build(bundle: ModelBundle, target: Target, calibration: Calibration) -> _Bu
         return _Built(device, {}, {}, _GPU_BATCH_SIZES if device == "cuda" else on_cpu, in_torch)
     if target == "onnx-int8":
         return _build_onnx(bundle, calibration)
+    if target == "mnn-fp32":
+        return _build_mnn(bundle)
     network, how = openvino_build.convert_network(bundle), {}
     if target == "openvino-int8":
         network, how["quantised"] = openvino_build.quantize_network(network, bundle, calibration)
@@ -162,6 +165,15 @@ def _build_onnx(bundle: ModelBundle, calibration: Calibration) -> _Built:
     how = {"quantised": "post-training, symmetric, the accuracy measured but not controlled"}
     batch_sizes = _CPU_BATCH_SIZES if device == "cpu" else _TENSORRT_BATCH_SIZES
     return _Built(device, {ONNX_FILE: model}, how, batch_sizes, in_onnxruntime)
+
+
+def _build_mnn(bundle: ModelBundle) -> _Built:
+    contents = mnn_build.convert_network(bundle)
+
+    def in_mnn(batch_size: int, num_threads: int | None) -> BatchedPredictor:
+        return MnnPredictor(bundle, contents, batch_size=batch_size, num_threads=num_threads)
+
+    return _Built("cpu", contents, {}, _CPU_BATCH_SIZES, in_mnn)
 
 
 def _class_indices(pictures: Pictures, bundle: ModelBundle) -> np.ndarray:
@@ -257,7 +269,7 @@ def _copy(bundle: ModelBundle, output: str) -> ModelBundle:
 
 def _versions() -> dict[str, Any]:
     found = {"imgbatch": __version__, "torch": version("torch")}
-    for name in ("openvino", "nncf", "onnxruntime", "onnxruntime-gpu", "tensorrt"):
+    for name in ("openvino", "nncf", "mnn", "onnxruntime", "onnxruntime-gpu", "tensorrt"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -2,6 +2,7 @@
 
     MODEL/variants/openvino-int8/{model.xml, model.bin, variant.json}
     MODEL/variants/openvino-fp32/{model.xml, model.bin, variant.json}
+    MODEL/variants/mnn-fp32/{model.mnn, model.mnn.weight, variant.json}
     MODEL/variants/torch-compile/variant.json
     MODEL/variants/torch-bf16/variant.json
     MODEL/variants/onnx-int8/{model.onnx, variant.json}
@@ -25,11 +26,12 @@ from imgbatch.errors import UsageError
 
 VARIANTS_DIRECTORY, VARIANT_FILE = "variants", "variant.json"
 
-Target = Literal["openvino-int8", "openvino-fp32", "torch-bf16", "torch-compile", "onnx-int8"]
+Target = Literal["openvino-int8", "openvino-fp32", "mnn-fp32", "torch-bf16", "torch-compile", "onnx-int8"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 GRAPH_FILE, CONSTANTS_FILE = "model.xml", "model.bin"
 """An OpenVINO network."""
+MNN_FILE, MNN_WEIGHTS_FILE = "model.mnn", "model.mnn.weight"
 ONNX_FILE, ONNX_INPUT, ONNX_BATCH = "model.onnx", "images", "batch"
 """An ONNX graph, the name of its input, and that of the dimension which is the number of images."""
 
@@ -82,7 +84,7 @@ class Variant(_Plain):
     mean: tuple[float, ...]
     """What it takes off each channel, as ``PreprocessSpec.mean``."""
     std: tuple[float, ...]
-    files: dict[Literal["model.xml", "model.bin", "model.onnx"], str]
+    files: dict[Literal["model.xml", "model.bin", "model.mnn", "model.mnn.weight", "model.onnx"], str]
     """sha256, hex."""
     batch_size: int = Field(ge=1)
     """Images per forward pass that were the fastest."""

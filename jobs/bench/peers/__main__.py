@@ -6,8 +6,8 @@
 Peers are written in our own words in the shape in which they are published (see ``task``), each in a module of this
 package. The clock starts when an engine is up and its workers have run 64 empty tasks, and stops after the write.
 imgbatch is the installed command, from ``engine_ready_at`` to ``finished_at`` in run.json: its probabilities and error
-rows count in its time, though no peer writes any. It runs three times: with torch, and with the OpenVINO variants that
-``imgbatch model optimize`` makes before the contest; on large images a fourth time, with reduced decoding.
+rows count in its time, though no peer writes any. It runs four times: with torch, and with the variants that ``imgbatch model
+optimize`` makes before the contest; on large images a fifth time, with reduced decoding.
 
 ``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in
 a short run the start of processes, which is in everyone's time, would decide.
@@ -45,6 +45,7 @@ OBJECT_STORE_MB = 1000
 OURS = {
     "imgbatch": {"classify.backend": "torch"},
     "imgbatch openvino-fp32": {"classify.backend": "openvino_fp32"},
+    "imgbatch mnn-fp32": {"classify.backend": "mnn_fp32"},
     "imgbatch openvino-int8": {"classify.backend": "openvino_int8"},
     "imgbatch openvino-int8 reduced": {"classify.backend": "openvino_int8", "preprocess.reducing_gap": "3"},
 }
@@ -68,6 +69,7 @@ SHARES = {
     "processes": 3.5,
     "imgbatch": 3.5,
     "imgbatch openvino-fp32": 6,
+    "imgbatch mnn-fp32": 8,
     "imgbatch openvino-int8": 16,
     "imgbatch openvino-int8 reduced": 16,
 }
