@@ -139,6 +139,19 @@ def optimized_model(
     return bundle
 
 
+@pytest.fixture(scope="session")
+def mnn_model(tiny_model: ModelBundle, photo_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    """The tiny model with its MNN variant."""
+    for name in ("MNN", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed (extra mnn)")
+    from imgbatch.core.optimize import optimize_bundle
+
+    path = str(tmp_path_factory.mktemp("mnn") / "model")
+    bundle, _ = optimize_bundle(tiny_model.path, target="mnn-fp32", calibration=str(photo_manifest), output=path)
+    return bundle
+
+
 @pytest.fixture
 def photo_config(photo_manifest: Path, tiny_model: ModelBundle, tmp_path: Path) -> Config:
     """Classifies the photos in units of 16 with the local engine into ``tmp_path / "out"``."""

@@ -100,7 +100,9 @@ class _Session:
         # "Caffe" leaves dimensions in their order; "Tensorflow" would have MNN turn NHWC into what it takes for NCHW.
         images = mnn.Tensor(self._shape, mnn.Halide_Type_Uint8, self._batch_BHWC, mnn.Tensor_DimensionType_Caffe)
         self._input.copyFrom(images)
-        self._network.runSession(self._session)
+        code = self._network.runSession(self._session)
+        if code:
+            raise RuntimeError(f"MNN's error code {code}")
         logits_BK = np.zeros(self._output.getShape(), np.float32)
         logits = mnn.Tensor(logits_BK.shape, mnn.Halide_Type_Float, logits_BK, mnn.Tensor_DimensionType_Caffe)
         self._output.copyToHostTensor(logits)

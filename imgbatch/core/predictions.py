@@ -77,26 +77,36 @@ class BatchedPredictor(ABC):
         finite_N = np.zeros(num_images, dtype=bool)
         errors: list[RowError | None] = [None] * num_images
         pending = [(0, num_images)]
-        done: list[tuple[int, int, Any]] = []
+        outputs: list[tuple[int, int, BatchOutput]] = []
+
+        def try_halves(start: int, stop: int, error: Exception) -> None:
+            """Down to the single images at fault."""
+            status = self._status_of(error)
+            if stop - start == 1:
+                errors[start] = row_error(status, Stage.CLASSIFY, error)
+                return
+            middle = (start + stop) // 2
+            pending.extend([(middle, stop), (start, middle)])
+            if status == Status.OUT_OF_MEMORY:
+                self.batch_size = middle - start
+
         while pending:
-            start, stop = pending.pop()
-            if stop - start > self.batch_size:
-                pending += [(start + self.batch_size, stop), (start, start + self.batch_size)]
-            elif stop > start:
+            on_their_way: list[tuple[int, int, Any]] = []
+            while pending:
+                start, stop = pending.pop()
+                if stop - start > self.batch_size:
+                    pending += [(start + self.batch_size, stop), (start, start + self.batch_size)]
+                elif stop > start:
+                    try:
+                        on_their_way.append((start, stop, self._forward(images_NHWC[start:stop])))
+                    except Exception as error:
+                        try_halves(start, stop, error)
+            # Only now: until here the CPU may have been ahead of the device.
+            for start, stop, output in on_their_way:
                 try:
-                    done.append((start, stop, self._forward(images_NHWC[start:stop])))
+                    outputs.append((start, stop, self._collect(output)))
                 except Exception as error:
-                    # Halves are tried again, down to the single images at fault.
-                    status = self._status_of(error)
-                    if stop - start == 1:
-                        errors[start] = row_error(status, Stage.CLASSIFY, error)
-                        continue
-                    middle = (start + stop) // 2
-                    pending += [(middle, stop), (start, middle)]
-                    if status == Status.OUT_OF_MEMORY:
-                        self.batch_size = middle - start
-        # Only now: until here the CPU may have been ahead of the device.
-        outputs = [(start, stop, self._collect(output)) for start, stop, output in done]
+                    try_halves(start, stop, error)
         num_features = next((o.features_BD.shape[1] for *_, o in outputs if o.features_BD is not None), 0)
         features_ND = np.zeros((num_images, num_features), dtype=np.float32) if self._with_features else None
         for start, stop, output in outputs:
@@ -116,7 +126,7 @@ class BatchedPredictor(ABC):
 
     @abstractmethod
     def _collect(self, output: Any) -> BatchOutput:
-        """What :meth:`_forward` gave, waited for."""
+        """What :meth:`_forward` gave, waited for; an error counts as one of the forward pass."""
 
     def _status_of(self, error: Exception) -> Status:
         """What a forward pass that raised means for its images; raises the error again if it is not theirs."""

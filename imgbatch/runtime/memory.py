@@ -2,7 +2,7 @@
 
 Private memory of each process, as psutil's USS has it, at its peak; what processes share (units on their way, in Ray's
 object store and in the decoders' memory) is counted once. The constants were measured on Linux, x86-64, with Python
-3.11, Ray 2.60, torch 2.15 and OpenVINO 2026.4.
+3.11, Ray 2.60, torch 2.15, OpenVINO 2026.4 and MNN 3.6.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ _ENCODED_PIXEL_BYTES = 0.5
 """JPEG has less, PNG more."""
 _STAGE_SHARE = 0.75
 """Of a limit on the object store, what Ray Data lets one of two stages have: half of it is reserved, in equal parts."""
-_WEIGHT_COPIES = 4
-"""The file's contents, the network, and what the library packs of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +34,20 @@ class _Library:
     """What runs the model, measured with ResNet-18 at batches of 8 and 32."""
 
     base: int
-    stream: int
+    weight_copies: int
+    """Of the weights file, once: its contents, the network, and what the library packs of it."""
+    runner: int
     """Of each thread that runs the model."""
+    runner_weight_copies: int
+    """Of each of these."""
     pixel: int
     """Of each input pixel of a batch: activations."""
 
 
-_TORCH = _Library(base=400 * _MB, stream=300 * _MB, pixel=192)
-_OPENVINO = _Library(base=150 * _MB, stream=20 * _MB, pixel=48)
+_TORCH = _Library(base=400 * _MB, weight_copies=4, runner=300 * _MB, runner_weight_copies=0, pixel=192)
+_OPENVINO = _Library(base=150 * _MB, weight_copies=4, runner=20 * _MB, runner_weight_copies=0, pixel=48)
+_MNN = _Library(base=50 * _MB, weight_copies=1, runner=10 * _MB, runner_weight_copies=4, pixel=100)
+"""Winograd's form of a 3 x 3 convolution has four times as many weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +111,12 @@ def memory_budget(
     """
     unit_bytes = unit_rows * spec.pixel_bytes
     child = _CHILD_BYTES + image_pixels * _DECODED_PIXEL_BYTES
-    library = _OPENVINO if backend.name.startswith("openvino") else _TORCH
-    stream = library.stream + batch_size * spec.crop_size**2 * library.pixel
-    classify = _ACTOR_BYTES + library.base + _WEIGHT_COPIES * weight_bytes + pools.classify_streams * stream
+    library = _OPENVINO if backend.name.startswith("openvino") else _MNN if backend.name == "mnn_fp32" else _TORCH
+    runner = library.runner + library.runner_weight_copies * weight_bytes
+    runner += batch_size * spec.crop_size**2 * library.pixel
+    # Only with MNN does each of a stream's threads run the model over a batch of its own.
+    runners = pools.classify_streams * (pools.classify_threads if library is _MNN else 1)
+    classify = _ACTOR_BYTES + library.base + library.weight_copies * weight_bytes + runners * runner
     # Beside those in the object store, of each decoder the unit that it fills and the one before, which goes there.
     units = (max_stored_units(pools) + 2 * pools.decoders) * unit_bytes
     decode = _ACTOR_BYTES + in_flight * int(image_pixels * _ENCODED_PIXEL_BYTES)

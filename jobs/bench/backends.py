@@ -1,12 +1,12 @@
-"""What runs the model on a CPU: torch, OpenVINO in float32, OpenVINO in int8.
+"""What runs the model on a CPU: torch, OpenVINO in float32 and int8, MNN in float32.
 
     python -m jobs.bench.backends --model BUNDLE --test MANIFEST [--calibration MANIFEST] [--repeats 3] [--images 0]
 
-Measures the variants that the bundle holds, or with ``--calibration`` makes both OpenVINO ones in a copy of it. On
+Measures the variants that the bundle holds, or with ``--calibration`` makes these three in a copy of it. On
 the test images, which none of them has seen: images/s of the forward pass alone, for one and two threads and several
 batch sizes, backends taking turns within a round; labels against torch's; and accuracy, paired, where the manifest
 has targets. A product of two large matrices in float32 takes its turn too: no direct convolution gets
-more arithmetic out of the cores. With ``--images`` the installed ``classify`` command labels the test images
+more arithmetic out of the cores, though Winograd's makes do with less. With ``--images`` the installed ``classify`` command labels the test images
 too, repeated to so many, on every backend in turn. A failed row fails the benchmark.
 """
 
@@ -64,8 +64,8 @@ def main() -> None:
 
 
 def make_variants(model: str, calibration: str, output: str) -> ModelBundle:
-    """A copy of the bundle with both OpenVINO variants, and a line about each."""
-    for target in ("openvino-fp32", "openvino-int8"):
+    """A copy of the bundle with three variants, and a line about each."""
+    for target in ("openvino-fp32", "openvino-int8", "mnn-fp32"):
         started = time.perf_counter()
         bundle, variant = optimize_bundle(model, target=target, calibration=calibration, output=output)
         seconds = time.perf_counter() - started
@@ -91,7 +91,8 @@ def report_rates(
             of_product.append(measure_product(seconds))
         for (backend, threads, size), predictor in zip(cases, predictors, strict=True):
             torch.set_num_threads(threads)
-            rate = measure_rate(predictor, images_NHWC[:size], seconds)
+            # MNN gives each thread a batch.
+            rate = measure_rate(predictor, images_NHWC[: threads * size], seconds)
             rates.setdefault((backend.name, threads, size), []).append(rate)
     print(
         "| forward pass, images/s | threads |",

@@ -56,6 +56,27 @@ def test_fp32_gives_torchs_labels_in_a_run_of_its_own(config: Config):
     assert "variant" not in storage.read_json(RunPaths(torch.out, torch.run_id).plan)["fields"]
 
 
+def test_mnn_gives_torchs_labels(photo_config: Config, mnn_model: ModelBundle):
+    config = changed(photo_config, model__path=mnn_model.path, classify__batch_size="auto")
+    mnn = classify(changed(config, classify__backend="mnn_fp32"))
+    torch = classify(changed(config, classify__backend="torch"))
+    (variant,) = load_variants(mnn_model)
+    assert storage.read_json(RunPaths(mnn.out, mnn.run_id).plan)["fields"]["variant"] == variant.variant_id
+    assert variant.agreement.labels == 1
+    assert torch.counts == mnn.counts
+    assert labels(torch) == labels(mnn)
+
+
+def test_without_mnn_one_line_says_that_torch_took_over(
+    photo_config: Config, mnn_model: ModelBundle, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "MNN", None)
+    printed = StringIO()
+    result = classify(changed(photo_config, model__path=mnn_model.path), Console(file=printed, width=1000))
+    assert storage.read_json(RunPaths(result.out, result.run_id).plan)["backend"] == "torch"
+    assert "mnn-fp32 is left out: MNN is not installed here; pip install 'imgbatch[mnn]'" in printed.getvalue()
+
+
 def test_onnx_runtime_gives_the_labels_that_it_was_measured_with(
     photo_config: Config, tiny_model: ModelBundle, photo_manifest: Path, tmp_path: Path
 ):

@@ -14,8 +14,9 @@ import pytest
 from imgbatch.config import Config
 from imgbatch.core.architectures import build_network
 from imgbatch.core.backends import Backend
-from imgbatch.core.model import save_bundle
+from imgbatch.core.model import ModelBundle, save_bundle
 from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.variants import load_variants
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.memory import MemoryBudget, memory_budget
 from imgbatch.runtime.pools import Machine, choose_pools
@@ -127,3 +128,24 @@ def test_the_budget_in_words(photo_config: Config) -> None:
     assert words.startswith("2,") or words.startswith("1,"), words
     assert "1 x " in words
     assert words.endswith(" 600 Ray")
+
+
+def test_each_thread_of_mnn_has_weights_of_its_own(photo_config: Config, mnn_model: ModelBundle) -> None:
+    (variant,) = load_variants(mnn_model)
+    pools = choose_pools(photo_config.resources, "cpu", Machine(16, 0))
+    threads = pools.classify_streams * pools.classify_threads
+    assert threads > pools.classify_streams
+
+    def classify_actor(weight_bytes: int) -> int:
+        return memory_budget(
+            pools,
+            SPEC,
+            Backend(variant),
+            unit_rows=UNIT_ROWS,
+            batch_size=8,
+            weight_bytes=weight_bytes,
+            in_flight=32,
+            image_pixels=90 * 90,
+        ).classify_actor
+
+    assert classify_actor(2 * 10**6) - classify_actor(10**6) == (4 * threads + 1) * 10**6

@@ -6,8 +6,8 @@
 Peers are written in our own words in the shape in which they are published (see ``task``), each in a module of this
 package. The clock starts when an engine is up and its workers have run 64 empty tasks, and stops after the write.
 imgbatch is the installed command, from ``engine_ready_at`` to ``finished_at`` in run.json: its probabilities and error
-rows count in its time, though no peer writes any. It runs four times: with torch, and with the variants that ``imgbatch model
-optimize`` makes before the contest; on large images a fifth time, with reduced decoding.
+rows count in its time, though no peer writes any. It runs four times: with torch, and with the variants that
+``imgbatch model optimize`` makes before the contest; on large images a fifth time, with reduced decoding.
 
 ``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in
 a short run the start of processes, which is in everyone's time, would decide.
