@@ -5,9 +5,9 @@
 Measures the variants that the bundle holds, or with ``--calibration`` makes these three in a copy of it. On
 the test images, which none of them has seen: images/s of the forward pass alone, for one and two threads and several
 batch sizes, backends taking turns within a round; labels against torch's; and accuracy, paired, where the manifest
-has targets. A product of two large matrices in float32 takes its turn too: no direct convolution gets
-more arithmetic out of the cores, though Winograd's makes do with less. With ``--images`` the installed ``classify`` command labels the test images
-too, repeated to so many, on every backend in turn. A failed row fails the benchmark.
+has targets. A product of two large matrices in float32 takes its turn too: no direct convolution gets more arithmetic
+out of the cores, though Winograd's makes do with less. With ``--images`` the installed ``classify`` command labels the
+test images too, repeated to so many, on every backend in turn. A failed row fails the benchmark.
 """
 
 from __future__ import annotations
