@@ -164,10 +164,10 @@ class ResourcesConfig(Section):
     classify_actors: PositiveInt | Auto = "auto"
     """Processes that run the model: one per GPU, or as many as share the cores."""
     classify_threads: PositiveInt | Auto = "auto"
-    """Threads of each forward pass on a CPU."""
+    """Threads that the model runs in over one unit on a CPU."""
     classify_streams: PositiveInt | Auto = "auto"
-    """Units that each classify actor runs at once on a CPU, with one copy of the weights; auto: one where
-    ``classify_actors`` is given."""
+    """Units that each classify actor runs at once on a CPU, with one copy of the weights (MNN: one a thread); auto: one
+    where ``classify_actors`` is given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What the model runs on."""
     decode_labels: dict[str, str] = {}

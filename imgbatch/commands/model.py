@@ -148,10 +148,12 @@ def optimize(
         floor = config.classify.min_agreement
         if variant.agreement.labels < floor:
             console.print(
-                f"classify leaves it out, because its labels agree on less than {floor:.0%}, unless "
+                f"classify leaves it out, because its labels agree on less than {100 * floor:g}%, unless "
                 f"--set classify.min_agreement={int(variant.agreement.labels * 1000) / 1000:g} allows it",
                 markup=False,
             )
+        elif doubt := variant.doubt(floor):
+            console.print(f"sample     {doubt}", markup=False)
 
 
 @app.command()

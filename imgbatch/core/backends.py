@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,42 +124,66 @@ def build_predictor(
     """The loaded model; only now is what runs it imported.
 
     Args:
-        num_threads: of one forward pass on a CPU, or none for as many as the library likes.
+        num_threads: of each stream on a CPU, or none for as many as the library likes.
         streams: threads that may run it at once, on a CPU.
 
     Raises:
         UsageError: weights or variant are not what the bundle describes.
+        ValueError: features of a variant, which gives none.
     """
-    if backend.name.startswith("openvino"):
+    variant = backend.variant
+    if variant is not None:
+        if features:
+            raise ValueError("a variant gives no features")
+        return variant_predictor(
+            bundle,
+            variant.target,
+            read_files(bundle, variant),
+            device=device,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            streams=streams,
+        )
+    from imgbatch.core.predict import Predictor
+
+    return Predictor(bundle, device=device, batch_size=batch_size, features=features, num_threads=num_threads)
+
+
+def variant_predictor(
+    bundle: ModelBundle,
+    target: Target,
+    contents: Mapping[str, bytes],
+    *,
+    device: str,
+    batch_size: int,
+    num_threads: int | None,
+    streams: int = 1,
+) -> BatchedPredictor:
+    """What :func:`build_predictor` gives, of a variant whose files need not be in the bundle yet."""
+    if target.startswith("openvino"):
         from imgbatch.core.openvino_predict import OpenVinoPredictor, parse_network
 
-        assert backend.variant is not None
-        network = parse_network(read_files(bundle, backend.variant))
+        network = parse_network(contents)
         return OpenVinoPredictor(bundle, network, batch_size=batch_size, num_threads=num_threads, streams=streams)
-    if backend.name.startswith("mnn"):
+    if target == "mnn-fp32":
         from imgbatch.core.mnn_predict import MnnPredictor
 
-        assert backend.variant is not None
-        contents = read_files(bundle, backend.variant)
         return MnnPredictor(bundle, contents, batch_size=batch_size, num_threads=num_threads, streams=streams)
     from imgbatch.core.predict import Predictor
 
-    if backend.name.startswith("onnx"):
+    graph = None
+    if target == "onnx-int8":
         from imgbatch.core.onnx_predict import OnnxGraph
 
-        assert backend.variant is not None
-        model = read_files(bundle, backend.variant)[ONNX_FILE]
-        graph = OnnxGraph(model, device=device, batch_size=batch_size, num_threads=num_threads)
-        return Predictor(bundle, device=device, batch_size=batch_size, num_threads=num_threads, graph=graph)
-    target = backend.variant.target if backend.variant else None
+        graph = OnnxGraph(contents[ONNX_FILE], device=device, batch_size=batch_size, num_threads=num_threads)
     return Predictor(
         bundle,
         device=device,
         batch_size=batch_size,
-        features=features,
         num_threads=num_threads,
-        compiled=target is not None and is_compiled(target, device),
+        compiled=is_compiled(target, device),
         reduced=target == "torch-bf16",
+        graph=graph,
     )
 
 

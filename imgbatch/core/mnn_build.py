@@ -30,13 +30,13 @@ def convert_network(bundle: ModelBundle) -> dict[str, bytes]:
         graph.write_bytes(network.SerializeToString())
         # In a process of its own, because it prints, and ends the process over some networks.
         arguments = ["--framework", "ONNX", "--modelFile", str(graph), "--MNNModel", str(converted)]
-        command = [sys.executable, "-c", _CONVERT, *arguments, "--bizCode", "imgbatch", "--keepInputFormat", "1"]
+        command = [sys.executable, "-P", "-c", _CONVERT, *arguments, "--bizCode", "imgbatch", "--keepInputFormat", "1"]
         # Weights in the file itself would be kept in memory, beside what MNN makes of them.
         command += ["--saveExternalData", "1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not converted.exists():
-            said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            raise UsageError(
-                f"{bundle.path}: MNN cannot convert {bundle.arch} ({normalise_message(said)}); use another target"
-            )
+            ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+            said = [text.strip().splitlines()[-1] for text in (done.stdout, done.stderr) if text.strip()]
+            reason = normalise_message("; ".join([ended, *said[-1:]]))
+            raise UsageError(f"{bundle.path}: MNN cannot convert {bundle.arch} ({reason}); use another target")
         return {path.name: path.read_bytes() for path in (converted, Path(name, MNN_WEIGHTS_FILE)) if path.exists()}

@@ -23,8 +23,9 @@ from imgbatch.core.failpoints import failpoint
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.predictions import BatchedPredictor, BatchOutput, probabilities
 from imgbatch.core.variants import MNN_FILE
-from imgbatch.errors import UsageError
+from imgbatch.errors import Status, UsageError
 
+_MAX_THREADS = 8
 _importing = threading.Lock()
 
 
@@ -36,11 +37,13 @@ class MnnPredictor(BatchedPredictor):
 
     Args:
         contents: the files of MNN's format; uint8 ``images_BHWC`` in, ``logits_BK`` out.
-        num_threads: of one unit, or none for every core.
+        num_threads: of one unit, each with weights of its own; eight at most, or none for as many
+            as there are cores.
         streams: threads that may call it at once.
 
     Raises:
         UsageError: MNN is not installed.
+        RuntimeError: it cannot run the network, for lack of memory as a rule.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class MnnPredictor(BatchedPredictor):
         spec = bundle.preprocess
         shape = (batch_size, spec.crop_size, spec.crop_size, spec.num_channels)
         # MNN's own threads serve two callers at most, so each batch has one thread, and a unit several batches at once.
-        parallel = streams * (num_threads or os.cpu_count() or 1)
+        parallel = streams * min(_MAX_THREADS, num_threads or os.cpu_count() or 1)
         self._idle: SimpleQueue[_Session] = SimpleQueue()
         with tempfile.TemporaryDirectory() as name:
             for file, data in contents.items():
@@ -67,7 +70,10 @@ class MnnPredictor(BatchedPredictor):
 
     def _forward(self, images_BHWC: npt.NDArray[np.uint8]) -> Future[npt.NDArray[np.float32]]:
         failpoint("classify.forward")
-        return self._threads.submit(self._run, images_BHWC)
+        try:
+            return self._threads.submit(self._run, images_BHWC)
+        except RuntimeError as error:  # the process is ending, or may have no more threads
+            raise _CannotStart(str(error)) from error
 
     def _run(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         session = self._idle.get()
@@ -76,8 +82,17 @@ class MnnPredictor(BatchedPredictor):
         finally:
             self._idle.put(session)
 
+    def _status_of(self, error: Exception) -> Status:
+        if isinstance(error, _CannotStart):
+            raise error
+        return super()._status_of(error)
+
     def _collect(self, output: Future[npt.NDArray[np.float32]]) -> BatchOutput:
         return probabilities(output.result(), self.bundle.task, self.bundle.temperature)
+
+
+class _CannotStart(Exception):
+    """No fault of an image."""
 
 
 class _Session:
@@ -92,6 +107,8 @@ class _Session:
         self._network.resizeSession(self._session)
         self._output = self._network.getSessionOutput(self._session)
         self._batch_BHWC = np.zeros(shape, np.uint8)
+        # Only a batch shows whether all of it could be set up.
+        self.run(self._batch_BHWC)
 
     def run(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """``logits_BK`` of up to a batch."""
@@ -99,13 +116,14 @@ class _Session:
         self._batch_BHWC[: len(images_BHWC)] = images_BHWC
         # "Caffe" leaves dimensions in their order; "Tensorflow" would have MNN turn NHWC into what it takes for NCHW.
         images = mnn.Tensor(self._shape, mnn.Halide_Type_Uint8, self._batch_BHWC, mnn.Tensor_DimensionType_Caffe)
-        self._input.copyFrom(images)
-        code = self._network.runSession(self._session)
-        if code:
+        if not self._input.copyFrom(images):
+            raise RuntimeError("MNN did not take the images")
+        if code := self._network.runSession(self._session):
             raise RuntimeError(f"MNN's error code {code}")
         logits_BK = np.zeros(self._output.getShape(), np.float32)
         logits = mnn.Tensor(logits_BK.shape, mnn.Halide_Type_Float, logits_BK, mnn.Tensor_DimensionType_Caffe)
-        self._output.copyToHostTensor(logits)
+        if not self._output.copyToHostTensor(logits):
+            raise RuntimeError("MNN gave no output")
         given_BK: npt.NDArray[np.float32] = logits.getNumpyData()[: len(images_BHWC)].copy()
         return given_BK
 
@@ -123,9 +141,13 @@ def import_mnn() -> Any:
 @contextlib.contextmanager
 def _silent_stdout() -> Iterator[None]:
     """MNN's library prints the processor's features where commands print their results."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
     libc = ctypes.CDLL(None)
     libc.fflush(None)
-    kept = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)

@@ -26,6 +26,7 @@ from imgbatch.core.model_card import build_model_card
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.weights import (
     adapt_channels,
+    count_parameters,
     expand_binary_head,
     fit_network,
     load_safetensors,
@@ -164,6 +165,11 @@ def load_network(bundle: ModelBundle) -> nn.Module:
 def count_features(bundle: ModelBundle) -> int:
     """Length of an embedding: how many features the head sees. From the header of the weights; no torch."""
     return num_head_inputs(bundle.arch, read_header(storage.join(bundle.path, WEIGHTS_FILE)))
+
+
+def float32_bytes(bundle: ModelBundle) -> int:
+    """Of the network's parameters as it runs, whatever type the file has them in. From its header; no torch."""
+    return 4 * count_parameters(read_header(storage.join(bundle.path, WEIGHTS_FILE)))
 
 
 def save_bundle(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -19,13 +18,10 @@ import torch
 from imgbatch import __version__
 from imgbatch.config import Config
 from imgbatch.core import mnn_build, onnx_build, openvino_build, storage
-from imgbatch.core.backends import is_compiled
+from imgbatch.core.backends import is_compiled, variant_predictor
 from imgbatch.core.manifest import open_manifest
-from imgbatch.core.mnn_predict import MnnPredictor
 from imgbatch.core.model import ModelBundle, load_bundle, load_metrics, recalibrate_bundle
-from imgbatch.core.onnx_predict import OnnxGraph
 from imgbatch.core.openvino_build import Calibration
-from imgbatch.core.openvino_predict import OpenVinoPredictor, parse_network
 from imgbatch.core.pictures import Pictures, load_pictures
 from imgbatch.core.predict import Predictor
 from imgbatch.core.predictions import BatchedPredictor
@@ -45,19 +41,35 @@ _NEARLY = 0.97
 """Of the best rate: a smaller batch that reaches it is taken."""
 _ORIGINAL_BATCH_SIZES = {"cpu": 8, "cuda": 256}
 
-Build = Callable[[int, int | None], BatchedPredictor]
-"""A predictor for a batch size and a number of threads."""
+_ON_CPU = ("openvino", "mnn")
+"""Targets that run nowhere else, by how they begin."""
 
 
 @dataclass(frozen=True)
 class _Built:
     """A variant before it was measured."""
 
+    bundle: ModelBundle
+    target: Target
     device: str
     contents: dict[str, bytes]
     how: dict[str, str]
-    batch_sizes: tuple[int, ...]
-    build: Build
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        if self.device == "cuda":
+            return _TENSORRT_BATCH_SIZES if self.target == "onnx-int8" else _GPU_BATCH_SIZES
+        return _COMPILED_BATCH_SIZES if is_compiled(self.target, self.device) else _CPU_BATCH_SIZES
+
+    def build(self, batch_size: int, num_threads: int | None) -> BatchedPredictor:
+        return variant_predictor(
+            self.bundle,
+            self.target,
+            self.contents,
+            device=self.device,
+            batch_size=batch_size,
+            num_threads=num_threads,
+        )
 
 
 def optimize_bundle(
@@ -122,58 +134,22 @@ def optimize_bundle(
 
 
 def _build(bundle: ModelBundle, target: Target, calibration: Calibration) -> _Built:
-    if target.startswith("torch"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        compiled = is_compiled(target, device)
-
-        def in_torch(batch_size: int, num_threads: int | None) -> BatchedPredictor:
-            return Predictor(
-                bundle,
-                device=device,
-                batch_size=batch_size,
-                num_threads=num_threads,
-                compiled=compiled,
-                reduced=target == "torch-bf16",
-            )
-
-        on_cpu = _COMPILED_BATCH_SIZES if compiled else _CPU_BATCH_SIZES
-        return _Built(device, {}, {}, _GPU_BATCH_SIZES if device == "cuda" else on_cpu, in_torch)
-    if target == "onnx-int8":
-        return _build_onnx(bundle, calibration)
-    if target == "mnn-fp32":
-        return _build_mnn(bundle)
-    network, how = openvino_build.convert_network(bundle), {}
-    if target == "openvino-int8":
+    contents: dict[str, bytes] = {}
+    how: dict[str, str] = {}
+    if target == "openvino-fp32":
+        contents = openvino_build.network_files(openvino_build.convert_network(bundle))
+    elif target == "openvino-int8":
+        network = openvino_build.convert_network(bundle)
         network, how["quantised"] = openvino_build.quantize_network(network, bundle, calibration)
-    contents = openvino_build.network_files(network)
-
-    def parsed(batch_size: int, num_threads: int | None) -> BatchedPredictor:
-        return OpenVinoPredictor(bundle, parse_network(contents), batch_size=batch_size, num_threads=num_threads)
-
-    return _Built("cpu", contents, how, _CPU_BATCH_SIZES, parsed)
-
-
-def _build_onnx(bundle: ModelBundle, calibration: Calibration) -> _Built:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = onnx_build.convert_network(bundle, output="logits")
-    model = onnx_build.quantize_network(network, calibration.images_NHWC)
-
-    def in_onnxruntime(batch_size: int, num_threads: int | None) -> BatchedPredictor:
-        graph = OnnxGraph(model, device=device, batch_size=batch_size, num_threads=num_threads)
-        return Predictor(bundle, device=device, batch_size=batch_size, num_threads=num_threads, graph=graph)
-
-    how = {"quantised": "post-training, symmetric, the accuracy measured but not controlled"}
-    batch_sizes = _CPU_BATCH_SIZES if device == "cpu" else _TENSORRT_BATCH_SIZES
-    return _Built(device, {ONNX_FILE: model}, how, batch_sizes, in_onnxruntime)
-
-
-def _build_mnn(bundle: ModelBundle) -> _Built:
-    contents = mnn_build.convert_network(bundle)
-
-    def in_mnn(batch_size: int, num_threads: int | None) -> BatchedPredictor:
-        return MnnPredictor(bundle, contents, batch_size=batch_size, num_threads=num_threads)
-
-    return _Built("cpu", contents, {}, _CPU_BATCH_SIZES, in_mnn)
+        contents = openvino_build.network_files(network)
+    elif target == "mnn-fp32":
+        contents = mnn_build.convert_network(bundle)
+    elif target == "onnx-int8":
+        network = onnx_build.convert_network(bundle, output="logits")
+        contents = {ONNX_FILE: onnx_build.quantize_network(network, calibration.images_NHWC)}
+        how["quantised"] = "post-training, symmetric, the accuracy measured but not controlled"
+    on_gpu = torch.cuda.is_available() and not target.startswith(_ON_CPU)
+    return _Built(bundle, target, "cuda" if on_gpu else "cpu", contents, how)
 
 
 def _class_indices(pictures: Pictures, bundle: ModelBundle) -> np.ndarray:
@@ -189,12 +165,13 @@ def _compare(
 ) -> Agreement:
     bundle = original.bundle
     expected, given = original.predict(images_NHWC), variant.predict(images_NHWC)
-    finite_N = expected.finite_N & given.finite_N
-    if not finite_N.all():
-        raise UsageError(
-            f"{bundle.path}: no numbers came out for {(~finite_N).sum()} of {len(images_NHWC)} images; "
-            f"`imgbatch classify` says why"
-        )
+    for name, predictions in (("the original", expected), ("the variant", given)):
+        errors = [error for error in predictions.errors if error is not None]
+        if errors:
+            raise UsageError(
+                f"{bundle.path}: {name} gave nothing for {len(errors)} of {len(images_NHWC)} images: "
+                f"{errors[0].message}"
+            )
     expected_N = _labels(bundle, expected.probs_NK)
     given_N = _labels(bundle, given.probs_NK)
     difference_NK = np.abs(expected.probs_NK - given.probs_NK)

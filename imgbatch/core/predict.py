@@ -72,7 +72,9 @@ class Predictor(BatchedPredictor):
         self._num_threads = num_threads
         self._of_thread = threading.local()
         self._settle_threads()
-        self._fixed, self._reduced = compiled or graph is not None, reduced
+        # Another size would be compiled anew, or refused; fewer images are filled up to it.
+        self._fixed_size = batch_size if compiled or graph is not None else None
+        self._reduced = reduced
         self.device = torch.device(device)
         # Pixels cross to a GPU on a stream of their own, while it computes the batch before.
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -100,7 +102,7 @@ class Predictor(BatchedPredictor):
 
     def _run(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
         # A copy, because what Ray hands out is read-only, and because only pinned memory is copied in the background.
-        num_staged = self.batch_size if self._fixed else len(images_BHWC)
+        num_staged = self._fixed_size or len(images_BHWC)
         shape = (num_staged, *images_BHWC.shape[1:])
         staged_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         staged_BHWC.numpy()[: len(images_BHWC)] = images_BHWC

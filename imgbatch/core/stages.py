@@ -141,13 +141,13 @@ class _Waiting:
 
 
 class ClassifyStage:
-    """Runs the model over decoded blocks. Loads it once; torch or OpenVINO is imported here and not before.
+    """Runs the model over decoded blocks. Loads it once; what runs it is imported here and not before.
 
-    On a CPU, ``streams`` threads may call it at once: they share the weights.
+    On a CPU, ``streams`` threads may call it at once: they share the weights, but for MNN's.
     """
 
     def __init__(self, run: Run, *, batch_size: int, num_threads: int | None, streams: int = 1) -> None:
-        """``num_threads``: of each forward pass on a CPU, or none for as many as the library likes."""
+        """``num_threads``: of one unit on a CPU, or none for as many as the library likes."""
         from imgbatch.core.backends import build_predictor
 
         storage.configure(run.config.storage)

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from imgbatch.core import storage
+from imgbatch.core.metrics.intervals import wilson_interval
 from imgbatch.core.model import ModelBundle
 from imgbatch.errors import UsageError
 
@@ -102,6 +103,20 @@ class Variant(_Plain):
     def speedup(self) -> float:
         """Its images/s divided by the original's, where it was made."""
         return self.images_per_s["variant"] / self.images_per_s["original"]
+
+    def doubt(self, min_agreement: float) -> str | None:
+        """Why it may agree less than is asked for, though it did on the few images that it was measured with.
+
+        None where they were enough, or where it computes in float32 as the original does.
+        """
+        agreement = self.agreement
+        low, high = wilson_interval(round(agreement.labels * agreement.images), agreement.images)
+        if self.target.endswith("fp32") or not low < min_agreement <= agreement.labels:
+            return None
+        return (
+            f"{agreement.images:,} images say between {low:.1%} and {high:.1%} (95%), and classify asks for "
+            f"{100 * min_agreement:g}%; calibrate with more to be sure"
+        )
 
     @property
     def variant_id(self) -> str:

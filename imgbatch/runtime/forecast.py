@@ -17,7 +17,7 @@ from imgbatch.core.backends import Backend, choose_backend
 from imgbatch.core.fingerprint import fingerprint_of, result_fields
 from imgbatch.core.layout import choose_layout, estimate_row_bytes
 from imgbatch.core.manifest import Manifest
-from imgbatch.core.model import WEIGHTS_FILE, ModelBundle
+from imgbatch.core.model import ModelBundle, float32_bytes
 from imgbatch.core.plan import DeviceKind, open_inputs, wanted_rows
 from imgbatch.core.regions import region_warnings
 from imgbatch.core.runs import list_runs
@@ -214,7 +214,7 @@ def _budget(
         backend,
         unit_rows=unit_rows,
         batch_size=choose_batch_size(config.classify.batch_size, device, spec.crop_size, backend),
-        weight_bytes=storage.file_info(storage.join(bundle.path, WEIGHTS_FILE)).size,
+        weight_bytes=float32_bytes(bundle),
         in_flight=config.fetch.in_flight,
         image_pixels=int(pixels.max(initial=0)) or _UNKNOWN_PIXELS,
         on_cluster=place.is_cluster,

@@ -35,7 +35,7 @@ class _Library:
 
     base: int
     weight_copies: int
-    """Of the weights file, once: its contents, the network, and what the library packs of it."""
+    """Of the parameters, once: the contents of the file, the network, and what the library packs of it."""
     runner: int
     """Of each thread that runs the model."""
     runner_weight_copies: int
@@ -104,7 +104,7 @@ def memory_budget(
     """The budget of a job.
 
     Args:
-        weight_bytes: of the model's weights file.
+        weight_bytes: of the model's parameters in float32.
         in_flight: ``fetch.in_flight``.
         image_pixels: of a source image, width x height.
         on_cluster: not in a Ray of the job's own.

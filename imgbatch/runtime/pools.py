@@ -145,7 +145,7 @@ def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) 
         config.decode_actors,
         config.decode_processes,
     )
-    threads = _given(config.classify_threads, min(_MAX_AUTO_THREADS, max(1, cores // 8)))
+    threads = _given(config.classify_threads, min(_MAX_AUTO_THREADS, node_cpus, max(1, cores // 8)))
     classify_actors, streams = _shared_out(
         max(1, cores // threads),
         max(1, min(_MAX_STREAMS, node_cpus // threads)),

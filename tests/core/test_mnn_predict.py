@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import pytest
 from imgbatch.config import Config
 from imgbatch.core import mnn_build
 from imgbatch.core.manifest import open_manifest
-from imgbatch.core.mnn_predict import MnnPredictor
+from imgbatch.core.mnn_predict import MnnPredictor, import_mnn
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.pictures import load_pictures
 from imgbatch.core.predict import Predictor
@@ -92,30 +91,62 @@ def test_it_prints_nothing():
 
 def test_nothing_is_reported_to_the_makers_of_the_converter(mnn_model: ModelBundle, monkeypatch: pytest.MonkeyPatch):
     """Their command installs a package and sends what was converted; our program must not import it."""
-    program = (
-        "import sys, _tools; _tools.mnnconvert(sys.argv); "
+    afterwards = (
         "names = [name for name in sys.modules if name.startswith(('MNN.tools', 'aliyun', 'urllib.request'))]; "
         "sys.exit(f'imported: {names}' if names else 0)"
     )
-    monkeypatch.setattr(mnn_build, "_CONVERT", program)
+    monkeypatch.setattr(mnn_build, "_CONVERT", f"{mnn_build._CONVERT}; {afterwards}")
     assert mnn_build.convert_network(mnn_model).keys() == {"model.mnn", "model.mnn.weight"}
 
 
-def test_a_network_that_is_not_converted_is_one_line(mnn_model: ModelBundle, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mnn_build, "_CONVERT", "import sys; sys.exit('working\\nno such operator: Conv7')")
-    with pytest.raises(
-        UsageError, match=r"MNN cannot convert simple_cnn \(no such operator: Conv7\); use another target$"
-    ):
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import sys; sys.exit('working\\nno such operator: Conv7')", "exit code 1; no such operator: Conv7"),
+        ("import os; print('Start to convert', flush=True); os.abort()", "signal 6; Start to convert"),
+        ("", "exit code 0"),
+    ],
+)
+def test_a_network_that_is_not_converted_is_one_line(
+    mnn_model: ModelBundle, monkeypatch: pytest.MonkeyPatch, program: str, reason: str
+):
+    monkeypatch.setattr(mnn_build, "_CONVERT", program)
+    with pytest.raises(UsageError) as refused:
         mnn_build.convert_network(mnn_model)
+    assert str(refused.value).endswith(f": MNN cannot convert simple_cnn ({reason}); use another target")
+
+
+def test_a_folder_of_the_users_is_not_what_converts(
+    mnn_model: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Path(tmp_path, "_tools.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    assert "model.mnn" in mnn_build.convert_network(mnn_model)
+
+
+def test_a_process_that_is_ending_costs_no_image(
+    mnn_model: ModelBundle, contents: dict[str, bytes], images_NHWC: np.ndarray
+):
+    """Rows would be written as failed for good; a unit that raises is done again."""
+    predictor = MnnPredictor(mnn_model, contents, batch_size=8, num_threads=1)
+    predictor._threads.shutdown()
+    with pytest.raises(Exception, match="cannot schedule new futures after shutdown"):
+        predictor.predict(images_NHWC)
+
+
+def test_a_network_that_does_not_run_is_known_when_it_is_loaded(
+    mnn_model: ModelBundle, contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+):
+    class OutOfMemory(import_mnn().Interpreter):  # type: ignore[misc]
+        def runSession(self, session: object) -> int:  # noqa: N802, ARG002
+            return 1
+
+    monkeypatch.setattr(import_mnn(), "Interpreter", OutOfMemory)
+    with pytest.raises(RuntimeError, match="MNN's error code 1"):
+        MnnPredictor(mnn_model, contents, batch_size=8, num_threads=1)
 
 
 def test_without_the_package_one_line_says_what_to_install(tiny_model: ModelBundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "MNN", None)
     with pytest.raises(UsageError, match=r"MNN is not installed; pip install 'imgbatch\[mnn\]'"):
         mnn_build.convert_network(tiny_model)
-
-
-def test_the_package_is_here_where_it_should_be():
-    """The other tests are skipped without it; the lock file has it."""
-    if sys.version_info < (3, 15):
-        assert importlib.util.find_spec("MNN") is not None

@@ -233,3 +233,25 @@ def test_a_run_keeps_the_variant_that_it_was_planned_with(make_bundle: MakeBundl
     plant_variant(bundle, crop_size=48)
     with pytest.raises(UsageError, match=rf"planned with variant {planned.variant_id} \(openvino_fp32\)"):
         planned_backend(fields, bundle, "cpu")
+
+
+def agreement_of(labels: float, images: int) -> Agreement:
+    return Agreement(images=images, labels=labels, largest_difference=0.1, mean_difference=0.01, images_with_target=0)
+
+
+@pytest.mark.parametrize(
+    ("target", "right", "images", "told"),
+    [
+        ("openvino-int8", 169, 170, "170 images say between 96.7% and 99.9% (95%), and classify asks for 99%"),
+        ("openvino-int8", 57, 57, "57 images say between 93.7% and 100.0% (95%)"),
+        ("openvino-int8", 999, 1000, None),
+        ("openvino-int8", 160, 170, None),  # it is left out, and that is what is said
+        ("mnn-fp32", 57, 57, None),
+    ],
+)
+def test_few_images_leave_a_doubt(
+    make_bundle: MakeBundle, target: str, right: int, images: int, told: str | None
+) -> None:
+    variant = plant_variant(make_bundle(), target, agreement=agreement_of(right / images, images))
+    doubt = variant.doubt(0.99)
+    assert (doubt is None) if told is None else (doubt is not None and doubt.startswith(told))

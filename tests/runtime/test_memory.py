@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ import pytest
 from imgbatch.config import Config
 from imgbatch.core.architectures import build_network
 from imgbatch.core.backends import Backend
-from imgbatch.core.model import ModelBundle, save_bundle
+from imgbatch.core.model import ModelBundle, float32_bytes, load_bundle, save_bundle
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.variants import load_variants
 from imgbatch.runtime.job import classify
@@ -23,6 +25,7 @@ from imgbatch.runtime.pools import Machine, choose_pools
 from tests.conftest import TINY_CLASSES, changed
 
 SPEC = PreprocessSpec()
+ACTOR_BYTES = 180 * 10**6
 UNIT_ROWS = 128
 KINDS = {"DecodeActor": "decode_actor", "ClassifyActor": "classify_actor", "imgbatch.core.decode_child": "decode_child"}
 
@@ -128,6 +131,55 @@ def test_the_budget_in_words(photo_config: Config) -> None:
     assert words.startswith("2,") or words.startswith("1,"), words
     assert "1 x " in words
     assert words.endswith(" 600 Ray")
+
+
+MNN_OF_RESNET18 = """
+import sys
+import numpy as np, psutil
+from imgbatch.core.mnn_build import convert_network
+from imgbatch.core.model import load_bundle
+
+if sys.argv[2] == "convert":
+    for name, data in convert_network(load_bundle(sys.argv[1])).items():
+        open(f"{sys.argv[1]}/{name}", "wb").write(data)
+else:
+    from imgbatch.core.mnn_predict import MnnPredictor
+    bundle = load_bundle(sys.argv[1])
+    before = psutil.Process().memory_full_info().uss
+    contents = {name: open(f"{sys.argv[1]}/{name}", "rb").read() for name in ("model.mnn", "model.mnn.weight")}
+    predictor = MnnPredictor(bundle, contents, batch_size=8, num_threads=1, streams=2)
+    predictor.predict(np.zeros((32, 224, 224, 3), np.uint8))
+    print(psutil.Process().memory_full_info().uss - before)
+"""
+
+
+@pytest.mark.usefixtures("mnn_model")
+def test_mnn_stays_within_the_budget(photo_config: Config, mnn_model: ModelBundle, tmp_path: Path) -> None:
+    path = str(tmp_path / "resnet18")
+    save_bundle(
+        path,
+        arch="resnet18",
+        task="multiclass",
+        class_names=TINY_CLASSES,
+        preprocess=SPEC,
+        state_dict=build_network("resnet18", len(TINY_CLASSES)).state_dict(),
+    )
+    for step in ("convert", "run"):
+        command = [sys.executable, "-c", MNN_OF_RESNET18, path, step]
+        taken = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (variant,) = load_variants(mnn_model)
+    budget = memory_budget(
+        replace(choose_pools(photo_config.resources, "cpu", Machine(2, 0)), classify_streams=2, classify_threads=1),
+        SPEC,
+        Backend(variant),
+        unit_rows=UNIT_ROWS,
+        batch_size=8,
+        weight_bytes=float32_bytes(load_bundle(path)),
+        in_flight=32,
+        image_pixels=90 * 90,
+    )
+    of_the_model = budget.classify_actor - ACTOR_BYTES
+    assert of_the_model * 0.6 < int(taken) <= of_the_model
 
 
 def test_each_thread_of_mnn_has_weights_of_its_own(photo_config: Config, mnn_model: ModelBundle) -> None:

@@ -45,6 +45,8 @@ def test_no_actor_is_larger_than_the_smallest_node() -> None:
     pools = choose_pools(ResourcesConfig(), "cpu", Machine(8, 0, node_cpus=2))
     assert (pools.decode_processes, pools.classify_streams) == (2, 2)
     assert max(pools.decode_cpus, pools.classify_cpus) <= 2
+    pools = choose_pools(ResourcesConfig(), "cpu", Machine(200, 0, node_cpus=2))
+    assert (pools.classify_streams, pools.classify_threads) == (1, 2)
 
 
 @pytest.mark.parametrize(("nodes", "each"), [(2, 2), (2, 8), (2, 16), (3, 4), (4, 2), (4, 64), (10, 16), (100, 8)])
