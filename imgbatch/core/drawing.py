@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from imgbatch.core.drawn_objects import OBJECTS
+from imgbatch.core.machine import num_cpus
 from imgbatch.core.pen import Pen, random_color, shade
 from imgbatch.errors import Status
 
@@ -58,7 +58,7 @@ def draw_collection(folder: Path, *, num_images: int, seed: int, num_broken: int
             (folder / split / class_name).mkdir(parents=True, exist_ok=True)
     chunks = [range(start, min(start + _CHUNK_IMAGES, num_images)) for start in range(0, num_images, _CHUNK_IMAGES)]
     write = partial(_write_images, folder, seed)
-    num_processes = min(len(os.sched_getaffinity(0)), len(chunks))
+    num_processes = min(num_cpus(), len(chunks))
     if num_processes > 1:
         with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
             list(pool.map(write, chunks))

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from imgbatch.core import current, storage
 from imgbatch.core.failpoints import failpoint
-from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS, OutputFile, OutputFileWriter
+from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS, OutputFile, OutputFileWriter, find_strays
 from imgbatch.core.parallel import MapParts, in_threads, map_ahead
 from imgbatch.core.partitions import partition_paths
 from imgbatch.core.plan import Run
@@ -137,10 +137,12 @@ def _lay_out(run: Run, map_parts: MapParts) -> Iterator[OutputFile]:
     for kind in _kinds(run):
         if not any(key[0] == kind for key in rows_of) and not (kind == PREDICTIONS and run.partitions):
             rows_of[kind, ""] = []  # an empty file, so that a reader finds the columns
+    rows_of_kind: Counter[str] = Counter()
+    for (kind, _), units in rows_of.items():
+        rows_of_kind[kind] += sum(rows for _, rows in units)
     for kind, partition in sorted(rows_of, key=lambda key: (KINDS.index(key[0]), key[1])):
         kind_bytes = stored_bytes * arrow_bytes[kind] // arrow_bytes.total()
-        num_rows = sum(rows for key, units in rows_of.items() if key[0] == kind for _, rows in units)
-        rows_per_file = _rows_per_file(run, kind_bytes, num_rows)
+        rows_per_file = _rows_per_file(run, kind_bytes, rows_of_kind[kind])
         for number, chunk in enumerate(_fill(rows_of[kind, partition], rows_per_file)):
             name = "/".join(filter(None, [kind, f"run_id={run.run_id}", partition, f"part-{number:05d}.parquet"]))
             yield OutputFile(name, kind, partition, _ranges([u for u, _ in chunk]), sum(n for _, n in chunk))
@@ -233,9 +235,13 @@ def _read_unit(run: Run, index: int) -> tuple[pa.Table, int]:
     try:
         data = storage.read_bytes(uri)
         table = pq.read_table(pa.BufferReader(data), use_threads=False)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise ImgbatchError(
             f"unit file {uri}: missing or damaged ({error}); remove it and run the same command again"
+        ) from error
+    except OSError as error:  # as when credentials have expired: the file may be whole
+        raise ImgbatchError(
+            f"unit file {uri}: cannot be read ({error}); put it right and run the same command again"
         ) from error
     return table.cast(UNIT_SCHEMA), len(data)
 
@@ -358,9 +364,7 @@ def _count_statuses(written: list[dict[str, Any]]) -> dict[str, int]:
 
 def _remove_strays(run: Run, files: list[OutputFile]) -> None:
     """Remove what an earlier, interrupted finalize left under the run's own directories."""
-    keep = {storage.join(run.paths.out, file.path) for file in files}
+    for uri in find_strays(run.paths, {file.path for file in files}):
+        storage.remove(uri)
     for kind in KINDS:
-        for info in storage.list_files(run.paths.data(kind)):
-            if info.uri not in keep:
-                storage.remove(info.uri)
         storage.remove_left_uploads(run.paths.data(kind))

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imgbatch.core.failpoints import failpoint
+from imgbatch.core.machine import num_cpus
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.predictions import BatchedPredictor, BatchOutput, probabilities
 from imgbatch.core.variants import MNN_FILE
@@ -59,7 +60,7 @@ class MnnPredictor(BatchedPredictor):
         spec = bundle.preprocess
         shape = (batch_size, spec.crop_size, spec.crop_size, spec.num_channels)
         # MNN's own threads serve two callers at most, so each batch has one thread, and a unit several batches at once.
-        parallel = streams * min(_MAX_THREADS, num_threads or os.cpu_count() or 1)
+        parallel = streams * min(_MAX_THREADS, num_threads or num_cpus())
         self._idle: SimpleQueue[_Session] = SimpleQueue()
         with tempfile.TemporaryDirectory() as name:
             for file, data in contents.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 from imgbatch.core import storage
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.geoparquet import METADATA_KEY, FileGeometry
+from imgbatch.core.runs import RunPaths
 from imgbatch.errors import ImgbatchError, Status
 
 PREDICTIONS, ERRORS, EMBEDDINGS = KINDS = ("predictions", "errors", "embeddings")
@@ -34,6 +37,16 @@ class OutputFile:
 
     def unit_indices(self) -> list[int]:
         return [index for first, last in self.units for index in range(first, last + 1)]
+
+
+def find_strays(paths: RunPaths, files: Collection[str]) -> list[str]:
+    """URIs of what is in a run's own directories beside ``files``, which are relative to the output directory."""
+    prefix = storage.listing_prefix(paths.out)
+    found = [info.uri for kind in KINDS for info in storage.list_files(paths.data(kind))]
+    foreign = next((uri for uri in found if not uri.startswith(prefix)), None)
+    if foreign is not None:  # then every file would look like a stray, and strays are removed
+        raise ImgbatchError(f"{foreign}: the storage lists it under another name than {paths.out}; nothing was removed")
+    return [uri for uri in found if uri.removeprefix(prefix) not in files]
 
 
 class OutputFileWriter:
@@ -76,16 +89,19 @@ class OutputFileWriter:
             self._held, self._held_bytes = [], 0
 
     def __exit__(self, *exception: Any) -> None:
-        if exception[0] is None:
+        with self._stack:  # whatever fails here, the staged file goes
+            if exception[0] is not None:
+                with contextlib.suppress(Exception):  # what failed first is what counts
+                    self._writer.close()
+                self._stack.__exit__(*exception)
+                return
             self._flush()
             if self._geometry is not None:
                 self._writer.add_key_value_metadata({METADATA_KEY: self._geometry.metadata()})
-        self._writer.close()
-        if exception[0] is None:
+            self._writer.close()
             self._check_rows()
             self._sha256, self._size = storage.sha256(str(self._staged)), self._staged.stat().st_size
             failpoint("finalize.mid_file", self._file.kind)
-        self._stack.__exit__(*exception)
 
     def _check_rows(self) -> None:
         rows = sum(self._counts.values())

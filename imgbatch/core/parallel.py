@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Protocol, TypeVar
+
+from imgbatch.core.machine import num_cpus
 
 Context = TypeVar("Context")
 Part = TypeVar("Part")
@@ -31,7 +32,7 @@ def in_threads(
     function: Callable[[Context, Part], Result], context: Context, parts: Sequence[Part]
 ) -> Iterator[Result]:
     """:class:`MapParts` in this process, a few parts at once."""
-    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    threads = min(_MAX_THREADS, num_cpus())
     return map_ahead(lambda part: function(context, part), parts, threads=threads, ahead=threads)
 
 

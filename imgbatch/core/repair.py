@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from imgbatch.core import current, storage
 from imgbatch.core.finalize import write_files
-from imgbatch.core.output_files import KINDS, OutputFile
+from imgbatch.core.output_files import OutputFile, find_strays
 from imgbatch.core.plan import Run
 from imgbatch.core.runs import RunPaths
 from imgbatch.errors import UsageError
@@ -49,9 +49,7 @@ def find_damage(paths: RunPaths) -> Damage:
             f"are whole; classify the manifest anew with --new-run"
         ) from error
     files = [file for file in laid_out if _sha256(storage.join(paths.out, file.path)) != recorded.get(file.path)]
-    names = {storage.join(paths.out, path) for path in recorded}
-    found = [info.uri for kind in KINDS for info in storage.list_files(paths.data(kind))]
-    return Damage(files, [uri for uri in found if uri not in names])
+    return Damage(files, find_strays(paths, recorded.keys()))
 
 
 def _sha256(uri: str) -> str | None:

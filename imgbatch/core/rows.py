@@ -31,9 +31,13 @@ def normalise_columns(table: pa.Table) -> pa.Table:
 
 
 def write_rows(paths: RunPaths, layout: UnitLayout, tables: Iterable[pa.Table]) -> None:
-    """Write ``rows/`` from tables in row order; equal input gives equal files, so a second writer does no harm."""
+    """Write ``rows/`` from tables in row order; equal input gives equal files, so a second writer does no harm.
+
+    Files of an earlier plan in other units, which was never finished, are removed.
+    """
     unit_tables = _cut(tables, (unit.num_rows for unit in layout))
-    for file_index in range(-(-layout.num_units // UNITS_PER_FILE)):
+    num_files = -(-layout.num_units // UNITS_PER_FILE)
+    for file_index in range(num_files):
         count = min(UNITS_PER_FILE, layout.num_units - file_index * UNITS_PER_FILE)
         with storage.staged_file(paths.rows_file(file_index)) as staged:
             first = next(unit_tables)
@@ -41,6 +45,10 @@ def write_rows(paths: RunPaths, layout: UnitLayout, tables: Iterable[pa.Table]) 
                 writer.write_table(first)
                 for _ in range(count - 1):
                     writer.write_table(next(unit_tables))
+    written = {paths.rows_file(index).rpartition("/")[2] for index in range(num_files)}
+    for info in storage.list_files(paths.rows, ".parquet"):
+        if info.uri.rpartition("/")[2] not in written:
+            storage.remove(info.uri)
 
 
 def _cut(tables: Iterable[pa.Table], sizes: Iterable[int]) -> Iterator[pa.Table]:

@@ -27,7 +27,11 @@ class RunPaths:
     """The names of one run's files under an output directory."""
 
     out: str
+    """Made absolute, so that names of files are those that a listing gives, however the directory was written."""
     run_id: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", storage.absolute(self.out))
 
     def _of_run(self, *parts: str) -> str:
         return storage.join(self.out, "runs", self.run_id, *parts)
@@ -260,7 +264,9 @@ def heartbeat(paths: RunPaths) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        storage.remove(paths.heartbeat)
+        # It goes stale by itself, and a store that is away must not hide why the block ended.
+        with suppress(Exception):
+            storage.remove(paths.heartbeat)
 
 
 def _refuse_if_alive(paths: RunPaths) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from imgbatch.core import storage
 from imgbatch.core.database import spilling
-from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS
+from imgbatch.core.output_files import EMBEDDINGS, ERRORS, PREDICTIONS, find_strays
 from imgbatch.core.runs import RunEntry, find_run, list_runs
 from imgbatch.errors import UsageError
 
@@ -95,11 +95,8 @@ def _check_files(run: RunEntry) -> Iterator[Check]:
             continue
         if found != file["sha256"]:
             yield Check(run.run_id, "sha256", False, f"{file['path']}: content differs from files.json")
-    names = {storage.join(run.paths.out, file["path"]) for file in listed}
-    for kind in KINDS:
-        for info in storage.list_files(run.paths.data(kind)):
-            if info.uri not in names:
-                yield Check(run.run_id, "listing", False, f"{info.uri}: not in files.json")
+    for uri in find_strays(run.paths, {file["path"] for file in listed}):
+        yield Check(run.run_id, "listing", False, f"{uri}: not in files.json")
     yield Check(run.run_id, "files", True, f"{len(listed)} files, {sum(f['bytes'] for f in listed):,} bytes")
 
 

@@ -85,12 +85,12 @@ def retry(
 ) -> RunResult | None:
     """Classify the rows of a finished run that have no prediction yet, as a child run; none where there are none.
 
-    ``config`` gives resources, and fetch settings where the parent's command is not to be followed; what changes
-    results comes from the parent's plan.
+    ``config`` gives resources, and what it sets itself of fetching and decoding, as more time for images that had too
+    little; whatever else changes results comes from the parent's plan.
     """
     console = console or Console(quiet=True)
     storage.configure(config.storage)
-    out = str(config.output.path)
+    out = storage.absolute(str(config.output.path))
     parent = _unfinished_retry_parent(out, run_id) or _newest_root(out, run_id)
     if not parent.finished:
         raise UsageError(f"run {parent.run_id} is unfinished; run its classify command again first")
@@ -102,6 +102,9 @@ def retry(
         update={
             "resources": config.resources,
             "fetch": fetch_settings(parent.plan, config.fetch),
+            "decode": settled.decode.model_copy(
+                update={name: getattr(config.decode, name) for name in config.decode.model_fields_set}
+            ),
             "errors": config.errors,
             "run": config.run,
             "storage": config.storage,
@@ -230,15 +233,16 @@ def _classify_pending(run: Run, console: Console, stop: StopSwitch) -> RunResult
                 counts = finalize(run, engine.map_parts)["counts"]
         else:
             counts = finalize(run)["counts"]
-        state = "finished"
-    except ErrorBudgetExceeded:
-        state = "error_budget"
+    except BaseException as error:
+        if isinstance(error, ErrorBudgetExceeded):
+            state = "error_budget"
+        elif isinstance(error, Interrupted | KeyboardInterrupt):
+            state = "interrupted"
+        # A store that is away must not hide why the job ended.
+        with contextlib.suppress(Exception):
+            log.write(state)
         raise
-    except (Interrupted, KeyboardInterrupt):
-        state = "interrupted"
-        raise
-    finally:
-        record = log.write(state)
+    record = log.write("finished")
     return RunResult(run.paths.out, run.run_id, counts, already_finished=False, images_per_s=record["images_per_s"])
 
 
@@ -261,6 +265,8 @@ class _Passes:
         self._reporter = reporter
         self._budget = ErrorBudget(run.config.errors)
         self._num_changed = 0
+        self._deferred: set[int] = set()
+        """Units that came once and were left uncommitted, to be tried again."""
         self._deaths: Counter[int] = Counter()
         """Passes that died while a unit was under way, by unit."""
         layout = run.plan.layout
@@ -333,7 +339,10 @@ class _Passes:
         self._progress.add(receipt)
         self._any_committed |= receipt.outcome != "deferred"
         self._num_changed += receipt.num_changed
-        self._budget.add(receipt)
+        if receipt.unit not in self._deferred:  # a unit that is tried again failed already
+            self._budget.add(receipt)
+        if receipt.outcome == "deferred":
+            self._deferred.add(receipt.unit)
         failpoint("job.receipt", receipt.unit)
         if self._stop.is_on:
             self._in_flight -= 1

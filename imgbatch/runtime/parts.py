@@ -24,6 +24,6 @@ def map_parts_of(config: Config) -> MapParts:
         from imgbatch.runtime.session import ray_session
 
         with ray_session(config):
-            yield from map_in_tasks(function, context, parts)
+            yield from map_in_tasks(function, context, parts, timeout_s=config.run.no_progress_s)
 
     return in_threads if config.classify.engine == "local" else in_session

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from imgbatch.config import ResourcesConfig
 from imgbatch.core.backends import Backend
+from imgbatch.core.machine import num_cpus
 from imgbatch.core.plan import DeviceKind
 from imgbatch.errors import UsageError
 
@@ -84,7 +85,7 @@ def this_machine() -> Machine:
         num_gpus = len([part for part in hidden.split(",") if part.strip() not in ("", "-1")])
     else:
         num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return Machine(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, num_gpus)
+    return Machine(num_cpus(), num_gpus)
 
 
 def choose_device(config: ResourcesConfig, machine: Machine) -> DeviceKind:

@@ -21,14 +21,14 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from imgbatch.core.parallel import Context, Part, Result
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
 from imgbatch.core.stages import UNIT
-from imgbatch.errors import UsageError
+from imgbatch.errors import Interrupted, UsageError
 from imgbatch.runtime.actors import ClassifyActor, DecodeActor, read_receipts
 from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import classify_isolated
@@ -189,7 +189,7 @@ class RayEngine:
         until = time.monotonic() + _POOLS_END_S
         while ray.available_resources().get("CPU", 0) < cpus and time.monotonic() < until:
             time.sleep(0.1)
-        yield from map_in_tasks(function, context, parts)
+        yield from map_in_tasks(function, context, parts, timeout_s=self._run.config.run.no_progress_s)
 
     def close(self) -> None:
         """The pools end with each pass; nothing is held between them."""
@@ -213,15 +213,19 @@ def _end_pass(pipeline: Dataset) -> None:
 
 
 def map_in_tasks(
-    function: Callable[[Context, Part], Result], context: Context, parts: Sequence[Part]
+    function: Callable[[Context, Part], Result], context: Context, parts: Sequence[Part], *, timeout_s: float
 ) -> Iterator[Result]:
-    """:class:`MapParts` in tasks of Ray; a task whose node dies is done again."""
+    """:class:`MapParts` in tasks of Ray; a task whose node dies is done again.
+
+    Raises:
+        Interrupted: no part was done for ``timeout_s``, or one could not be done.
+    """
     task = ray.remote(num_cpus=1, max_retries=FINITE_RETRIES["max_task_retries"])(function)
     shared = ray.put(context)
     pending = deque(task.remote(shared, part) for part in parts)
     try:
         while pending:
-            result = ray.get(pending[0])
+            result = ray.get(pending[0], timeout=timeout_s)
             # Before anything else: to cancel a task that is just ending may crash Ray's core, and the driver with it.
             pending.popleft()
             yield result
@@ -229,6 +233,15 @@ def map_in_tasks(
         pending.popleft()
         # What the function raised, not what Ray made of it.
         raise error.cause from error
+    except GetTimeoutError as error:
+        free = ray.available_resources().get("CPU", 0)
+        raise Interrupted(
+            f"no part of the output was done for {timeout_s:g} s (run.no_progress_s); {free:g} CPUs are free; run the "
+            f"same command again to continue"
+        ) from error
+    except RayError as error:
+        pending.popleft()
+        raise Interrupted(f"{describe_failure(error)}; run the same command again to continue") from error
     finally:
         for reference in pending:
             ray.cancel(reference)

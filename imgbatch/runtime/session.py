@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from imgbatch.config import Config
+from imgbatch.core.machine import memory_bytes
 from imgbatch.core.units import MAX_UNIT_PIXEL_BYTES
 from imgbatch.errors import UsageError
 from imgbatch.runtime.own_ray import NO_TASK_EVENTS, without_idle_processes
@@ -137,5 +138,4 @@ def _store_bytes(config: Config, pools: Pools | None) -> int | None:
     if pools is None:
         return None
     wanted = (pools.decoders + pools.classifiers) * _BLOCKS_PER_ACTOR * MAX_UNIT_PIXEL_BYTES
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(_MIN_STORE_BYTES, min(wanted, int(0.3 * memory)))
+    return max(_MIN_STORE_BYTES, min(wanted, int(0.3 * memory_bytes())))

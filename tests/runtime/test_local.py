@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
-from imgbatch.core import storage
+from imgbatch.core import plan, rows, storage
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.plan import plan_run
 from imgbatch.core.runs import RunPaths
@@ -25,6 +25,7 @@ from imgbatch.core.stages import CommitStage
 from imgbatch.core.verify import verify
 from imgbatch.errors import ErrorBudgetExceeded, UsageError
 from imgbatch.runtime.job import classify
+from imgbatch.runtime.run_log import RunLog
 from tests.conftest import changed
 from tests.runtime.conftest import rows_of
 
@@ -269,6 +270,45 @@ def test_the_error_budget_stops_a_run_and_keeps_what_it_has(photo_config: Config
     )
     result = classify(photo_config)
     assert verify(result.out).ok
+
+
+def test_units_that_are_tried_again_are_judged_once(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    """Those that failed come together in the passes after the first, where they alone would look like an outage."""
+    good, unreadable = str(photos[1]), "nul\0byte"
+    uris = [uri for _ in range(5) for uri in [*([good] * 16), unreadable, unreadable, *([good] * 14)]]
+    image_ids = [str(index) for index in range(len(uris))]
+    pq.write_table(pa.table({"uri": uris, "image_id": image_ids}), tmp_path / "mixed.parquet")
+    config = changed(
+        photo_config, input__manifest=str(tmp_path / "mixed.parquet"), errors__max_rate=0.07, errors__min_rows=64
+    )
+    result = classify(config)
+    assert result.counts == {"FETCH_FAILED": 10, "OK": 150}
+
+
+def test_a_store_that_is_away_does_not_hide_why_a_run_ended(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise PermissionError("the credentials have expired")
+
+    monkeypatch.setattr(RunLog, "write", away)
+    monkeypatch.setattr(storage, "remove", away)
+    with pytest.raises(ErrorBudgetExceeded):
+        classify(changed(photo_config, errors__max_rate=0.0, errors__min_rows=16))
+
+
+def test_rows_of_a_plan_that_was_never_finished_are_removed(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "UNITS_PER_FILE", 2)
+    config = changed(photo_config, classify__unit_rows=8)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(plan, "refuse_duplicates", lambda _: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            plan_run(config, "cpu")
+    run = plan_run(changed(config, classify__unit_rows=32), "cpu")
+    found = [pq.read_table(info.uri) for info in storage.list_files(run.paths.rows)]
+    assert sum(table.num_rows for table in found) == run.plan.layout.num_rows
 
 
 def test_verify_finds_what_was_damaged(photo_config: Config) -> None:

@@ -24,6 +24,7 @@ from imgbatch.core.plan import open_inputs, open_run, plan_run
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
+from imgbatch.errors import Interrupted
 from imgbatch.runtime import ray_data
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.pools import Machine, choose_pools
@@ -96,7 +97,7 @@ def test_finalize_in_tasks_gives_the_bytes_of_finalize_in_threads(
 
     def counted(function: Any, context: Any, items: Any) -> Iterator[Any]:
         parts.append(len(items))
-        return map_in_tasks(function, context, items)
+        return map_in_tasks(function, context, items, timeout_s=60)
 
     _, bundle, spec = open_inputs(config)
     finalize(open_run(paths, config, bundle, spec), counted)
@@ -112,13 +113,26 @@ def test_finalize_starts_no_task_beside_actors_that_are_ending(
     monkeypatch.setattr(finalize_module, "FEW_PARTS", 0)
     free: list[float] = []
 
-    def watched(*arguments: Any) -> Iterator[Any]:
+    def watched(*arguments: Any, **settings: Any) -> Iterator[Any]:
         free.append(ray.available_resources().get("CPU", 0))
-        return map_in_tasks(*arguments)
+        return map_in_tasks(*arguments, **settings)
 
     monkeypatch.setattr(ray_data, "map_in_tasks", watched)
     classify(config)
     assert free == [cpus, cpus]
+
+
+def test_parts_that_are_not_done_end_the_command_in_one_line() -> None:
+    def last_for_ever(context: float, part: int) -> None:  # noqa: ARG001
+        time.sleep(context)
+
+    def die(context: int, part: int) -> None:  # noqa: ARG001
+        os._exit(context)
+
+    with pytest.raises(Interrupted, match=r"^no part of the output was done for 0\.5 s \(run\.no_progress_s\)"):
+        list(map_in_tasks(last_for_ever, 3600.0, [0, 1], timeout_s=0.5))
+    with pytest.raises(Interrupted, match=r"^WorkerCrashedError: .*; run the same command again to continue$"):
+        list(map_in_tasks(die, 1, [0], timeout_s=60))
 
 
 def test_who_takes_no_more_receipts_ends_the_pass(photo_config: Config, tmp_path: Path) -> None:

@@ -77,6 +77,33 @@ def test_a_file_that_is_not_the_runs_is_removed(config: Config) -> None:
     assert verify(result.out).ok
 
 
+@pytest.mark.parametrize("written", [".", "./out", "out/", "../{name}/out", "file://{path}", "//{path}"])
+def test_however_the_directory_is_written_only_what_is_damaged_is_touched(
+    config: Config, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing has other names than those that are written so, and what has no name in the record is removed."""
+    result = classify(changed(config, output__keep_units=True))
+    before = output_files(result)
+    (name,) = damage(result)[:1]
+    monkeypatch.chdir(result.out if written == "." else tmp_path)
+    out = written.format(name=tmp_path.name, path=result.out)
+    (done,) = repair(changed(config, output__path=out), None)
+    assert (name in done.files, len(done.files), done.num_strays) == (True, 2, 0)
+    assert output_files(result) == before
+    assert verify(out).ok
+
+
+def test_a_storage_that_lists_by_other_names_has_nothing_removed(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = classify(config)
+    before = output_files(result)
+    monkeypatch.setattr(storage, "listing_prefix", lambda uri: f"abfs://container/{uri}/")
+    with pytest.raises(ImgbatchError, match=r"lists it under another name than .*; nothing was removed"):
+        repair(config, None)
+    assert output_files(result) == before
+
+
 def test_nothing_to_repair(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     result = classify(config)
     assert repair(config, None) == []

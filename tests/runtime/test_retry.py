@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from imgbatch.config import Config
+from imgbatch.config import Config, load_config
+from imgbatch.core import storage
+from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
 from imgbatch.runtime.job import RunResult, classify, retry
 from tests.conftest import changed
@@ -45,6 +48,34 @@ def test_retry_classifies_what_failed_into_a_child_run(
     result = verify(first.out)
     assert result.ok
     assert set(result.counts) == {first.run_id, child.run_id, again.run_id}
+
+
+@pytest.mark.parametrize("written", [".", "./out", "file://{path}"])
+def test_a_retry_keeps_its_files_however_the_directory_is_written(
+    photo_config: Config, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    manifest, late = broken_manifest(photos, tmp_path)
+    first = classify(changed(photo_config, input__manifest=str(manifest)))
+    late[0].write_bytes(photos[1].read_bytes())
+    monkeypatch.chdir(first.out if written == "." else tmp_path)
+    child = retry(changed(photo_config, output__path=written.format(path=first.out)), None)
+    assert isinstance(child, RunResult)
+    assert (child.out, child.counts["OK"]) == (first.out, 1)
+    assert list(Path(first.out, "predictions").glob(f"run_id={child.run_id}/*.parquet"))
+    assert verify(first.out).ok
+
+
+def test_a_retry_may_give_decoding_more_time(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    missing = str(tmp_path / "late.jpg")
+    pq.write_table(pa.table({"uri": [str(photos[1]), str(photos[2]), missing]}), tmp_path / "m.parquet")
+    config = changed(photo_config, input__manifest=str(tmp_path / "m.parquet"), decode__memory_mb=1024)
+    first = classify(config)
+    Path(missing).write_bytes(photos[1].read_bytes())
+    flags = {"output.path": first.out, "classify.engine": "local", "decode.timeout_s": 120.0}
+    child = retry(load_config(flags=flags), first.run_id)
+    assert isinstance(child, RunResult)
+    fields = storage.read_json(RunPaths(child.out, child.run_id).plan)["fields"]
+    assert (fields["decode.timeout_s"], fields["decode.memory_mb"]) == (120, 1024)
 
 
 def test_nothing_to_retry(photo_config: Config) -> None:

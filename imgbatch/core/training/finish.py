@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections import Counter
 from importlib.metadata import version
@@ -10,6 +9,7 @@ from typing import Any
 
 from imgbatch import __version__
 from imgbatch.core import storage
+from imgbatch.core.machine import num_cpus
 from imgbatch.core.model import ModelBundle, save_bundle
 from imgbatch.core.training.checkpoint import load_weights
 from imgbatch.core.training.crops import FailedImage
@@ -67,7 +67,7 @@ def describe_hardware(*, num_workers: int, device: str) -> dict[str, Any]:
     return {
         "workers": num_workers,
         "device": torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": num_cpus(),
         "system": platform.platform(),
     }
 

@@ -1,0 +1,38 @@
+"""What of the machine this process may use: the cores that it may run on, and what a container allows it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def num_cpus(cgroups: Path = _CGROUPS) -> int:
+    """Cores; a container's quota is rounded down, and at least one.
+
+    Args:
+        cgroups: where Linux has the limits of this process, of version 2 or 1.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _numbers(cgroups / "cpu.max") or [
+        *_numbers(cgroups / "cpu" / "cpu.cfs_quota_us"),
+        *_numbers(cgroups / "cpu" / "cpu.cfs_period_us"),
+    ]
+    if len(quota) == 2 and quota[0] > 0:
+        cores = min(cores, quota[0] // quota[1])
+    return max(1, cores)
+
+
+def memory_bytes(cgroups: Path = _CGROUPS) -> int:
+    """Of the machine, or what a container has of it."""
+    limits = _numbers(cgroups / "memory.max") or _numbers(cgroups / "memory" / "memory.limit_in_bytes")
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
+
+
+def _numbers(path: Path) -> list[int]:
+    """What the file says, where it is there and sets a limit."""
+    try:
+        return [int(word) for word in path.read_text().split()]
+    except (OSError, ValueError):  # "max"
+        return []
