@@ -128,6 +128,17 @@ def test_memory_is_bounded_for_the_child_and_not_for_this_process() -> None:
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process has")
+def test_no_library_takes_the_memory_that_images_may_have() -> None:
+    """Arrow's allocator reserves 1 GiB at its first use; with just that much allowed, every image was a crash."""
+    payloads = [jpeg(seed=seed) for seed in range(4)]
+    with Decoder(SPEC, DecodeConfig(memory_mb=1024)) as decoder:
+        assert_all_decoded(decoder.decode(payloads, 4), payloads)
+        status = Path(f"/proc/{decoder.child_pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmData:")]
+    assert int(line.split()[1]) < 400_000
+
+
 def signalling(decoder: Decoder, payloads: list[bytes], rows: set[int], sent: signal.Signals) -> Iterator[bytes]:
     """``payloads``; before each of ``rows`` the child, by then at work on a slow image, is sent a signal."""
     for row, data in enumerate(payloads):

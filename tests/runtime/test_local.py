@@ -291,10 +291,13 @@ def test_a_store_that_is_away_does_not_hide_why_a_run_ended(
     def away(*_: object) -> None:
         raise PermissionError("the credentials have expired")
 
+    config = changed(photo_config, errors__max_rate=0.0, errors__min_rows=16)
+    plan_run(config, "cpu")
+    monkeypatch.setattr(storage, "check_writable", lambda _: None)
     monkeypatch.setattr(RunLog, "write", away)
     monkeypatch.setattr(storage, "remove", away)
     with pytest.raises(ErrorBudgetExceeded):
-        classify(changed(photo_config, errors__max_rate=0.0, errors__min_rows=16))
+        classify(config)
 
 
 def test_rows_of_a_plan_that_was_never_finished_are_removed(
