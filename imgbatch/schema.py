@@ -5,6 +5,7 @@ Nothing here knows where the data comes from or goes to.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -22,6 +23,9 @@ SIZE, ETAG = "size", "etag"
 WINDOW_TYPE = pa.struct(
     [("col_off", pa.int64()), ("row_off", pa.int64()), ("width", pa.int64()), ("height", pa.int64())]
 )
+
+TILE_ID = re.compile(r"(?s)(.+)#\d+,\d+,\d+,\d+")
+"""The image_id that tiling gives a tile: its scene, and its window."""
 
 TOP_K_TYPE = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float32())]))
 
@@ -76,8 +80,13 @@ RESERVED_COLUMNS = frozenset(
 def check_no_collisions(column_names: Sequence[str]) -> None:
     """Raise :class:`UsageError` if a manifest column has the name of an output column, or twice the same name."""
     for name in column_names:
-        if name in RESERVED_COLUMNS:
-            raise UsageError(f"manifest: column {name!r} is the name of an output column; rename it in the manifest")
+        if name.lower() in RESERVED_COLUMNS:
+            raise UsageError(
+                f"manifest: column {name!r} is the name of an output column (readers ignore case); rename it in the "
+                f"manifest"
+            )
+        if name.lower() in (URI, IMAGE_ID) and name != name.lower():
+            raise UsageError(f"manifest: column {name!r} must be called {name.lower()!r}")
     lowered = [name.lower() for name in column_names]
     for name, low in zip(column_names, lowered, strict=True):
         if lowered.count(low) > 1:

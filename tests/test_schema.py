@@ -84,3 +84,9 @@ def test_columns_that_differ_only_in_case_are_refused():
 
 def test_a_manifests_own_columns_are_no_collision():
     schema.check_no_collisions(["uri", "image_id", "target", "targets", "split", "window", "bands", "shop"])
+
+
+@pytest.mark.parametrize("name", ["Label", "WIDTH", "Image_ID", "URI"])
+def test_case_makes_no_other_column(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        schema.check_no_collisions([name, "shop"])

@@ -96,7 +96,7 @@ def query(
         typer.Argument(help="DuckDB SQL over predictions, all_predictions, errors, runs."),
     ],
     output_format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet (needs -o).")] = "table",
-    to_file: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file.")] = None,
+    to_file: Annotated[str | None, typer.Option("-o", "--output", help="Write to this file.")] = None,
 ) -> None:
     """Run SQL over an output."""
     import duckdb
@@ -107,20 +107,29 @@ def query(
         raise UsageError(f"--format {output_format}: one of {', '.join(FORMATS)}")
     if output_format == "parquet" and to_file is None:
         raise UsageError("--format parquet: name a file with -o")
-    with contextlib.closing(open_views(out)) as connection:
+    with contextlib.closing(open_views(out)) as connection, _opened(to_file) as staged:
         try:
             if output_format == "parquet":
-                connection.sql(sql).write_parquet(str(to_file))
+                connection.sql(sql).write_parquet(str(staged))
                 return
             result = connection.execute(sql)
         except duckdb.Error as error:
             raise UsageError(f"query: {error}") from error
         if result.description is None:
+            if staged:
+                staged.touch()
             return
         columns = [column[0] for column in result.description]
         rows = iter(lambda: result.fetchmany(FETCHED_ROWS), [])
-        with to_file.open("w", newline="") if to_file else contextlib.nullcontext(sys.stdout) as file:
+        with staged.open("w", newline="") if staged else contextlib.nullcontext(sys.stdout) as file:
             _WRITERS[output_format](columns, itertools.chain.from_iterable(rows), file)
+
+
+def _opened(uri: str | None) -> contextlib.AbstractContextManager[Path | None]:
+    """Where a file is written that is there when all of it is, if one is named."""
+    from imgbatch.core import storage
+
+    return storage.staged_file(uri) if uri is not None else contextlib.nullcontext()
 
 
 def compact(

@@ -8,6 +8,8 @@ import typer
 
 from imgbatch.commands.common import console
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")]
+
 app = typer.Typer(help="Have the least certain labels looked at, and take the corrections over.", no_args_is_help=True)
 
 
@@ -23,6 +25,7 @@ def export(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="Multi-label: the bundle with the thresholds; default: 0.5.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """List the least certain images first, for a person to say what is true."""
     from imgbatch.core.review import CORRECTED, export_review
@@ -34,6 +37,7 @@ def export(
         per_class=per_class,
         limit=limit,
         model=model,
+        overwrite=overwrite,
     )
     console.print(f"{found.num_images:,} images listed in {found.path}", markup=False)
     if found.interface is None:
@@ -59,11 +63,14 @@ def import_(
     accept_empty: Annotated[
         bool, typer.Option("--accept-empty", help="Rows left empty are right as the model labelled them.")
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn corrections into a manifest of targets, for train and evaluate."""
     from imgbatch.core.targets import import_corrections
 
-    found = import_corrections(corrections, path, out=out, manifest=manifest, accept_empty=accept_empty)
+    found = import_corrections(
+        corrections, path, out=out, manifest=manifest, accept_empty=accept_empty, overwrite=overwrite
+    )
     console.print(
         f"{found.num_corrections:,} images looked at, {found.num_changed:,} of them labelled otherwise by the model; "
         f"{found.num_empty:,} left out as empty"

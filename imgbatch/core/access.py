@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from imgbatch.config import FetchConfig, parse_config
+from imgbatch.config import Config, FetchConfig, parse_config
 from imgbatch.core import storage
 
 
@@ -47,3 +47,16 @@ def fetch_settings(plan: Mapping[str, Any], given: FetchConfig) -> FetchConfig:
     """
     planned = parse_config(plan["config"]).fetch if "config" in plan else FetchConfig()
     return planned.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
+
+
+def moved_inputs(planned: Config, given: Config) -> dict[str, Any]:
+    """The sections of a run's inputs, with manifest and model from where ``given`` says they are now, if it says so.
+
+    What they are is checked by whoever opens them.
+    """
+    sections: dict[str, Any] = {}
+    if given.input.manifest is not None:
+        sections["input"] = planned.input.model_copy(update={"manifest": given.input.manifest})
+    if given.model.path is not None:
+        sections["model"] = planned.model.model_copy(update={"path": given.model.path})
+    return sections

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_RANGED = re.compile(r"(?s)(.+\.tar)#bytes=(\d{1,18})-(\d{1,18})")
+_RANGED = re.compile(r"(?is)(.+\.tar)#bytes=(\d{1,18})-(\d{1,18})")
 
 
 class ByteRange(NamedTuple):

@@ -66,7 +66,9 @@ class HttpsReader:
                 f"{parts.hostname}: {error.strerror}", may_pass=error.errno == socket.EAI_AGAIN
             ) from None
         except ssl.SSLError as error:
-            raise RequestFailed(f"{parts.hostname}: {error.reason}", may_pass=False) from None
+            # A server with too much to do breaks off in the middle of the handshake.
+            ended = isinstance(error, ssl.SSLEOFError)
+            raise RequestFailed(f"{parts.hostname}: {error.reason}", may_pass=ended) from None
         except http.client.InvalidURL as error:
             raise Refused(str(error)) from None
         except http.client.HTTPException as error:

@@ -29,7 +29,7 @@ def create_if_absent(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
                 raise
             return create_without_links(path, data)
         finally:
@@ -44,12 +44,17 @@ def create_without_links(path: Path, data: bytes) -> bool:
     A crash half-way leaves a short file, which readers of unit files detect: short Parquet has no footer.
     """
     try:
-        with path.open("xb") as file:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except FileExistsError:
-        return False
+    except OSError:  # as on a full disk: the next try must not take what is there for a whole file
+        path.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
     return True
 

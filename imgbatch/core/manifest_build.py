@@ -23,7 +23,7 @@ from imgbatch.core.manifest_sources import Source, SourceRows, TableOptions, ope
 from imgbatch.core.parquet import BATCH_ROWS, rechunk
 from imgbatch.core.tally import Tally
 from imgbatch.errors import UsageError, normalise_message
-from imgbatch.schema import BYTES, IMAGE_ID, SPLIT, TARGET, TARGETS, URI, WINDOW
+from imgbatch.schema import BYTES, IMAGE_ID, SPLIT, TARGET, TARGETS, TILE_ID, URI, WINDOW
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -67,7 +67,8 @@ def build_manifest(sources: Sequence[str], output: str, options: BuildOptions, *
         raise UsageError(
             f"output {output}: exists; choose another name or give --overwrite (which replaces a file only)"
         )
-    opened = open_sources(sources, options.table)
+    # An earlier manifest in the folder of its images is not what they are listed by.
+    opened = open_sources(sources, options.table, leave_out=output)
     schema = _manifest_schema(opened, options)
     try:
         return _write(output, schema, _iter_tables(opened, schema, options), ", ".join(sources))
@@ -194,11 +195,22 @@ def _split_keys(rows: SourceRows) -> list[str]:
     So the splits stay when the collection moves, the windows of one raster never straddle splits, and neither do
     copies of one embedded image.
     """
-    if IMAGE_ID in rows.table.column_names and not rows.ids_are_paths:
-        return [str(value) for value in rows.table[IMAGE_ID].to_pylist()]
+    names = rows.table.column_names
+    if IMAGE_ID in names and not rows.ids_are_paths:
+        ids = [str(value) for value in rows.table[IMAGE_ID].to_pylist()]
+        if WINDOW not in names or URI not in names:
+            return ids
+        windows, uris = rows.table[WINDOW].is_valid().to_pylist(), rows.table[URI].to_pylist()
+        return [_scene_of(*row) if row[1] else row[0] for row in zip(ids, windows, uris, strict=True)]
     if rows.names is not None:
         return [str(name) for name in rows.names]
     return [hashlib.sha256(image or b"").hexdigest() for image in rows.table[BYTES].to_pylist()]
+
+
+def _scene_of(image_id: str, _: bool, uri: str) -> str:
+    """Of a tile: its scene as tiling called it, else the scene's uri."""
+    named = TILE_ID.fullmatch(image_id)
+    return named[1] if named else uri
 
 
 def _map_uris(rows: SourceRows, source: Source, function: Callable[[str], str]) -> list[str | None]:

@@ -25,7 +25,7 @@ from imgbatch.core.storage import FileInfo
 from imgbatch.errors import UsageError, normalise_message
 from imgbatch.schema import ETAG, SIZE, TARGETS, URI
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".j2k")
 """What is an image in a folder or glob, whatever the case."""
 
 LIST_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -97,7 +97,7 @@ class TableOptions:
         return renamed
 
 
-def open_sources(paths: Iterable[str], options: TableOptions) -> list[Source]:
+def open_sources(paths: Iterable[str], options: TableOptions, *, leave_out: str | None = None) -> list[Source]:
     """The sources that ``paths`` name, in their order; a glob of lists or Parquet files stands for each of them.
 
     Raises:
@@ -105,11 +105,11 @@ def open_sources(paths: Iterable[str], options: TableOptions) -> list[Source]:
     """
     sources: list[Source] = []
     for path in paths:
-        sources.extend(_open_source(_normal(path), path, options))
+        sources.extend(_open_source(_normal(path), path, options, leave_out and _normal(leave_out)))
     return sources
 
 
-def _open_source(path: str, given: str, options: TableOptions) -> Iterator[Source]:
+def _open_source(path: str, given: str, options: TableOptions, leave_out: str | None) -> Iterator[Source]:
     # Which builds upon this module.
     from imgbatch.core.manifest_shards import TarShards
 
@@ -128,12 +128,13 @@ def _open_source(path: str, given: str, options: TableOptions) -> Iterator[Sourc
         if not matches:
             raise UsageError(f"{given}: no file matches")
         for info in matches:
-            yield from _open_source(info.uri, info.uri, options)
+            if info.uri != leave_out:
+                yield from _open_source(info.uri, info.uri, options, leave_out)
     elif not _exists(path):
         raise UsageError(f"{given}: there is no such file or directory")
     elif lowered.endswith(LIST_SUFFIXES):
         yield ListFile(path, options)
-    elif lowered.endswith(SUFFIX) or _holds_parquet(path):
+    elif lowered.endswith(SUFFIX) or _holds_parquet(path, leave_out):
         yield ParquetTable(open_dataset(path), options)
     elif lowered.endswith(SHARD_SUFFIX) and storage.is_file(path):
         yield TarShards(path, None, options.targets_from_cls)
@@ -357,6 +358,18 @@ def _exists(path: str) -> bool:
         raise UsageError(f"{path}: cannot be read ({normalise_message(error)})") from error
 
 
-def _holds_parquet(path: str) -> bool:
+def _holds_parquet(path: str, leave_out: str | None) -> bool:
+    """Raises :class:`UsageError` for a folder that holds images too: one or the other would be missing."""
     fs, inner = storage.filesystem(path)
-    return fs.isdir(inner) and any(name.endswith(SUFFIX) for name in fs.ls(inner, detail=False))
+    if not fs.isdir(inner):
+        return False
+    ignored = storage.filesystem(leave_out)[1] if leave_out else None
+    names = [name for name in fs.ls(inner, detail=False) if name != ignored]
+    tables = [name for name in names if name.endswith(SUFFIX)]
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    if tables and images:
+        raise UsageError(
+            f"{path}: holds images and Parquet files ({posixpath.basename(tables[0])}); name those that are meant with "
+            f"a glob, like '{path.rstrip('/')}/*{posixpath.splitext(images[0])[1]}'"
+        )
+    return bool(tables)

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imgbatch.core import storage
@@ -240,11 +241,17 @@ def recalibrate_bundle(
     """Write ``bundle`` to ``path`` with another calibration and the same weights, byte for byte; needs no torch.
 
     Raises:
-        UsageError: ``path`` is the bundle's own, or temperature or thresholds do not fit its classes.
+        UsageError: ``path`` is the bundle's own or holds another model, or temperature or thresholds do not fit its
+            classes.
     """
     path = storage.absolute(str(path))
-    if path == bundle.path:
+    if path == bundle.path or (storage.is_local(path) and Path(path).resolve() == Path(bundle.path).resolve()):
         raise UsageError(f"{path}: that is the model itself; name another directory for the calibrated one")
+    if (
+        storage.exists(storage.join(path, DESCRIPTION_FILE))
+        and load_bundle(path).weights_sha256 != bundle.weights_sha256
+    ):
+        raise UsageError(f"{path}: holds a model of other weights; choose another place")
     changed = {"temperature": temperature, "thresholds": thresholds, "provenance": provenance}
     values = {key: value for key, value in bundle.to_dict().items() if key not in ("format_version", "model_id")}
     calibrated = ModelBundle(path=path, **check_description(values | changed, where=path))

@@ -8,11 +8,12 @@ Legend of shape suffixes: N tiles, K classes, Y and X cells between the edges of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import posixpath
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,9 @@ def write_mosaics(
         for tiles in _by_scene(views.sql(_TILES).to_arrow_reader()):
             tally.num_tiles += len(tiles.windows_N4)
             try:
-                tally.files.append(_write(tiles, storage.local_path(directory), class_names, class_name, access))
+                target = _target(storage.local_path(directory), tiles, class_name, tally.files)
+                _write(tiles, target, class_names, class_name, access)
+                tally.files.append(str(target))
             except (RasterRejected, _Unplaced) as error:
                 tally.failed.append(f"{tiles.uri}: {error}")
     return tally
@@ -164,9 +167,20 @@ def _scene_name(uri: str, image_id: str) -> str:
     return posixpath.splitext(relative if sound else posixpath.basename(uri))[0]
 
 
+def _target(directory: Path, tiles: _Tiles, class_name: str | None, taken: Sequence[str]) -> Path:
+    """The file of a scene; scenes that would share a name get a part of their uri's hash after it."""
+    ending = "labels" if class_name is None else re.sub(r"[^\w-]+", "_", class_name)
+    if class_name is not None and ending == "labels":
+        ending = "labels_"
+    target = directory / f"{tiles.name}.{ending}.tif"
+    if str(target) not in taken:
+        return target
+    return directory / f"{tiles.name}-{hashlib.sha256(tiles.uri.encode()).hexdigest()[:8]}.{ending}.tif"
+
+
 def _write(
-    tiles: _Tiles, directory: Path, class_names: tuple[str, ...], class_name: str | None, access: FetchConfig
-) -> str:
+    tiles: _Tiles, target: Path, class_names: tuple[str, ...], class_name: str | None, access: FetchConfig
+) -> None:
     place = find_raster(tiles.uri, access)
     if isinstance(place, RowError):
         raise _Unplaced(place.message)
@@ -177,18 +191,14 @@ def _write(
             raise _Unplaced(f"is {scene.width} x {scene.height} px now, less than its tiles")
         if class_name is None:
             values_YX, options = _label_raster(cells, class_names)
-            ending = "labels"
         else:
             values_YX = np.where(cells.covered_YX, cells.probs_YXK[..., class_names.index(class_name)], np.nan)
             values_YX, options = values_YX.astype(np.float32), {"nodata": np.nan, "dtype": "float32"}
-            ending = re.sub(r"[^\w-]+", "_", class_name)
-        target = directory / f"{tiles.name}.{ending}.tif"
         with storage.staged_file(str(target)) as staged, tempfile.TemporaryDirectory(dir=staged.parent) as folder:
             plain = Path(folder, "plain.tif")
             _burn(plain, scene, cells, values_YX, options, class_names, class_name)
             resampling = "MODE" if class_name is None else "AVERAGE"
             copy(str(plain), str(staged), driver="COG", compress="DEFLATE", overview_resampling=resampling)
-    return str(target)
 
 
 def _label_raster(cells: _Cells, class_names: tuple[str, ...]) -> tuple[np.ndarray, dict[str, Any]]:

@@ -19,7 +19,7 @@ MAX_VALUE_CHARS = 200
 MAX_PARTITIONS = 10_000
 _SAFE_CHARS = " !$&'()+,;@^`~"
 _BUCKET = re.compile(r"bucket:(\d+)")
-_UNFIT_NAME = re.compile(r"[/\\=%\x00-\x1f\x7f]|^\.")
+_UNFIT_NAME = re.compile(r"[/\\=%*?\[\]\x00-\x1f\x7f]|^\.")
 _DUCKDB_TYPES = (
     (pa.types.is_string, "varchar"),
     (pa.types.is_integer, "bigint"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -150,6 +151,7 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
     fields = result_fields(config, manifest, bundle, spec, device, backend)
     fingerprint = fingerprint_of(fields)
     out = storage.absolute(str(config.output.path))
+    _check_readable(out)
     storage.check_writable(out)
     abandon = config.run.on_unfinished == "abandon"
     run_id = choose_run_id(out, fingerprint, fields, new_run=config.run.new_run, abandon=abandon)
@@ -165,6 +167,14 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
     return replace(open_run(paths, config, bundle, spec), backend=backend)
 
 
+def _check_readable(out: str) -> None:
+    """What readers take for a pattern, or for a column of all files below, is no name for a directory of output."""
+    if odd := next((part for part in out.split("/") if re.search(r"[*?\[\]=]", part)), None):
+        raise UsageError(
+            f"output {out}: readers take {odd!r} for a pattern or a partition; choose a directory without any of *?[]="
+        )
+
+
 def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: DeviceKind, *, attempt: int) -> Run:
     """A child run over the rows of ``parent`` whose row_id is in ``failed_rows``; row_ids stay the parent's.
 
@@ -177,6 +187,11 @@ def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: 
     fields = result_fields(config, manifest, bundle, spec, device, backend)
     if fields["manifest"] != parent_plan.fields["manifest"]:
         raise UsageError(f"manifest {manifest.path}: changed since run {parent.run_id}; classify it as a new run")
+    if fields["model"] != parent_plan.fields["model"]:
+        raise UsageError(
+            f"model {bundle.path}: not the one of run {parent.run_id} ({parent_plan.fields['model']}); name that with "
+            f"--set model.path=…, or classify as a new run"
+        )
     rows_digest = hashlib.sha256(np.sort(failed_rows.to_numpy()).tobytes()).hexdigest()
     fields |= {"parent": parent.run_id, "attempt": attempt, "rows": rows_digest}
     out = parent.paths.out
@@ -295,6 +310,10 @@ def _new_plan(
     device: DeviceKind,
 ) -> RunPlan:
     check_class_names(config.output.partition_by, bundle.class_names)
+    # A retry may be asked for from another directory.
+    manifest = config.input.model_copy(update={"manifest": storage.absolute(str(config.input.manifest))})
+    model = config.model.model_copy(update={"path": bundle.path})
+    config = config.model_copy(update={"input": manifest, "model": model})
     return RunPlan(
         run_id=run_id,
         fingerprint=fingerprint_of(fields),

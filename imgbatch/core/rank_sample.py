@@ -106,13 +106,14 @@ def _intervals(truth_NK: np.ndarray, probs_NK: np.ndarray, seed: int) -> dict[st
     affordable = _BOOTSTRAP_VALUES // (_BOOTSTRAP_REPLICATES * truth_NK.shape[1])
     if affordable < min(_BOOTSTRAP_LEAST_ROWS, len(probs_NK)):
         return {"unavailable": f"too many classes to draw {_BOOTSTRAP_LEAST_ROWS} rows again and again"}
-    rows = slice(min(len(probs_NK), affordable))
+    # Drawn, because the first ones may be of a few classes: a folder is listed class by class.
+    rows = np.random.default_rng(seed).permutation(len(probs_NK))[:affordable]
     aucs, precisions = ranking.bootstrap_areas(
         truth_NK[rows], probs_NK[rows], _BOOTSTRAP_REPLICATES, np.random.default_rng(seed)
     )
     return {
         "roc_auc": intervals.percentile_interval(aucs),
         "average_precision": intervals.percentile_interval(precisions),
-        "rows": rows.stop,
+        "rows": len(rows),
         "replicates": _BOOTSTRAP_REPLICATES,
     }

@@ -57,6 +57,7 @@ def export_review(
     per_class: int | None = None,
     limit: int | None = None,
     model: str | None = None,
+    overwrite: bool = False,
 ) -> ReviewList:
     """Write the current predictions of ``out`` to ``path``, least certain first.
 
@@ -66,8 +67,10 @@ def export_review(
         model: multi-label: the bundle that made the predictions, for its thresholds; none: 0.5 for every label.
 
     Raises:
-        UsageError: no finished run, runs of models with different classes, or ``model`` is another one.
+        UsageError: ``path`` is there already, no finished run, runs of models with different classes, or ``model`` is
+            another one.
     """
+    refuse_existing(path, overwrite=overwrite)
     out = storage.absolute(out)
     with open_views(out) as connection, bounded_memory(connection):
         labeller = read_labeller(connection, out)
@@ -83,6 +86,12 @@ def export_review(
                 num_images = _write_tasks(file, rows, " ".join(labeller.model_ids))
     interface = labelling_interface(labeller) if review_format == "label-studio" else None
     return ReviewList(path, num_images, interface)
+
+
+def refuse_existing(path: str, *, overwrite: bool) -> None:
+    """Raise :class:`UsageError` for a file that somebody may have filled in."""
+    if not overwrite and storage.exists(path):
+        raise UsageError(f"-o {path}: exists; choose another name or give --overwrite")
 
 
 def labelling_interface(labeller: Labeller) -> str:

@@ -96,6 +96,10 @@ def measure_robustness(
         UsageError: no image with a target that the model knows, or none of them could be decoded.
     """
     bundle = load_bundle(model)
+    if bundle.preprocess.num_channels != 3:
+        raise UsageError(
+            f"model {model}: its images have {bundle.preprocess.num_channels} bands; the corruptions are of RGB images"
+        )
     pictures = load_pictures(
         open_manifest(manifest),
         bundle.preprocess,

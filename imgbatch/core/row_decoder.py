@@ -169,7 +169,9 @@ def find_raster(uri: str | None, config: FetchConfig) -> str | RowError:
         return row_error(Status.REFUSED, Stage.FETCH, error)
     except PermissionError as error:
         return row_error(Status.FORBIDDEN, Stage.FETCH, f"{type(error).__name__}: {error}")
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return row_error(Status.NOT_FOUND, Stage.FETCH, f"{type(error).__name__}: {error}")
+    except OSError as error:  # as a share has that is away for the moment
+        return row_error(Status.FETCH_FAILED, Stage.FETCH, f"{type(error).__name__}: {error}")
     # Anything else may hang whoever opens it, as a named pipe does.
     return str(path) if stat.S_ISREG(mode) else row_error(Status.REFUSED, Stage.FETCH, "not a regular file")

@@ -5,6 +5,8 @@ A unit is then one small read, however the manifest is laid out, and verificatio
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -66,6 +68,10 @@ def _cut(tables: Iterable[pa.Table], sizes: Iterable[int]) -> Iterator[pa.Table]
         held, held_rows = [joined.slice(size)], held_rows - size
 
 
+_KEPT_GROUPS = 3
+"""Of embedded images: an actor has two children, and the next unit on its way."""
+
+
 class RowsReader:
     """Reads units of ``rows/``; keeps the file last used open."""
 
@@ -99,22 +105,32 @@ class RowsReader:
 
 
 class EmbeddedImages:
-    """Reads the ``bytes`` of rows of a manifest by row_id; keeps the row group last used."""
+    """Reads the ``bytes`` of rows of a manifest by row_id; several threads may, in row groups of their own.
+
+    Keeps the row groups last used, one for each unit that an actor has under way.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._first_rows = np.cumsum([0, *(group.num_rows for group in manifest.row_groups)])
-        self._group_index = -1
-        self._group: pa.ChunkedArray | None = None
+        self._groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, row_ids: Sequence[int]) -> Iterator[bytes | None]:
         """Each row's bytes, in order; ``None`` where the cell is null."""
         for row_id in row_ids:
             group_index = int(np.searchsorted(self._first_rows, row_id, side="right")) - 1
-            if self._group is None or group_index != self._group_index:
-                self._group = self._manifest.read_images(self._manifest.row_groups[group_index])
-                self._group_index = group_index
-            yield self._group[row_id - int(self._first_rows[group_index])].as_py()
+            yield self._group(group_index)[row_id - int(self._first_rows[group_index])].as_py()
+
+    def _group(self, index: int) -> pa.ChunkedArray:
+        with self._lock:
+            group = self._groups.pop(index, None)
+            if group is None:
+                group = self._manifest.read_images(self._manifest.row_groups[index])
+            self._groups[index] = group
+            if len(self._groups) > _KEPT_GROUPS:
+                self._groups.popitem(last=False)
+            return group
 
 
 def select_rows(tables: Iterable[pa.Table], row_ids: pa.Array) -> Iterator[pa.Table]:

@@ -270,18 +270,28 @@ def heartbeat(paths: RunPaths) -> Iterator[None]:
 
 
 def _refuse_if_alive(paths: RunPaths) -> None:
+    other = _sign_of_life(paths)
+    if other is not None and not (other["host"] == socket.gethostname() and other["pid"] == os.getpid()):
+        raise UsageError(
+            f"run {paths.run_id}: another driver works on it (process {other['pid']} on {other['host']}, "
+            f"sign of life {time.time() - other['time']:.0f} s ago); wait for it, or stop it and try again in a minute"
+        )
+
+
+def is_alive(paths: RunPaths) -> bool:
+    """Whether a driver works on the run: its sign of life is younger than a minute."""
+    return _sign_of_life(paths) is not None
+
+
+def _sign_of_life(paths: RunPaths) -> dict[str, Any] | None:
+    """What a driver that lives wrote last."""
     try:
-        other = storage.read_json(paths.heartbeat)
+        sign: dict[str, Any] = storage.read_json(paths.heartbeat)
     except (FileNotFoundError, ValueError):
-        return
-    age_s = time.time() - other["time"]
-    same_host = other["host"] == socket.gethostname()
-    if age_s > HEARTBEAT_STALE_S or (same_host and not _is_running(other["pid"])):
-        return
-    raise UsageError(
-        f"run {paths.run_id}: another driver works on it (process {other['pid']} on {other['host']}, "
-        f"sign of life {age_s:.0f} s ago); wait for it, or stop it and try again in a minute"
-    )
+        return None
+    if time.time() - sign["time"] > HEARTBEAT_STALE_S:
+        return None
+    return None if sign["host"] == socket.gethostname() and not _is_running(sign["pid"]) else sign
 
 
 def _is_running(pid: int) -> bool:
@@ -290,8 +300,8 @@ def _is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return pid != os.getpid()
+        pass
+    return True
 
 
 def utc_now() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from imgbatch.core import storage
-from imgbatch.core.runs import RunEntry, list_runs
+from imgbatch.core.runs import RunEntry, is_alive, list_runs
 from imgbatch.errors import UsageError
 
 
@@ -23,7 +23,7 @@ def _state(run: RunEntry) -> dict[str, Any]:
     if run.finished:
         state, units_done, counts = "finished", num_units, storage.read_json(run.paths.files)["counts"]
     else:
-        running = storage.exists(run.paths.heartbeat)
+        running = is_alive(run.paths)
         state = "abandoned" if run.abandoned else "running" if running else log.get("state", "unfinished")
         units_done, counts = len(run.paths.committed_units(num_units)), None
     return {

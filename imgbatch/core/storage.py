@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 import uuid
@@ -73,7 +74,9 @@ def absolute(uri: str) -> str:
     """What means the same in another process and to every reader: local paths absolute, ``s3a://`` as ``s3://``."""
     if is_local(uri):
         return str(local_path(uri).expanduser().absolute())
-    return uri.replace("s3a://", "s3://", 1) if uri.startswith("s3a://") else uri
+    uri = uri.replace("s3a://", "s3://", 1) if uri.startswith("s3a://") else uri
+    scheme, separator, path = uri.partition("://")
+    return f"{scheme}{separator}{path.rstrip('/')}"
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -322,6 +325,11 @@ def remove(uri: str) -> None:
         return
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
+        if re.search(r"[*?\[]", path):  # which rm takes for a pattern
+            for name in [*fs.find(path), path]:
+                with contextlib.suppress(FileNotFoundError):
+                    fs.rm_file(name)
+            return
         fs.rm(path, recursive=True)
 
 
@@ -358,7 +366,12 @@ def check_writable(directory: str) -> None:
     except Exception as error:  # every object store's client has exceptions of its own
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"output {directory}: cannot write there ({normalise_message(reason)})") from error
-    remove(probe)
+    try:
+        remove(probe)
+    except Exception as error:
+        raise UsageError(
+            f"output {directory}: files cannot be removed there, as units must be ({normalise_message(error)})"
+        ) from error
     if not created_again:
         return
     if not is_s3(directory):

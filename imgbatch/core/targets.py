@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,14 @@ from imgbatch.core import storage
 from imgbatch.core.corrections import Correction, Corrections, read_corrections
 from imgbatch.core.database import bounded_memory
 from imgbatch.core.manifest import Manifest, open_manifest
+from imgbatch.core.review import refuse_existing
 from imgbatch.core.scored import read_labeller
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
-from imgbatch.schema import IMAGE_ID, SPLIT, TARGET, TARGETS, URI
+from imgbatch.schema import BANDS, IMAGE_ID, SPLIT, TARGET, TARGETS, TILE_ID, URI, WINDOW
+
+_KEPT = (SPLIT, WINDOW, BANDS)
+"""Of an output's columns, what a manifest of its images needs too."""
 
 NEW_SPLIT = "train"
 """The split of corrected images whose own is unknown, where the manifest that they join has splits."""
@@ -46,12 +50,14 @@ def import_corrections(
     out: str | None = None,
     manifest: str | None = None,
     accept_empty: bool = False,
+    overwrite: bool = False,
 ) -> ImportResult:
     """Write what ``path`` says is true as a manifest of targets to the Parquet file ``output``.
 
     Args:
         path: as for ``corrections.read_corrections``.
-        out: the output that was reviewed: class names are checked against its model, and splits come from it.
+        out: the output that was reviewed: class names are checked against its model, and splits and windows come from
+            it.
         manifest: write all rows of this manifest with the corrections applied; images that are new to it are
             appended. None: the corrected images only.
         accept_empty: rows left empty are right as the model labelled them.
@@ -59,14 +65,15 @@ def import_corrections(
     Raises:
         UsageError: one line that names the file and the row.
     """
+    refuse_existing(output, overwrite=overwrite)
     if out is None:
-        corrections, splits = read_corrections(path, accept_empty=accept_empty), None
+        corrections, known = read_corrections(path, accept_empty=accept_empty), None
     else:
-        corrections, splits = _read_reviewed(path, storage.absolute(out), accept_empty)
+        corrections, known = _read_reviewed(path, storage.absolute(out), accept_empty)
     if manifest is None:
-        tables = iter([_corrected_rows(corrections, splits)])
+        tables = iter([_corrected_rows(corrections, known)])
     else:
-        tables = _corrected_manifest(open_manifest(manifest), corrections, splits or {})
+        tables = _corrected_manifest(open_manifest(manifest), corrections, known or pa.table({IMAGE_ID: []}))
     num_rows = 0
     with storage.staged_file(output) as staged:
         first = next(tables)
@@ -79,8 +86,11 @@ def import_corrections(
     return ImportResult(output, num_rows, len(found), num_changed, corrections.num_empty)
 
 
-def _read_reviewed(path: str, out: str, accept_empty: bool) -> tuple[Corrections, dict[str, str] | None]:
-    """The corrections, checked against the output, and the splits of their images (none: it has no splits)."""
+def _read_reviewed(path: str, out: str, accept_empty: bool) -> tuple[Corrections, pa.Table]:
+    """The corrections, checked against the output, and what it says of their images beside the labels.
+
+    Columns: image_id, and those of split, window and bands that it has; rows in the corrections' order.
+    """
     with open_views(out) as connection, bounded_memory(connection):
         labeller = read_labeller(connection, out)
         corrections = read_corrections(path, class_names=labeller.class_names, accept_empty=accept_empty)
@@ -89,18 +99,17 @@ def _read_reviewed(path: str, out: str, accept_empty: bool) -> tuple[Corrections
         ids = pa.table({IMAGE_ID: list(corrections.by_image_id)})
         connection.register("corrected", ids)
         names = {row[0] for row in connection.execute("describe predictions").fetchall()}
-        split = SPLIT if SPLIT in names else "null"
-        found = dict(
-            connection.execute(
-                f"select {IMAGE_ID}, {split} from predictions semi join corrected using ({IMAGE_ID})"
-            ).fetchall()
-        )
-    for correction in corrections.by_image_id.values():
-        if correction.image_id not in found:
+        columns = ", ".join([IMAGE_ID, *(name for name in _KEPT if name in names)])
+        found = connection.execute(
+            f"select {columns} from predictions semi join corrected using ({IMAGE_ID})"
+        ).to_arrow_table()
+    at = pc.index_in(ids[IMAGE_ID], value_set=found[IMAGE_ID].combine_chunks())
+    for correction, position in zip(corrections.by_image_id.values(), at.to_pylist(), strict=True):
+        if position is None:
             raise UsageError(
                 f"{path}: {correction.where}: image_id {correction.image_id!r} is not among {out}'s labels"
             )
-    return corrections, found if SPLIT in names else None
+    return corrections, found.take(at)
 
 
 def _truths(corrections: Corrections, listed: Sequence[Correction]) -> pa.Array:
@@ -109,9 +118,14 @@ def _truths(corrections: Corrections, listed: Sequence[Correction]) -> pa.Array:
     return pa.array([correction.truth[0] for correction in listed], pa.string())
 
 
-def _corrected_rows(corrections: Corrections, splits: Mapping[str, str] | None) -> pa.Table:
+def _corrected_rows(corrections: Corrections, known: pa.Table | None) -> pa.Table:
     listed = list(corrections.by_image_id.values())
     for correction in listed:
+        if known is None and TILE_ID.fullmatch(correction.image_id):
+            raise UsageError(
+                f"{corrections.path}: {correction.where}: {correction.image_id!r} is a tile; name the output that was "
+                "reviewed with --out, or the manifest that holds its window with --manifest"
+            )
         if correction.uri is None:
             raise UsageError(
                 f"{corrections.path}: {correction.where}: {URI} is empty; "
@@ -122,14 +136,11 @@ def _corrected_rows(corrections: Corrections, splits: Mapping[str, str] | None) 
         IMAGE_ID: pa.array([correction.image_id for correction in listed], pa.string()),
         corrections.column: _truths(corrections, listed),
     }
-    if splits is not None:
-        columns[SPLIT] = pa.array([splits[correction.image_id] for correction in listed], pa.string())
-    return pa.table(columns)
+    kept = known.drop_columns([IMAGE_ID]) if known is not None else pa.table({})
+    return pa.table(columns | dict(zip(kept.column_names, kept.columns, strict=True)))
 
 
-def _corrected_manifest(
-    manifest: Manifest, corrections: Corrections, splits: Mapping[str, str | None]
-) -> Iterator[pa.Table]:
+def _corrected_manifest(manifest: Manifest, corrections: Corrections, known: pa.Table) -> Iterator[pa.Table]:
     """The manifest's rows in order with the corrections in their place, then the images that are new to it."""
     other = TARGET if corrections.multilabel else TARGETS
     if other in manifest.schema.names:
@@ -154,14 +165,14 @@ def _corrected_manifest(
         schema = table.schema
         yield table
     if schema is not None and new.any():
-        yield _new_rows(manifest, corrections, [listed[index] for index in np.flatnonzero(new)], splits, schema)
+        yield _new_rows(manifest, corrections, [listed[index] for index in np.flatnonzero(new)], known, schema)
 
 
 def _new_rows(
     manifest: Manifest,
     corrections: Corrections,
     listed: Sequence[Correction],
-    splits: Mapping[str, str | None],
+    known: pa.Table,
     schema: pa.Schema,
 ) -> pa.Table:
     if manifest.has_bytes or any(correction.uri is None for correction in listed):
@@ -170,10 +181,16 @@ def _new_rows(
             f"{corrections.path}: {first.where}: image_id {first.image_id!r} is not in manifest {manifest.path}, "
             "and without its bytes or uri it cannot be added"
         )
-    known = {
+    ids = pa.array([correction.image_id for correction in listed], pa.string())
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
         URI: pa.array([correction.uri for correction in listed], pa.string()),
-        IMAGE_ID: pa.array([correction.image_id for correction in listed], pa.string()),
+        IMAGE_ID: ids,
         corrections.column: _truths(corrections, listed),
-        SPLIT: pa.array([splits.get(correction.image_id) or NEW_SPLIT for correction in listed], pa.string()),
+        SPLIT: pa.repeat(pa.scalar(NEW_SPLIT), len(listed)),
     }
-    return pa.table([known.get(f.name, pa.nulls(len(listed), f.type)) for f in schema], schema=schema)
+    at = pc.index_in(ids, value_set=known[IMAGE_ID].combine_chunks().cast(pa.string()))
+    for name in known.drop_columns([IMAGE_ID]).column_names:
+        found = known[name].take(at)
+        columns[name] = pc.coalesce(found, columns[name]) if name == SPLIT else found
+    arrays = [columns.get(f.name, pa.nulls(len(listed), f.type)).cast(f.type) for f in schema]
+    return pa.table(arrays, schema=schema)

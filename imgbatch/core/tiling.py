@@ -155,14 +155,15 @@ def _iter_tables(
         seen.add(name)
         tally.num_scenes += 1
         try:
-            scene = open_raster(_place(uri, access))
-        except Exception as error:  # a damaged header raises anything
+            with open_raster(_place(uri, access)) as scene:
+                table = _tiles(scene, uri, name, options, tally).select(schema.names).cast(schema)
+        except UsageError:
+            raise
+        except Exception as error:  # a damaged file raises anything
             tally.failed.append(f"{uri}: {normalise_message(error)}")
             row = {URI: uri, IMAGE_ID: name, BANDS: list(options.bands) if options.bands else None}
             yield pa.Table.from_pylist([{key: row.get(key) for key in schema.names}], schema=schema)
             continue
-        with scene:
-            table = _tiles(scene, uri, name, options, tally).select(schema.names).cast(schema)
         tally.num_tiles += table.num_rows
         yield table
 
@@ -244,16 +245,25 @@ def _transforms(scene: DatasetReader, windows_N4: np.ndarray) -> np.ndarray:
 
 
 def _corners(scene: DatasetReader, windows_N4: np.ndarray) -> np.ndarray:
-    """Longitude and latitude of the corners, float64 [N, 4, 2]: upper left, lower left, lower right, upper right."""
+    """Longitude and latitude of the corners, float64 [N, 4, 2]: upper left, lower left, lower right, upper right.
+
+    NaN where they are not known, and of tiles across the 180th meridian, whose polygon would go around the world.
+    """
+    unknown_N42 = np.full((len(windows_N4), 4, 2), np.nan)
     if scene.crs is None:
-        return np.full((len(windows_N4), 4, 2), np.nan)
+        return unknown_N42
     left, top, width, height = windows_N4.T
     columns_N4 = np.stack([left, left, left + width, left + width], axis=1)
     rows_N4 = np.stack([top, top + height, top + height, top], axis=1)
     a, b, c, d, e, f = tuple(scene.transform)[:6]
     xs, ys = a * columns_N4 + b * rows_N4 + c, d * columns_N4 + e * rows_N4 + f
-    longitudes, latitudes = to_crs(scene.crs, LONGITUDE_LATITUDE, xs.ravel(), ys.ravel())
-    return np.stack([np.array(longitudes), np.array(latitudes)], axis=1).reshape(-1, 4, 2)
+    try:
+        longitudes, latitudes = to_crs(scene.crs, LONGITUDE_LATITUDE, xs.ravel(), ys.ravel())
+    except Exception:  # a coordinate system of a building site, say; PROJ's errors have no common class
+        return unknown_N42
+    corners_N42 = np.stack([np.array(longitudes), np.array(latitudes)], axis=1).reshape(-1, 4, 2)
+    across_N = np.ptp(corners_N42[:, :, 0], axis=1) > 180
+    return np.where(across_N[:, None, None], unknown_N42, corners_N42)
 
 
 def _valid_shares(scene: DatasetReader, windows_N4: np.ndarray) -> np.ndarray | None:

@@ -49,6 +49,8 @@ class VectorLabels:
                 self._classes, self._geometries = _read_layers(copy, field, path)
         if not self._classes:
             raise UsageError(f"--labels {path}: no feature has the property {field!r}; name it with --label-field")
+        # Of a polygon that crosses itself nothing can be cut off.
+        self._geometries = list(shapely.make_valid(np.array(self._geometries, object)))
         self._tree = shapely.STRtree(self._geometries)
 
     def targets(self, tiles: pa.Array) -> list[str | None]:
@@ -68,13 +70,30 @@ class VectorLabels:
 
 
 def _read_geojson(data: bytes, field: str, path: str) -> tuple[list[str], list[Any]]:
-    """Class and geometry of each feature; RFC 7946 knows longitude and latitude only."""
+    """Class and geometry of each feature.
+
+    RFC 7946 knows longitude and latitude only; the ``crs`` of the format before it, which many programs still write,
+    is heeded.
+    """
     try:
-        features = json.loads(data)["features"]
-        labelled = [feature for feature in features if (feature.get("properties") or {}).get(field) is not None]
+        collection = json.loads(data)
+        labelled = [
+            feature
+            for feature in collection["features"]
+            if (feature.get("properties") or {}).get(field) is not None and feature["geometry"] is not None
+        ]
         geometries = [shapely.from_geojson(json.dumps(feature["geometry"])) for feature in labelled]
+        crs = ((collection.get("crs") or {}).get("properties") or {}).get("name")
     except (ValueError, KeyError, TypeError, AttributeError, shapely.GEOSException) as error:
         raise UsageError(f"--labels {path}: not a GeoJSON FeatureCollection ({error})") from error
+    # In GeoJSON longitude comes first in EPSG:4326 too.
+    if crs and labelled and not crs.endswith(("CRS84", ":4326")):
+        from rasterio.errors import CRSError
+
+        try:
+            geometries = list(_to_longitude_latitude(np.array(geometries, object), crs))
+        except CRSError as error:
+            raise UsageError(f"--labels {path}: crs {crs!r} is not known ({error})") from error
     return [str(feature["properties"][field]) for feature in labelled], geometries
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import duckdb
+
 from imgbatch.core import storage
 from imgbatch.core.database import spilling
 from imgbatch.core.output_files import EMBEDDINGS, ERRORS, PREDICTIONS, find_strays
 from imgbatch.core.runs import RunEntry, find_run, list_runs
-from imgbatch.errors import UsageError
+from imgbatch.errors import UsageError, normalise_message
 
 _MEMORY_MB = 1000
 
@@ -55,10 +57,13 @@ def verify(out: str, run_id: str | None = None) -> VerifyResult:
             detail = f"unfinished: {done} of {run.plan['num_units']} units; run the same command again to continue"
             checks.append(Check(run.run_id, "finished", False, detail))
             continue
-        checks += _check_files(run)
-        if all(check.ok for check in checks if check.run_id == run.run_id):
-            checks += _check_rows(run, next((r for r in chain if r.run_id == run.parent), None))
-        counts[run.run_id] = storage.read_json(run.paths.files)["counts"]
+        try:
+            checks += _check_files(run)
+            if all(check.ok for check in checks if check.run_id == run.run_id):
+                checks += _check_rows(run, next((r for r in chain if r.run_id == run.parent), None))
+            counts[run.run_id] = storage.read_json(run.paths.files)["counts"]
+        except (FileNotFoundError, ValueError, KeyError, duckdb.Error) as error:
+            checks.append(Check(run.run_id, "records", False, f"cannot be read: {normalise_message(error)}"))
     return VerifyResult(checks, counts)
 
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 _NO_PREDICTIONS = (
     "select null::bigint row_id, null::varchar image_id, null::varchar uri, null::varchar label, "
-    "null::float probability, null::varchar model_id, null::timestamptz predicted_at, null::varchar run_id where false"
+    "null::int label_index, null::float probability, null::float margin, "
+    "null::struct(label varchar, probability float)[] top_k, null::float[] probabilities, null::varchar[] labels, "
+    "null::varchar decision, null::int width, null::int height, null::varchar model_id, "
+    "null::timestamptz predicted_at, null::varchar run_id where false"
 )
 """Where no run has a file of predictions: a partitioned output in which every row failed."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from imgbatch.core.bands import visible_rgb
 from imgbatch.core.explain import Explainer
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.pictures import Pictures
@@ -38,7 +39,7 @@ class HeatMap:
 
 def draw_heat_maps(explainer: Explainer, bundle: ModelBundle, pictures: Pictures) -> Iterator[HeatMap]:
     """One for each of ``pictures``."""
-    images_NHWC = pictures.images_NHWC
+    images_NHWC, shown_NHWC = pictures.images_NHWC, visible_rgb(pictures.images_NHWC)
     probs_NK = explainer.probabilities(images_NHWC)
     known = {name: index for index, name in enumerate(bundle.class_names)}
     asked = []
@@ -49,7 +50,7 @@ def draw_heat_maps(explainer: Explainer, bundle: ModelBundle, pictures: Pictures
     heats = explainer.heat(images_NHWC, first_N), explainer.heat(images_NHWC, last_N)
     for row, image_id in enumerate(pictures.image_ids):
         names = pictures.targets[row]
-        panels = [_enlarge(images_NHWC[row], Image.Resampling.NEAREST)]
+        panels = [_enlarge(shown_NHWC[row], Image.Resampling.NEAREST)]
         claims = []
         for index, heat_NHW in zip(asked[row], heats, strict=False):
             name = bundle.class_names[index]

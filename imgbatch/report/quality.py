@@ -179,8 +179,8 @@ def _most_confused(connection: duckdb.DuckDBPyConnection, directory: str) -> tup
     names = [
         name
         for name, _ in connection.execute(
-            "select name, sum(count) as wrong from (select unnest([target, label]) as name, count "
-            "from read_parquet($file) where target <> label) group by name order by wrong desc, name limit $limit",
+            "select name, sum(if(target <> label, count, 0)) as wrong from (select unnest([target, label]) as name, "
+            "target, label, count from read_parquet($file)) group by name order by wrong desc, name limit $limit",
             {"file": file, "limit": MAX_MATRIX_CLASSES},
         ).fetchall()
     ]

@@ -90,12 +90,15 @@ def _of_run(paths: RunPaths, picks: Sequence[Pick], access: FetchConfig) -> Iter
 
 def _read_rows(paths: RunPaths, row_ids: pa.Array) -> pa.Table:
     """Where the images of rows of a run are, in the order of the rows."""
-    found = []
+    return pa.concat_tables(select_rows(_stored_rows(paths), row_ids)).sort_by(ROW_ID)
+
+
+def _stored_rows(paths: RunPaths) -> Iterator[pa.Table]:
+    """A file at a time: there are as many rows as images."""
     for info in storage.list_files(paths.rows, ".parquet"):
         with storage.open_ranges(info.uri) as file:
             stored = pq.ParquetFile(file)
-            found.append(stored.read(image_columns(stored.schema_arrow.names)))
-    return pa.concat_tables(select_rows(found, row_ids)).sort_by(ROW_ID)
+            yield stored.read(image_columns(stored.schema_arrow.names))
 
 
 def _spec(stored: dict[str, Any] | None) -> PreprocessSpec:

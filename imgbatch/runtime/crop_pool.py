@@ -46,8 +46,10 @@ def decode_on_ray(store: CropStore, config: Config) -> None:
         reports = ray.data.from_arrow([pa.table({PART: pa.array([part], pa.int32())}) for part in parts]).map_batches(
             CropActor,
             fn_constructor_kwargs={"store": store, "config": config},
-            compute=ActorPoolStrategy(size=min(pools.decode_actors, len(parts))),
-            num_cpus=pools.decode_cpus,
+            # Each decodes one part at a time, where the job's decode actors have several children.
+            compute=ActorPoolStrategy(size=min(pools.decoders, len(parts))),
+            num_cpus=pools.decode_cpus / pools.decode_processes,
+            label_selector=config.resources.decode_labels or None,
             batch_size=None,
             batch_format="pyarrow",
             **FINITE_RETRIES,

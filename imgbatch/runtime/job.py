@@ -17,7 +17,7 @@ from rich.console import Console
 
 from imgbatch.config import Config
 from imgbatch.core import storage
-from imgbatch.core.access import fetch_settings
+from imgbatch.core.access import fetch_settings, moved_inputs
 from imgbatch.core.budget import ErrorBudget
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.finalize import finalize
@@ -101,6 +101,7 @@ def retry(
     config = settled.model_copy(
         update={
             "resources": config.resources,
+            **moved_inputs(settled, config),
             "fetch": fetch_settings(parent.plan, config.fetch),
             "decode": settled.decode.model_copy(
                 update={name: getattr(config.decode, name) for name in config.decode.model_fields_set}
@@ -265,8 +266,8 @@ class _Passes:
         self._reporter = reporter
         self._budget = ErrorBudget(run.config.errors)
         self._num_changed = 0
-        self._deferred: set[int] = set()
-        """Units that came once and were left uncommitted, to be tried again."""
+        self._deferred = set(log.deferred_before())
+        """Units that came once, to this command or the one before, and were left uncommitted, to be tried again."""
         self._deaths: Counter[int] = Counter()
         """Passes that died while a unit was under way, by unit."""
         layout = run.plan.layout

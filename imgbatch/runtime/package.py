@@ -46,6 +46,10 @@ SECRET_NAMES = (
     "kubeconfig*",
     "auth_token",
     ".netrc",
+    ".git-credentials",
+    ".boto",
+    ".s3cfg",
+    "application_default_credentials.json",
     ".pgpass",
     ".pypirc",
     ".npmrc",
@@ -65,7 +69,8 @@ SECRET_EXAMPLES = (".env.example", ".env.sample", ".env.template")
 _log = logging.getLogger(__name__)
 _SNIFFED_BYTES = 64 * 2**10
 _SECRET_CONTENT = re.compile(
-    rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----|^\s*(?:export\s+)?aws_(?:secret_access_key|session_token)\s*[=:]\s*\S+",
+    rb"(?:^\s*|\"private_key\"\s*:\s*\")-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    rb"|^\s*(?:export\s+)?aws_(?:secret_access_key|session_token)\s*[=:]\s*\S+",
     re.IGNORECASE | re.MULTILINE,
 )
 _CONFIG_FOLDER = ".imgbatch"

@@ -40,6 +40,8 @@ class RayTrainEngine:
 
     def run(self, job: TrainingJob, on_epoch: OnEpoch) -> None:
         """Raises :class:`ImgbatchError` in one line when the workers fail for good."""
+        if storage.exists(job.paths.failure):  # of a command that ended before it could tell
+            storage.remove(job.paths.failure)
         trainer = _build_trainer(job)
         outcome: list[BaseException] = []
         # Ray Train's callbacks run in an actor of its own; what a person sees comes from epochs.jsonl instead.

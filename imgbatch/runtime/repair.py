@@ -9,7 +9,7 @@ from rich.console import Console
 
 from imgbatch.config import Config
 from imgbatch.core import storage
-from imgbatch.core.access import fetch_settings
+from imgbatch.core.access import fetch_settings, moved_inputs
 from imgbatch.core.plan import Run, open_inputs, open_run, read_plan
 from imgbatch.core.repair import Damage, find_damage, missing_units, rebuild
 from imgbatch.core.runs import RunEntry, heartbeat
@@ -59,6 +59,7 @@ def repair(config: Config, run_id: str | None, console: Console | None = None) -
 def _open(config: Config, entry: RunEntry) -> Run:
     settled = read_plan(entry).config
     updates = {name: getattr(config, name) for name in ("resources", "run", "storage", "ray")}
+    updates |= moved_inputs(settled, config)
     updates["fetch"] = fetch_settings(entry.plan, config.fetch)
     updates["classify"] = settled.classify.model_copy(update={"engine": config.classify.engine})
     updates["output"] = settled.output.model_copy(update={"path": entry.paths.out})

@@ -26,6 +26,7 @@ class RunLog:
         self._run = run
         self._stage_seconds: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
+        self._deferred = set(self.deferred_before())
         self._session: dict[str, Any] = {
             "engine": run.config.classify.engine,
             "pools": None,
@@ -40,6 +41,11 @@ class RunLog:
             "config": run.config.model_dump(mode="json"),
         }
 
+    def deferred_before(self) -> list[int]:
+        """Units that the command before left uncommitted because too many of their rows failed."""
+        earlier = _earlier_sessions(self._run)
+        return earlier[-1].get("deferred_units", []) if earlier else []
+
     def engine_described(self, pools: str) -> None:
         self._session["pools"] = pools
 
@@ -52,7 +58,10 @@ class RunLog:
         ready_at = datetime.fromtimestamp(receipt.started_at, UTC).isoformat(timespec="microseconds")
         self._session["engine_ready_at"] = min(ready_at, self._session["engine_ready_at"] or ready_at)
         self._session["isolated_units"] += receipt.isolated
-        if receipt.outcome != "deferred":
+        if receipt.outcome == "deferred":
+            self._deferred.add(receipt.unit)
+        else:
+            self._deferred.discard(receipt.unit)
             self._session["units"] += 1
             self._session["rows"] += receipt.num_rows
             self._counts.update(receipt.counts)
@@ -63,6 +72,8 @@ class RunLog:
         session["finished_at"] = utc_now()
         session["stage_seconds"] = {stage: round(s, 3) for stage, s in self._stage_seconds.items()}
         session["counts"] = dict(self._counts)
+        # What looked like an outage is judged anew by the next command.
+        session["deferred_units"] = [] if state == "error_budget" else sorted(self._deferred)
         session["images_per_s"] = _rate(session)
         sessions = [*_earlier_sessions(run), session]
         record = {

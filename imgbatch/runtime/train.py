@@ -75,6 +75,9 @@ def train(config: Config, console: Console | None = None, *, overwrite: bool = F
         storage.check_writable(plan.storage)
         engine = _build_engine(config)
         stores = plan.stores()
+        if not storage.exists(plan.paths.description):  # from then on it is settled which images are used
+            for store in stores.values():
+                store.forget_what_may_pass()
         check_space(plan, stores)
         for store in stores.values():
             engine.decode(store, config)
@@ -153,7 +156,7 @@ class _Records:
         """A picture that cannot be drawn is no reason to lose a training."""
         try:
             action()
-        except UsageError as error:
+        except (UsageError, OSError) as error:
             self._console.print(str(error), markup=False)
 
     def _line(self, record: dict[str, Any]) -> str:

@@ -195,6 +195,8 @@ def test_wrong_usage_is_one_line(store_run, make_model, tmp_path):
     out = str(store_run(CLASSES, probs, columns=columns, model_id=bundle.model_id, out="out2"))
     with pytest.raises(UsageError, match="the model itself"):
         calibrate(out, model=bundle.path, new_model=bundle.path)
+    with pytest.raises(UsageError, match="the model itself"):
+        calibrate(out, model=bundle.path, new_model=f"{bundle.path}/../{Path(bundle.path).name}/")
     unknown = str(store_run(CLASSES, probs, columns={"target": ["oak"] * 50}, model_id=bundle.model_id, out="out3"))
     with pytest.raises(UsageError, match="no row has both"):
         calibrate(unknown, model=bundle.path, new_model=new)

@@ -18,6 +18,7 @@ from imgbatch.core.manifest_build import BuildOptions, build_manifest, draw_spli
 from imgbatch.core.manifest_sources import TableOptions, resolve
 from imgbatch.core.parquet import BATCH_ROWS
 from imgbatch.errors import UsageError
+from imgbatch.schema import WINDOW_TYPE
 
 
 def image_bytes(image_format: str = "PNG") -> bytes:
@@ -297,3 +298,41 @@ def test_objects_keep_their_size_and_etag(s3_bucket: str, tmp_path: Path) -> Non
     assert table["size"].to_pylist() == [1, 2, 3, 1, None]
     digests = [hashlib.md5(bytes(size)).hexdigest() for size in (1, 2, 3, 1)]
     assert table["etag"].to_pylist() == [*digests, None]
+
+
+def test_a_manifest_in_the_folder_of_its_images_is_built_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(image_bytes("JPEG"))
+    output = str(folder / "manifest.parquet")
+    build_manifest([str(folder)], output, BuildOptions())
+    (folder / "b.jpg").write_bytes(image_bytes("JPEG"))
+    build_manifest([str(folder)], output, BuildOptions(), overwrite=True)
+    assert open_manifest(output).num_rows == 2
+    with pytest.raises(UsageError, match=r"holds images and Parquet files \(manifest\.parquet\); name those"):
+        build(tmp_path, folder)
+
+
+def test_jpeg_2000_is_an_image(tmp_path: Path) -> None:
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "B02.JP2").write_bytes(b"whatever")
+    assert names_of(build(tmp_path, tmp_path / "scenes"), tmp_path) == ["scenes/B02.JP2"]
+
+
+def test_tiles_of_a_scene_share_a_split(tmp_path: Path) -> None:
+    windows = [{"col_off": 32 * i, "row_off": 0, "width": 32, "height": 32} for i in range(8)]
+    scenes = [f"s{i}.tif" for i in range(20)]
+    table = pa.table(
+        {
+            "uri": [str(tmp_path / scene) for scene in scenes for _ in windows],
+            "image_id": [f"{scene}#{w['col_off']},0,32,32" for scene in scenes for w in windows],
+            "window": pa.array(windows * len(scenes), WINDOW_TYPE),
+        }
+    )
+    pq.write_table(table, tmp_path / "tiles.parquet")
+    built = build(tmp_path, tmp_path / "tiles.parquet", split_shares={"train": 0.5, "test": 0.5})
+    splits: dict[str, set[str]] = {}
+    for uri, split in zip(built["uri"].to_pylist(), built["split"].to_pylist(), strict=True):
+        splits.setdefault(uri, set()).add(split)
+    assert {len(found) for found in splits.values()} == {1}
+    assert {split for found in splits.values() for split in found} == {"train", "test"}

@@ -110,3 +110,16 @@ def test_the_command_names_the_files(tmp_path, scene, store_run, capsys):
     printed = "".join(capsys.readouterr().out.split("\n"))
     assert "a.water.tif" in printed
     assert "1 rasters of 1 tiles" in printed
+
+
+def test_scenes_of_one_name_get_files_of_their_own(tmp_path, store_run):
+    scenes = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        scenes.append(write_raster(tmp_path / folder / "B.tif", noise(1, 40, 40), transform=TRANSFORM))
+    columns = {"window": [tile(0, 0), tile(0, 0)], "uri": [str(scene) for scene in scenes]}
+    ids = [f"{scene}#0,0,20,20" for scene in scenes]
+    probs = np.array([[0.9, 0.1, 0.0], [0.1, 0.9, 0.0]], np.float32)
+    out = str(store_run(CLASSES, probs, columns=columns, image_ids=ids))
+    tally = write_mosaics(out, str(tmp_path / "maps"))
+    assert len({*tally.files}) == len(list((tmp_path / "maps").rglob("*.tif"))) == 2

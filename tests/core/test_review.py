@@ -85,7 +85,7 @@ def test_a_budget_per_class_and_in_all(out, tmp_path):
     path = tmp_path / "review.csv"
     export_review(out, str(path), per_class=1)
     assert [row["image_id"] for row in _read(path)] == ["image-3", "image-1", "image-4"]
-    export_review(out, str(path), per_class=1, limit=2)
+    export_review(out, str(path), per_class=1, limit=2, overwrite=True)
     assert [row["image_id"] for row in _read(path)] == ["image-3", "image-1"]
 
 
@@ -109,7 +109,7 @@ def test_multi_label_thresholds_come_from_the_bundle(store_run, make_bundle, tmp
     export_review(out, str(tmp_path / "review.csv"), model=bundle.path)
     assert [row["nearest_label"] for row in _read(tmp_path / "review.csv")] == ["red", "green"]
     with pytest.raises(UsageError, match="but the predictions come from"):
-        export_review(out, str(tmp_path / "review.csv"), model=make_bundle("other", class_names=CLASSES).path)
+        export_review(out, str(tmp_path / "other.csv"), model=make_bundle("other", class_names=CLASSES).path)
 
 
 def test_a_cell_of_labels_survives_names_with_the_separator():
@@ -279,3 +279,34 @@ def test_label_studio_with_several_labels_or_none(multilabel_out, tmp_path):
     import_corrections(str(path), str(targets), out=out)
     assert pq.read_table(targets)["targets"].to_pylist() == [["red", "blue"], []]
     assert read_corrections(str(path)).multilabel
+
+
+def test_a_corrected_tile_keeps_its_window(store_run, tmp_path):
+    windows = [{"col_off": 64 * i, "row_off": 0, "width": 64, "height": 64} for i in range(len(PROBS))]
+    ids = [f"a.tif#{64 * i},0,64,64" for i in range(len(PROBS))]
+    columns = {"margin": _margins(PROBS), "window": windows, "bands": [[3, 2, 1]] * len(PROBS)}
+    out = str(store_run(CLASSES, PROBS, columns=columns, image_ids=ids))
+    review, targets = tmp_path / "review.csv", tmp_path / "targets.parquet"
+    export_review(out, str(review))
+    _fill(review, {ids[1]: "green", ids[3]: "green"})
+    import_corrections(str(review), str(targets), out=out)
+    rows = {row["image_id"]: row for row in pq.read_table(targets).to_pylist()}
+    assert {key: row["window"]["col_off"] for key, row in rows.items()} == {ids[1]: 64, ids[3]: 192}
+    assert rows[ids[1]]["bands"] == [3, 2, 1]
+    open_manifest(str(targets))
+    with pytest.raises(UsageError, match=r"is a tile; name the output that was reviewed with --out"):
+        import_corrections(str(review), str(tmp_path / "others.parquet"))
+
+
+def test_what_a_person_has_filled_in_is_not_replaced(out, tmp_path):
+    review = tmp_path / "review.csv"
+    export_review(out, str(review))
+    _fill(review, {"image-1": "green"})
+    filled = review.read_bytes()
+    with pytest.raises(UsageError, match="exists; choose another name or give --overwrite"):
+        export_review(out, str(review))
+    with pytest.raises(UsageError, match="exists"):
+        import_corrections(str(review), str(review), out=out)
+    assert review.read_bytes() == filled
+    export_review(out, str(review), overwrite=True)
+    assert review.read_bytes() != filled

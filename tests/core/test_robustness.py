@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from imgbatch.core.attacks import fgsm, pgd
+from imgbatch.core.bands import BandSpec
 from imgbatch.core.corruptions import (
     BLUR_SIGMA,
     BRIGHTNESS_ADDED,
@@ -21,8 +22,11 @@ from imgbatch.core.corruptions import (
     SEVERITIES,
     corrupt,
 )
+from imgbatch.core.model import load_network
 from imgbatch.core.predict import Predictor
 from imgbatch.core.robustness import EPSILONS, Subject, measure_robustness
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.weights import adapt_channels
 from imgbatch.errors import UsageError
 from imgbatch.report.plots import robustness_curves
 
@@ -152,3 +156,12 @@ def test_the_table_and_its_curves(photo_manifest, tiny_model, tmp_path):
 def test_targets_that_the_model_does_not_know_are_no_use(photo_manifest, make_bundle, tmp_path):
     with pytest.raises(UsageError, match="no row has a target that the model knows"):
         measure_robustness(make_bundle().path, str(photo_manifest), str(tmp_path), limit=3)
+
+
+def test_a_model_of_bands_is_refused_before_it_is_attacked(photo_manifest, make_bundle, tmp_path):
+    grey = PreprocessSpec(32, 32, mean=(0.5,), std=(0.5,), bands=BandSpec((1,), (0.0,), (255.0,)))
+    bundle = make_bundle(
+        preprocess=grey, state_dict=adapt_channels("simple_cnn", load_network(make_bundle("rgb")).state_dict(), 1)
+    )
+    with pytest.raises(UsageError, match="its images have 1 bands; the corruptions are of RGB images"):
+        measure_robustness(bundle.path, str(photo_manifest), str(tmp_path))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imgbatch.core import storage
-from imgbatch.core.runs import RunPaths, choose_run_id, differing_fields, find_run, heartbeat, list_runs
+from imgbatch.core.runs import RunPaths, choose_run_id, differing_fields, find_run, heartbeat, is_alive, list_runs
 from imgbatch.errors import UsageError
 
 FIRST, SECOND = "a" * 64, "b" * 64
@@ -137,3 +137,21 @@ def test_a_store_that_is_away_does_not_end_the_heartbeat(tmp_path: Path, monkeyp
         while not storage.exists(paths.heartbeat):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_a_sign_of_life_goes_stale(tmp_path: Path) -> None:
+    paths = RunPaths(str(tmp_path), "r1")
+    assert not is_alive(paths)
+    with heartbeat(paths):
+        while not storage.exists(paths.heartbeat):
+            time.sleep(0.01)
+        assert is_alive(paths)
+    storage.write_json(paths.heartbeat, {"host": "elsewhere", "pid": 1, "time": time.time() - 3600})
+    assert not is_alive(paths)
+
+
+@pytest.mark.parametrize("written", ["{path}", "{path}/", "file://{path}", "{path}//x/.."])
+def test_a_run_has_one_name_however_its_directory_is_written(tmp_path: Path, written: str) -> None:
+    out = RunPaths(written.format(path=tmp_path), "r1").out
+    assert Path(out).resolve() == tmp_path
+    assert out.startswith("/")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import time
 import uuid
@@ -177,3 +178,19 @@ def test_reading_opens_what_fsspec_opens(base):
     storage.replace(storage.join(base, "x"), b"abc")
     with storage.open_input(storage.join(base, "x")) as file:
         assert file.read() == b"abc"
+
+
+def test_a_file_that_could_not_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk without hard links, where nothing else tells a short file from a whole one."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(local_disk.os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        local_disk.create_without_links(tmp_path / "unit", b"unit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slash_at_the_end_is_no_other_place() -> None:
+    assert storage.absolute("s3a://bucket/model/") == storage.absolute("s3://bucket/model") == "s3://bucket/model"

@@ -244,3 +244,13 @@ def test_settings_reach_the_client(s3_server: str, s3_bucket: str, monkeypatch: 
     assert fs.requester_pays
     storage.configure(StorageConfig(endpoint_url=s3_server, anonymous=True))
     assert storage.filesystem(s3_bucket)[0].anon
+
+
+def test_what_looks_like_a_pattern_is_removed_by_its_name(s3_bucket: str) -> None:
+    names = ["part-00000.parquet", "part-0000?.parquet", "part-*.parquet", "labels [v2]/a", "labels v/a"]
+    for name in names:
+        put(storage.join(s3_bucket, "out", name))
+    for name in ("part-0000?.parquet", "part-*.parquet", "labels [v2]"):
+        storage.remove(storage.join(s3_bucket, "out", name))
+    left = [info.uri.rsplit("/out/")[1] for info in storage.list_files(storage.join(s3_bucket, "out"))]
+    assert left == ["labels v/a", "part-00000.parquet"]

@@ -185,3 +185,41 @@ def test_the_command_says_how_many_tiles_and_which_scenes_cannot_be_opened(tmp_p
     assert f"{output}: 7 tiles of 3 scenes" in printed
     assert "c.tif: no raster begins like this" in printed
     assert run(["manifest", "tile", str(scenes), "-o", output]) == 2
+
+
+def test_one_odd_scene_costs_no_other(tmp_path, scenes):
+    """Its coordinates are of a building site, which nothing turns into longitude and latitude."""
+    site = 'LOCAL_CS["site",UNIT["metre",1]]'
+    write_raster(scenes / "site.tif", noise(1, 32, 32), crs=site)
+    tally = tile_scenes([str(scenes)], str(tmp_path / "tiles.parquet"), TileOptions(size=32))
+    rows = [row for row in pq.read_table(tmp_path / "tiles.parquet").to_pylist() if row["uri"].endswith("site.tif")]
+    assert (tally.num_scenes, len(tally.failed), len(rows)) == (4, 1, 1)
+    assert (rows[0]["geometry"], rows[0]["window"]["width"]) == (None, 32)
+
+
+def test_a_tile_across_the_180th_meridian_does_not_go_around_the_world(tmp_path):
+    (tmp_path / "fiji").mkdir()
+    transform = Affine(100, 0, 816_000, 0, -100, 8_000_000)
+    write_raster(tmp_path / "fiji" / "a.tif", noise(1, 32, 96), crs="EPSG:32760", transform=transform)
+    tile_scenes([str(tmp_path / "fiji")], str(tmp_path / "tiles.parquet"), TileOptions(size=32))
+    rows = pq.read_table(tmp_path / "tiles.parquet").to_pylist()
+    shapes = [shapely.from_wkb(row["geometry"]) if row["geometry"] else None for row in rows]
+    assert [shape is None for shape in shapes] == [False, True, False]
+    assert max(np.ptp(shape.exterior.xy[0]) for shape in shapes if shape) < 1
+
+
+def test_geojson_of_another_system_without_a_shape_or_crossing_itself(tmp_path):
+    bow_tie = shapely.Polygon([(500_000, 0), (500_400, 100), (500_400, 0), (500_000, 100)])
+    features = [
+        {"type": "Feature", "properties": {"use": "water"}, "geometry": json.loads(shapely.to_geojson(bow_tie))},
+        {"type": "Feature", "properties": {"use": "town"}, "geometry": None},
+    ]
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32633"}}
+    path = tmp_path / "labels.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": features}))
+    tiles = geopandas.GeoSeries([shapely.box(500_000, 0, 500_100, 100)], crs="EPSG:32633").to_crs("OGC:CRS84")
+    assert VectorLabels(str(path), "use").targets(pa.array(tiles.to_wkb())) == ["water"]
+    crs["properties"]["name"] = "EPSG:0"
+    path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": features}))
+    with pytest.raises(UsageError, match="crs 'EPSG:0' is not known"):
+        VectorLabels(str(path), "use")

@@ -83,3 +83,11 @@ def test_without_heat_an_overlay_is_the_grey_image():
 def test_captions_mark_what_is_true():
     captions = [Claim("mug", 0.984, is_true).caption for is_true in (True, False, None)]
     assert captions == ["✓ mug 0.98", "✗ mug 0.98", "mug 0.98"]
+
+
+@pytest.mark.parametrize("num_bands", [1, 2, 4, 13])
+def test_any_number_of_bands_is_drawn(make_bundle, num_bands):
+    images_NHWC = np.full((1, SIDE, SIDE, num_bands), 100, np.uint8)
+    pictures = Pictures(["one"], [None], images_NHWC, {})
+    [heat_map] = draw_heat_maps(Fixed(np.array([[0.125, 0.75, 0.125]], np.float32)), make_bundle(), pictures)
+    assert heat_map.picture_HWC.shape[2] == 3

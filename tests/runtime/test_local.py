@@ -23,7 +23,8 @@ from imgbatch.core.plan import plan_run
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.stages import CommitStage
 from imgbatch.core.verify import verify
-from imgbatch.errors import ErrorBudgetExceeded, UsageError
+from imgbatch.errors import ErrorBudgetExceeded, Interrupted, UsageError
+from imgbatch.runtime import job
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.run_log import RunLog
 from tests.conftest import changed
@@ -272,7 +273,10 @@ def test_the_error_budget_stops_a_run_and_keeps_what_it_has(photo_config: Config
     assert verify(result.out).ok
 
 
-def test_units_that_are_tried_again_are_judged_once(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_units_that_are_tried_again_are_judged_once(
+    photo_config: Config, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
     """Those that failed come together in the passes after the first, where they alone would look like an outage."""
     good, unreadable = str(photos[1]), "nul\0byte"
     uris = [uri for _ in range(5) for uri in [*([good] * 16), unreadable, unreadable, *([good] * 14)]]
@@ -281,6 +285,19 @@ def test_units_that_are_tried_again_are_judged_once(photo_config: Config, photos
     config = changed(
         photo_config, input__manifest=str(tmp_path / "mixed.parquet"), errors__max_rate=0.07, errors__min_rows=64
     )
+    if again:
+        one_pass, passes = job._Passes._one_pass, []
+
+        def interrupted_in_the_second(self: job._Passes, units: list[int], *, defer: bool) -> bool:
+            passes.append(units)
+            if len(passes) == 2:
+                raise Interrupted("as by a person")
+            return one_pass(self, units, defer=defer)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(job._Passes, "_one_pass", interrupted_in_the_second)
+            with pytest.raises(Interrupted):
+                classify(config)
     result = classify(config)
     assert result.counts == {"FETCH_FAILED": 10, "OK": 150}
 
@@ -312,6 +329,22 @@ def test_rows_of_a_plan_that_was_never_finished_are_removed(
     run = plan_run(changed(config, classify__unit_rows=32), "cpu")
     found = [pq.read_table(info.uri) for info in storage.list_files(run.paths.rows)]
     assert sum(table.num_rows for table in found) == run.plan.layout.num_rows
+
+
+def test_verify_says_that_the_record_is_gone(photo_config: Config) -> None:
+    result = classify(photo_config)
+    storage.remove(RunPaths(result.out, result.run_id).files)
+    (check,) = [check for check in verify(result.out).checks if not check.ok]
+    assert (check.name, "files.json" in check.detail) == ("records", True)
+
+
+@pytest.mark.parametrize("name", ["night[1]", "date=2026-10-01", "what?"])
+def test_a_directory_that_readers_take_for_a_pattern_is_refused(
+    photo_config: Config, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UsageError, match="for a pattern or a partition"):
+        classify(changed(photo_config, output__path=str(tmp_path / name / "out")))
+    assert not (tmp_path / name).exists()
 
 
 def test_verify_finds_what_was_damaged(photo_config: Config) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,9 @@ def test_a_path_is_in_the_package_if_it_is_a_file_or_a_directory_of_it(tmp_path)
         ("credentials", ""),
         ("my-service-account.json", "{}"),
         ("harmless.txt", "-----BEGIN RSA PRIVATE KEY-----\nMII"),
+        ("shop-0123abcd.json", '{"type": "service_account", "private_key": "-----BEGIN PRIVATE KEY-----\\nMII"}'),
+        ("secret.yaml", "stringData:\n  key: |\n    -----BEGIN PRIVATE KEY-----\n"),
+        (".git-credentials", ""),
         ("notes.ini", "[default]\naws_secret_access_key = abc\n"),
         ("run.sh", "set -e\nexport AWS_SESSION_TOKEN=abc\n"),
         (".aws/config", ""),
@@ -92,6 +96,13 @@ def test_the_token_of_the_cluster_is_refused_whatever_it_is_called(tmp_path, mon
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "harmless"))
     with pytest.raises(UsageError, match="harmless"):
         collect_package(tmp_path)
+
+
+def test_a_job_can_be_submitted_from_the_checkout():
+    root = Path(__file__).parents[2]
+    if not (root / ".gitignore").exists():
+        pytest.skip("not a checkout")
+    assert "jobs/recipes/s3_nightly.yaml" in collect_package(root)
 
 
 def test_a_secret_that_is_ignored_stays_behind(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,8 +9,10 @@ import pytest
 
 from imgbatch.config import Config, load_config
 from imgbatch.core import storage
+from imgbatch.core.model import ModelBundle
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
+from imgbatch.errors import UsageError
 from imgbatch.runtime.job import RunResult, classify, retry
 from tests.conftest import changed
 from tests.runtime.conftest import rows_of
@@ -76,6 +79,34 @@ def test_a_retry_may_give_decoding_more_time(photo_config: Config, photos: list[
     assert isinstance(child, RunResult)
     fields = storage.read_json(RunPaths(child.out, child.run_id).plan)["fields"]
     assert (fields["decode.timeout_s"], fields["decode.memory_mb"]) == (120, 1024)
+
+
+def test_a_retry_is_of_the_same_model_wherever_it_is_asked_for(
+    photo_config: Config,
+    photos: list[Path],
+    tmp_path: Path,
+    make_bundle: Callable[..., ModelBundle],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manifest, late = broken_manifest(photos, tmp_path)
+    bundle = make_bundle()
+    monkeypatch.chdir(tmp_path)
+    first = classify(changed(photo_config, input__manifest=manifest.name, model__path=Path(bundle.path).name))
+    late[0].write_bytes(photos[1].read_bytes())
+    monkeypatch.chdir("/")
+    flags = {"output.path": first.out, "classify.engine": "local"}
+    child = retry(load_config(flags=flags), None)
+    assert isinstance(child, RunResult)
+    assert child.counts["OK"] == 1
+    late[1].write_bytes(photos[1].read_bytes())
+    description = Path(bundle.path, "model.json")
+    kept = description.read_text()
+    other = make_bundle("other", class_names=("a", "b", "c"))
+    description.write_text(Path(other.path, "model.json").read_text())
+    Path(bundle.path, "model.safetensors").write_bytes(Path(other.path, "model.safetensors").read_bytes())
+    with pytest.raises(UsageError, match=f"not the one of run {first.run_id}"):
+        retry(load_config(flags=flags), None)
+    assert kept != description.read_text()
 
 
 def test_nothing_to_retry(photo_config: Config) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,14 @@ from imgbatch.core import storage
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.row_decoder import RowDecoder, image_columns
 from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import MAY_PASS, Status
 from imgbatch.schema import ROW_ID, URI
 
 _PART_BYTES = 64 * 2**20
+
+
+_MAY_PASS = {status.value for status in (*MAY_PASS, Status.NOT_FOUND)}
+"""A person may put a missing file in its place."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,21 @@ class CropStore:
         there = {info.uri.rsplit("/", 1)[-1] for info in storage.list_files(self.directory, ".json")}
         return [part for part in range(self.num_parts) if self.report_file(part).rsplit("/", 1)[-1] not in there]
 
+    def forget_what_may_pass(self) -> None:
+        """Parts in which an image failed for its surroundings are missing again: what was wrong may be put right."""
+        for part in sorted({*range(self.num_parts)} - {*self.missing_parts()}):
+            failed = storage.read_json(self.report_file(part))["failed"]
+            if any(image["status"] in _MAY_PASS for image in failed):
+                storage.remove(self.report_file(part))
+
     def failed_images(self) -> list[FailedImage]:
         """Every image without a crop, in row order."""
         reports = (storage.read_json(self.report_file(part)) for part in range(self.num_parts))
         return [FailedImage(**failed) for report in reports for failed in report["failed"]]
 
     def open(self) -> Crops:
-        """The crops, mapped; a store that is not on this machine's disks is copied to its temporary directory first."""
-        paths = [self._local_part(part) for part in range(self.num_parts)]
-        return Crops([np.load(path, mmap_mode="r") for path in paths], self.part_rows)
+        """The crops, mapped; parts that are not on this machine's disks are copied to its temporary directory."""
+        return Crops(lambda part: np.load(self._local_part(part), mmap_mode="r"), self.part_rows)
 
     def remove_local_copy(self) -> None:
         """What :meth:`open` copied to this machine; the store itself stays."""
@@ -103,16 +114,20 @@ class CropStore:
 
 
 class Crops:
-    """The crops of a store, by position."""
+    """The crops of a store, by position; a part is opened when a crop of it is asked for."""
 
-    def __init__(self, parts: Sequence[np.ndarray], part_rows: int) -> None:
-        self._parts = parts
+    def __init__(self, open_part: Callable[[int], np.ndarray], part_rows: int) -> None:
+        self._open_part = open_part
+        self._parts: dict[int, np.ndarray] = {}
         self._part_rows = part_rows
 
     def __getitem__(self, position: int) -> np.ndarray:
         """One crop, uint8 HWC, read-only."""
         part, row = divmod(position, self._part_rows)
-        return self._parts[part][row]
+        if part not in self._parts:
+            self._parts[part] = self._open_part(part)
+        crop: np.ndarray = self._parts[part][row]
+        return crop
 
     def take(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """A copy of several crops, uint8 NHWC, in the order asked for."""
@@ -120,16 +135,20 @@ class Crops:
 
 
 def create_store(
-    parent: str, manifest: Manifest, row_ids_N: np.ndarray, spec: PreprocessSpec, *, identity: str
+    parent: str, manifest: Manifest, row_ids_N: np.ndarray, spec: PreprocessSpec, config: Config, *, identity: str
 ) -> CropStore:
     """The store for these rows below ``parent``: a fresh one, or the one that is there for the same images.
 
     Args:
         row_ids_N: int64, rising.
         spec: how images are decoded; its crop is what is kept.
+        config: its limits say which images fail.
         identity: of the manifest's content.
     """
-    key = json.dumps([identity, spec.to_dict(), hashlib.sha256(row_ids_N.tobytes()).hexdigest()], sort_keys=True)
+    limits = [config.decode.model_dump(), config.fetch.max_bytes, config.geo.max_nodata]
+    key = json.dumps(
+        [identity, spec.to_dict(), hashlib.sha256(row_ids_N.tobytes()).hexdigest(), limits], sort_keys=True
+    )
     directory = storage.join(parent, f"crops-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     store = CropStore(directory, spec, len(row_ids_N))
     if not storage.exists(store.rows_file):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from imgbatch.core.bands import visible_rgb
 from imgbatch.core.training.augment import augment_image, build_augmentation
@@ -77,14 +79,18 @@ class Normaliser:
 
 def iter_evaluation_batches(job: TrainingJob, split: str, worker: Worker, batch_size: int) -> Iterator[Tensor]:
     """This worker's images of a split (rank, rank + world_size, ...) as the model will see them, uint8 BCHW."""
-    crops = job.store_of(split).open()
+    store = job.store_of(split)
+    crops = store.open()
     positions_M = job.positions[split][worker.rank :: worker.world_size]
     side = job.spec.crop_size
     for start in range(0, len(positions_M), batch_size):
-        images_BHWC = crops.take(positions_M[start : start + batch_size])
-        offset = (images_BHWC.shape[1] - side) // 2
-        centre_BHWC = images_BHWC[:, offset : offset + side, offset : offset + side]
-        yield torch.from_numpy(np.ascontiguousarray(centre_BHWC)).permute(0, 3, 1, 2)
+        images_BCHW = torch.from_numpy(crops.take(positions_M[start : start + batch_size])).permute(0, 3, 1, 2)
+        if store.spec.resize_size != job.spec.resize_size:
+            # Stored larger, with room for random crops: the model will see another zoom.
+            images_BCHW = resize(
+                images_BCHW, [job.spec.resize_size] * 2, InterpolationMode(job.spec.interpolation), antialias=True
+            )
+        yield center_crop(images_BCHW, [side, side]).contiguous()
 
 
 def sample_augmented(job: TrainingJob, *, num_images: int = 8, num_variants: int = 8) -> tuple[np.ndarray, list[str]]:

@@ -72,7 +72,7 @@ class TrainingPlan:
         train_spec = self.spec if self.baseline else room_spec(self.spec, self.config.augment)
 
         def store(rows_N: np.ndarray, spec: PreprocessSpec) -> CropStore:
-            return create_store(self.storage, self.manifest, rows_N, spec, identity=self.manifest_identity)
+            return create_store(self.storage, self.manifest, rows_N, spec, self.config, identity=self.manifest_identity)
 
         others = next(name for name in self.labelled.splits if name != TRAIN)
         return {

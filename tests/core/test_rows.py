@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgbatch.core.manifest import Manifest, open_manifest
+from imgbatch.core.rows import EmbeddedImages
+
+
+def test_units_side_by_side_read_a_row_group_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """One that kept a single row group would read one for almost every image."""
+    images = [str(index).encode() for index in range(300)]
+    pq.write_table(pa.table({"bytes": images}), tmp_path / "images.parquet", row_group_size=100)
+    reads: Counter[int] = Counter()
+    read_images = Manifest.read_images
+
+    def counted(self: Manifest, group: Any) -> pa.ChunkedArray:
+        reads[group.row_group] += 1
+        return read_images(self, group)
+
+    monkeypatch.setattr(Manifest, "read_images", counted)
+    embedded = EmbeddedImages(open_manifest(str(tmp_path / "images.parquet")))
+    units = [range(first, first + 100) for first in (0, 100, 200)]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda rows: list(embedded.read(rows)), units))
+    assert [data for unit in found for data in unit] == images
+    in_turn = zip(*(embedded.read(rows) for rows in units), strict=True)
+    assert [data for row in in_turn for data in row] == [
+        images[row] for turn in zip(*units, strict=True) for row in turn
+    ]
+    assert set(reads.values()) == {1}
