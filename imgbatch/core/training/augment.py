@@ -86,10 +86,15 @@ def _drop_bands(image_CHW: Tensor, *, probability: float, means_C: Tensor) -> Te
     return torch.where(dropped_C[:, None, None], means_C[:, None, None], image_CHW)
 
 
-def augment_image(image_CHW: Tensor, augmentation: v2.Transform, *, seed: int, epoch: int, row_id: int) -> Tensor:
-    """One image varied, uint8 in and out; torch's global generator is left as it was."""
+def augment_image(
+    image_CHW: Tensor, augmentation: v2.Transform, *, seed: int, epoch: int, row_id: int, times: int = 0
+) -> Tensor:
+    """One image varied, uint8 in and out, in another way each epoch and each time of ``times`` that the epoch has it.
+
+    torch's global generator is left as it was.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, epoch, row_id))
+        torch.manual_seed(derived_seed(seed, epoch, row_id, *([times] if times else [])))
         return augmentation(image_CHW)
 
 

@@ -19,6 +19,7 @@ from imgbatch.core.training.augment import augment_image, build_augmentation
 from imgbatch.core.training.crops import Crops
 from imgbatch.core.training.job import TrainingJob
 from imgbatch.core.training.labelled import TRAIN
+from imgbatch.core.training.sampling import Draw
 from imgbatch.core.training.workers import Worker
 from imgbatch.core.transforms import PreprocessSpec
 
@@ -27,7 +28,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class AugmentedImages(Dataset[tuple[Tensor, Tensor, int]]):
-    """Training images as the network sees them, by (epoch, position)."""
+    """Training images as the network sees them, by what was drawn."""
 
     def __init__(self, job: TrainingJob) -> None:
         images = job.splits[TRAIN]
@@ -39,19 +40,18 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor, int]]):
         self._augmentation = build_augmentation(job.config.augment, job.spec)
         self._seed = job.train.seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-        epoch, index = key
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, int]:
+        epoch, index, times = draw
         # Opened where it is used: every loader process maps the files itself.
         self._crops = self._crops or self._store.open()
         image_CHW = torch.from_numpy(self._crops[int(self._positions[index])].copy()).permute(2, 0, 1)
         row_id = int(self._row_ids[index])
-        varied_CHW = augment_image(image_CHW, self._augmentation, seed=self._seed, epoch=epoch, row_id=row_id)
+        seed = self._seed
+        varied_CHW = augment_image(image_CHW, self._augmentation, seed=seed, epoch=epoch, row_id=row_id, times=times)
         return varied_CHW, self._truth_NK[index], row_id
 
 
-def iter_training_batches(
-    images: AugmentedImages, passes: Iterator[list[tuple[int, int]]], worker: Worker
-) -> Iterator[Batch]:
+def iter_training_batches(images: AugmentedImages, passes: Iterator[list[Draw]], worker: Worker) -> Iterator[Batch]:
     """A batch for each of ``passes``, prepared ahead where the worker has loader processes."""
     loader: DataLoader[tuple[Tensor, Tensor, int]] = DataLoader(
         images,
@@ -98,7 +98,7 @@ def sample_augmented(job: TrainingJob, *, num_images: int = 8, num_variants: int
     images = job.splits[TRAIN]
     chosen = np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int)
     augmented = AugmentedImages(job)
-    shown = [augmented[epoch, int(index)][0] for index in chosen for epoch in range(1, num_variants + 1)]
+    shown = [augmented[epoch, int(index), 0][0] for index in chosen for epoch in range(1, num_variants + 1)]
     truth_NK = images.dense_truth(len(job.class_names))[chosen]
     names = [" + ".join(np.array(job.class_names)[row > 0]) for row in truth_NK]
     shown_NHWC = torch.stack(shown).permute(0, 2, 3, 1).numpy()

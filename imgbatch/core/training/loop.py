@@ -43,7 +43,7 @@ from imgbatch.core.training.optimisation import (
     set_rates,
     shrink_weights,
 )
-from imgbatch.core.training.sampling import BatchPlan, balancing_weights
+from imgbatch.core.training.sampling import BatchPlan, Draw, balancing_weights
 from imgbatch.core.training.workers import Worker
 from imgbatch.errors import ImgbatchError
 
@@ -153,7 +153,7 @@ class Trainer:
         self._drop_features()
         shared = self.worker.share(self.network, has_statistics=trains_statistics)
 
-        def passes() -> Iterator[list[tuple[int, int]]]:
+        def passes() -> Iterator[list[Draw]]:
             for epoch in range(self.epoch + 1, train.epochs + 1):
                 yield from self.batches.passes(epoch, weights_N)
 

@@ -13,6 +13,10 @@ _ORDER = 1
 """Keeps the seed of the order apart from those of other uses."""
 
 
+Draw = tuple[int, int, int]
+"""Epoch, position of an image, and how many times the epoch had it before: a sampler draws rare classes again."""
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How epochs are cut into optimiser steps, and steps into the passes of each worker."""
@@ -34,18 +38,29 @@ class BatchPlan:
         """What is left over is left out, another part each epoch."""
         return self.num_images // self.step_images
 
-    def passes(self, epoch: int, weights_N: np.ndarray | None = None) -> Iterator[list[tuple[int, int]]]:
-        """This worker's forward passes of an epoch, as (epoch, position) pairs; ``accumulate`` of them a step.
+    def passes(self, epoch: int, weights_N: np.ndarray | None = None) -> Iterator[list[Draw]]:
+        """This worker's forward passes of an epoch; ``accumulate`` of them a step.
 
         Images 0 and 1, 2 and 3, ... of a step stay together, so that pairs can be mixed.
         """
         order = epoch_order(self.num_images, seed=self.seed, epoch=epoch, weights_N=weights_N)
+        times = times_before(order)
         size = self.step_images
         for step in range(self.steps_per_epoch):
-            batch = order[step * size : (step + 1) * size]
+            batch = range(step * size, (step + 1) * size)
             pairs = [batch[first : first + 2] for first in range(0, size, 2)][self.rank :: self.world_size]
             for part in range(self.accumulate):
-                yield [(epoch, int(position)) for pair in pairs[part :: self.accumulate] for position in pair]
+                chosen = [at for pair in pairs[part :: self.accumulate] for at in pair]
+                yield [(epoch, int(order[at]), int(times[at])) for at in chosen]
+
+
+def times_before(order_N: np.ndarray) -> np.ndarray:
+    """How many times each position came before in an order: zeros for a permutation."""
+    by_position = np.argsort(order_N, kind="stable")
+    ordered_N = order_N[by_position]
+    times_N = np.empty(len(order_N), np.int64)
+    times_N[by_position] = np.arange(len(order_N)) - np.searchsorted(ordered_N, ordered_N)
+    return times_N
 
 
 def epoch_order(num_images: int, *, seed: int, epoch: int, weights_N: np.ndarray | None = None) -> np.ndarray:

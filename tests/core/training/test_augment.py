@@ -23,7 +23,7 @@ def test_the_key_decides_the_result_and_nothing_else_does(image):
     assert first.dtype == torch.uint8
     torch.rand(7)
     assert torch.equal(augment_image(image, augmentation, seed=1, epoch=2, row_id=3), first)
-    for key in ({"seed": 2}, {"epoch": 3}, {"row_id": 4}):
+    for key in ({"seed": 2}, {"epoch": 3}, {"row_id": 4}, {"times": 1}):
         other = augment_image(image, augmentation, **{"seed": 1, "epoch": 2, "row_id": 3, **key})
         assert not torch.equal(other, first)
 

@@ -3,14 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from imgbatch.core.training.sampling import BatchPlan, balancing_weights, epoch_order
+from imgbatch.core.training.sampling import BatchPlan, balancing_weights, epoch_order, times_before
 
 
 def steps_of(plan: BatchPlan, epoch: int) -> list[list[int]]:
     """The positions of each step of one worker."""
     passes = list(plan.passes(epoch))
     return [
-        [position for one in passes[first : first + plan.accumulate] for _, position in one]
+        [position for one in passes[first : first + plan.accumulate] for _, position, _ in one]
         for first in range(0, len(passes), plan.accumulate)
     ]
 
@@ -54,3 +54,12 @@ def test_balancing_draws_classes_equally_often():
         [epoch_order(100, seed=0, epoch=epoch, weights_N=balancing_weights(truth_NK)) for epoch in range(20)]
     )
     assert (drawn >= 90).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_image_that_is_drawn_again_is_told_from_the_first_time():
+    assert times_before(np.array([2, 0, 2, 2, 1, 0])).tolist() == [0, 0, 1, 2, 0, 1]
+    weights_N = np.array([0.9, *[0.1 / 19] * 19])
+    drawn = [draw for one in BatchPlan(num_images=20, batch_size=4, seed=0).passes(1, weights_N) for draw in one]
+    assert len({*drawn}) == len(drawn) == 20
+    assert max(times for _, _, times in drawn) > 10
+    assert {times for _, _, times in next(BatchPlan(20, 20, 0).passes(1))} == {0}
