@@ -99,8 +99,8 @@ def _read_reviewed(path: str, out: str, accept_empty: bool) -> tuple[Corrections
         ids = pa.table({IMAGE_ID: list(corrections.by_image_id)})
         connection.register("corrected", ids)
         names = {row[0] for row in connection.execute("describe predictions").fetchall()}
-        columns = ", ".join([IMAGE_ID, *(name for name in _KEPT if name in names)])
-        found = connection.execute(
+        columns = ", ".join(f'"{name}"' for name in (IMAGE_ID, *(name for name in _KEPT if name in names)))
+        found = connection.sql(
             f"select {columns} from predictions semi join corrected using ({IMAGE_ID})"
         ).to_arrow_table()
     at = pc.index_in(ids[IMAGE_ID], value_set=found[IMAGE_ID].combine_chunks())

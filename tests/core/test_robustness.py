@@ -164,4 +164,4 @@ def test_a_model_of_bands_is_refused_before_it_is_attacked(photo_manifest, make_
         preprocess=grey, state_dict=adapt_channels("simple_cnn", load_network(make_bundle("rgb")).state_dict(), 1)
     )
     with pytest.raises(UsageError, match="its images have 1 bands; the corruptions are of RGB images"):
-        measure_robustness(bundle.path, str(photo_manifest), str(tmp_path))
+        measure_robustness(bundle.path, str(photo_manifest), str(tmp_path), limit=10)

@@ -9,6 +9,8 @@ from imgbatch.errors import UsageError
 from imgbatch.runtime import package as package_module
 from imgbatch.runtime.package import collect_package
 
+PRIVATE_KEY = "-----BEGIN PRIVATE KEY-----"
+
 
 def write(folder, **files: str):
     for name, text in files.items():
@@ -60,8 +62,8 @@ def test_a_path_is_in_the_package_if_it_is_a_file_or_a_directory_of_it(tmp_path)
         ("credentials", ""),
         ("my-service-account.json", "{}"),
         ("harmless.txt", "-----BEGIN RSA PRIVATE KEY-----\nMII"),
-        ("shop-0123abcd.json", '{"type": "service_account", "private_key": "-----BEGIN PRIVATE KEY-----\\nMII"}'),
-        ("secret.yaml", "stringData:\n  key: |\n    -----BEGIN PRIVATE KEY-----\n"),
+        ("shop-0123abcd.json", f'{{"type": "service_account", "private_key": "{PRIVATE_KEY}"}}'),
+        ("secret.yaml", f"stringData:\n  key: |\n    {PRIVATE_KEY}\n"),
         (".git-credentials", ""),
         ("notes.ini", "[default]\naws_secret_access_key = abc\n"),
         ("run.sh", "set -e\nexport AWS_SESSION_TOKEN=abc\n"),

@@ -61,7 +61,8 @@ def test_a_retry_keeps_its_files_however_the_directory_is_written(
     first = classify(changed(photo_config, input__manifest=str(manifest)))
     late[0].write_bytes(photos[1].read_bytes())
     monkeypatch.chdir(first.out if written == "." else tmp_path)
-    child = retry(changed(photo_config, output__path=written.format(path=first.out)), None)
+    flags = {"output.path": written.format(path=first.out), "classify.engine": "local"}
+    child = retry(load_config(flags=flags), None)
     assert isinstance(child, RunResult)
     assert (child.out, child.counts["OK"]) == (first.out, 1)
     assert list(Path(first.out, "predictions").glob(f"run_id={child.run_id}/*.parquet"))
