@@ -319,7 +319,7 @@ def iter_matches(root: str, pattern: str) -> Iterator[FileInfo]:
     prefix = storage.listing_prefix(root)
     matches = re.compile(glob_translate(pattern)).match
     try:
-        for info in storage.iter_files(root):
+        for info in storage.iter_files(root, follow_links=True):
             name = info.uri.removeprefix(prefix)
             if not matches(name) or any(part.startswith(".") for part in name.split("/")):
                 continue

@@ -174,17 +174,25 @@ def list_files(uri: str, suffix: str = "") -> list[FileInfo]:
     return sorted(iter_files(uri, suffix), key=lambda info: info.uri)
 
 
-def iter_files(uri: str, suffix: str = "") -> Iterator[FileInfo]:
+def iter_files(uri: str, suffix: str = "", *, follow_links: bool = False) -> Iterator[FileInfo]:
     """As :func:`list_files`, in the order of a walk, without holding the listing.
 
     Raises ``OSError`` for a directory that may not be read; one that vanishes meanwhile is left out.
+
+    Args:
+        follow_links: go into linked directories of a local disk too, but for those that lead back.
     """
     if is_local(uri):
-        for directory, subdirectories, names in os.walk(local_path(uri), onerror=_raise_unless_gone):
+        walk = os.walk(local_path(uri), onerror=_raise_unless_gone, followlinks=follow_links)
+        for directory, subdirectories, names in walk:
+            here = Path(directory)
+            if follow_links and here.is_symlink() and any(here.samefile(parent) for parent in here.parents):
+                subdirectories.clear()
+                continue
             subdirectories.sort()
             for name in sorted(names):
                 if name.endswith(suffix):
-                    path = Path(directory, name)
+                    path = here / name
                     with contextlib.suppress(FileNotFoundError):
                         stat = path.stat()
                         yield FileInfo(str(path), stat.st_size, str(stat.st_mtime_ns))

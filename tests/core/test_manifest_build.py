@@ -336,3 +336,13 @@ def test_tiles_of_a_scene_share_a_split(tmp_path: Path) -> None:
         splits.setdefault(uri, set()).add(split)
     assert {len(found) for found in splits.values()} == {1}
     assert {split for found in splits.values() for split in found} == {"train", "test"}
+
+
+def test_linked_folders_are_listed_but_for_those_that_lead_back(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "cats").mkdir(parents=True)
+    (tmp_path / "disk" / "cats" / "a.jpg").write_bytes(image_bytes("JPEG"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "cats").symlink_to(tmp_path / "disk" / "cats")
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "disk" / "cats")
+    (tmp_path / "set" / "itself").symlink_to(tmp_path / "set")
+    assert names_of(build(tmp_path, tmp_path / "set"), tmp_path) == ["set/cats/a.jpg", "set/more/a.jpg"]
