@@ -200,15 +200,18 @@ def _split_keys(rows: SourceRows) -> list[str]:
         ids = [str(value) for value in rows.table[IMAGE_ID].to_pylist()]
         if WINDOW not in names or URI not in names:
             return ids
-        windows, uris = rows.table[WINDOW].is_valid().to_pylist(), rows.table[URI].to_pylist()
-        return [_scene_of(*row) if row[1] else row[0] for row in zip(ids, windows, uris, strict=True)]
+        are_tiles, uris = rows.table[WINDOW].is_valid().to_pylist(), rows.table[URI].to_pylist()
+        return [
+            _scene_of(image_id, uri) if is_tile else image_id
+            for image_id, is_tile, uri in zip(ids, are_tiles, uris, strict=True)
+        ]
     if rows.names is not None:
         return [str(name) for name in rows.names]
     return [hashlib.sha256(image or b"").hexdigest() for image in rows.table[BYTES].to_pylist()]
 
 
-def _scene_of(image_id: str, _: bool, uri: str) -> str:
-    """Of a tile: its scene as tiling called it, else the scene's uri."""
+def _scene_of(image_id: str, uri: str) -> str:
+    """The scene of a tile as tiling called it, else the scene's uri."""
     named = TILE_ID.fullmatch(image_id)
     return named[1] if named else uri
 
