@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -132,7 +133,7 @@ class _Session:
 def import_mnn() -> Any:
     """The package; raises :class:`UsageError` where it is not installed."""
     try:
-        with _importing, _silent_stdout():
+        with _importing, _silent_stdout() if "MNN" not in sys.modules else contextlib.nullcontext():
             import MNN
     except ImportError as error:
         raise UsageError("MNN is not installed; pip install 'imgbatch[mnn]'") from error
