@@ -29,7 +29,7 @@ from imgbatch.core.plan import Run
 from imgbatch.core.results import LabelRules, Receipt, prediction_columns, unit_table
 from imgbatch.core.row_decoder import RowDecoder, image_columns
 from imgbatch.core.rows import RowsReader
-from imgbatch.errors import RowError, Stage, Status
+from imgbatch.errors import RowError, Stage, Status, row_error
 from imgbatch.schema import ROW_ID, UNIT_SCHEMA
 
 UNIT = "unit"
@@ -38,6 +38,8 @@ ENCODED = "encoded"
 """The image itself, where the GPU is to decode it."""
 DECODE_COLUMNS = (UNIT, "started_at", "num_changed", "fetch_s", "decode_s")
 """What a block carries beside its rows, the same in each: the unit, and what it took so far."""
+_SHARE_OF_WATCH = 0.8
+"""Of the time after which the watchdog ends the job, for one unit's files and pixels."""
 _SECONDS = ("fetch_s", "decode_s", "classify_s")
 
 
@@ -76,7 +78,9 @@ class DecodeStage:
         unit = self._run.plan.layout.unit(unit_index)
         with self._reading:
             rows = self._rows.read(unit, self.columns)
-        payloads = _Waiting(self._decoder.request(rows))
+        payloads = _Waiting(
+            self._decoder.request(rows), rows.num_rows, allowed_s=_SHARE_OF_WATCH * self._run.config.run.no_progress_s
+        )
         left = LeftToGpu(payloads, rows[ROW_ID].to_pylist(), self._run.config.decode) if self._for_gpu else None
         decoded = self._decoder.decode_requested(payloads if left is None else left, rows.num_rows)
         with self._counting:
@@ -123,17 +127,34 @@ class DecodeStage:
 
 
 class _Waiting:
-    """Payloads, and the seconds that whoever takes them has waited for them."""
+    """Payloads, and the seconds that whoever takes them has waited for them.
 
-    def __init__(self, payloads: Iterable[Payload]) -> None:
+    When a unit's time is up, which counts from its first row, the rows that are left are failures that may pass: a unit
+    that took as long as the watchdog waits would be begun anew for ever.
+    """
+
+    def __init__(self, payloads: Iterable[Payload], num_rows: int, *, allowed_s: float) -> None:
         self._payloads = iter(payloads)
+        self._num_left = num_rows
+        self._allowed_s = allowed_s
+        self._began: float | None = None
         self.seconds = 0.0
 
     def __iter__(self) -> _Waiting:
         return self
 
     def __next__(self) -> Payload:
+        if not self._num_left:
+            raise StopIteration
+        self._num_left -= 1
         started = time.perf_counter()
+        self._began = self._began or started
+        if started - self._began > self._allowed_s:
+            return row_error(
+                Status.FETCH_FAILED,
+                Stage.FETCH,
+                f"the unit took longer than {self._allowed_s:g} s ({_SHARE_OF_WATCH:g} of run.no_progress_s)",
+            )
         try:
             return next(self._payloads)
         finally:

@@ -28,10 +28,14 @@ class Engine(Protocol):
         """One line for a person."""
 
     def classify_units(self, units: Sequence[int], *, defer: bool) -> Generator[Receipt]:
-        """A receipt per unit; raises :class:`EngineStopped` when it cannot go on, ``CannotWrite`` if no pass could."""
+        """A receipt per unit; raises :class:`EngineStopped` when it cannot go on, ``Stalled`` when nothing comes, and
+        ``CannotWrite`` if no pass could.
+        """
 
     def classify_isolated(self, unit: int) -> Receipt:
-        """The last resort for one unit; raises :class:`EngineStopped` when what looked after it died."""
+        """The last resort for one unit; raises :class:`EngineStopped` when what looked after it died, ``Stalled`` when
+        it does nothing.
+        """
 
     @property
     def map_parts(self) -> MapParts:

@@ -5,8 +5,10 @@ Decoding is safe already (it runs in a child process); what can still take a pro
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +27,9 @@ FORWARD_TIMEOUT_S = 120.0
 _START_TIMEOUT_S = 300.0
 _START_TRIES = 2
 """A process that is killed while it loads the model says nothing about the model, once."""
+LONGEST_STEP_S = FORWARD_TIMEOUT_S + _START_TRIES * _START_TIMEOUT_S
+"""Between two rows of a unit, at most."""
+_PR_SET_PDEATHSIG = 1
 
 _classify: ClassifyStage | None = None
 
@@ -35,9 +40,20 @@ def classify_isolated(run: Run, unit_index: int) -> Receipt:
     Raises:
         ImgbatchError: the model does not even load in a fresh process.
     """
+    *_, receipt = classify_row_by_row(run, unit_index)
+    assert receipt is not None
+    return receipt
+
+
+def classify_row_by_row(run: Run, unit_index: int) -> Iterator[Receipt | None]:
+    """As :func:`classify_isolated`: nothing for each step that is done, and the receipt at the end."""
     with DecodeStage(run, on_cpu=True) as decode:
         block = decode(unit_index)
-    tables = list(_classify_rows(run, block))
+    yield None
+    tables = []
+    for table in _classify_rows(run, block):
+        tables.append(table)
+        yield None
     classified = pa.concat_tables(tables)
     for name in DECODE_COLUMNS:
         classified = classified.append_column(name, block[name])
@@ -47,7 +63,7 @@ def classify_isolated(run: Run, unit_index: int) -> Receipt:
         receipt = commit(classified.append_column("classify_s", seconds))
     finally:
         commit.close()
-    return replace(receipt, isolated=True)
+    yield replace(receipt, isolated=True)
 
 
 def _classify_rows(run: Run, block: pa.Table) -> Iterator[pa.Table]:
@@ -101,6 +117,9 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 
 def _load(run: Run) -> None:
     global _classify
+    if sys.platform == "linux":
+        # Who kills the process that looks after this one, as Ray does, does not know of this one.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Ctrl-C reaches the whole process group; what to do about it is the driver's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _classify = ClassifyStage(run, batch_size=1, num_threads=1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +32,15 @@ from imgbatch.runtime.pools import Pools, choose_device, choose_pools, this_mach
 from imgbatch.runtime.progress import RunProgress
 from imgbatch.runtime.reporter import Reporter
 from imgbatch.runtime.run_log import RunLog
+from imgbatch.runtime.suspects import Suspects
+from imgbatch.runtime.watchdog import Stalled
 
 MAX_PASS_UNITS = 20_000
 """Units of one pass: keeps the driver small, and lets pools be sized anew between passes."""
-PASSES_BEFORE_ISOLATION = 2
+MAX_INNOCENT = 3
+"""Units in a row that are isolated and have no row at fault, before it is the engine that is taken for broken."""
+_AT_FAULT = {Status.CLASSIFY_FAILED.value, Status.NON_FINITE.value, Status.OUT_OF_MEMORY.value, Status.TIMEOUT.value}
+_STOPPED = "stopped after the units in flight; the same command continues"
 
 
 @dataclass(frozen=True)
@@ -268,11 +272,18 @@ class _Passes:
         self._num_changed = 0
         self._deferred = set(log.deferred_before())
         """Units that came once, to this command or the one before, and were left uncommitted, to be tried again."""
-        self._deaths: Counter[int] = Counter()
-        """Passes that died while a unit was under way, by unit."""
+        self._suspects = Suspects(log.suspects_before())
         layout = run.plan.layout
         self._pending = pending
         self._any_committed = len(pending) < layout.num_units
+        self._came_since_stall = False
+        """Whether anything was committed since the engine stood still, or since the command began."""
+        self._stopped_isolated: int | None = None
+        """The unit in whose isolation the engine stopped, the last time that it did."""
+        self._innocent = 0
+        """Units isolated in a row that had no row at fault."""
+        self._last_end = ""
+        """What a pass or an isolation that ended early said."""
         self._progress = RunProgress(
             reporter,
             total_rows=layout.num_rows,
@@ -286,14 +297,17 @@ class _Passes:
         with self._progress:
             pending = self._pending
             while pending:
-                suspects = [unit for unit in pending if self._deaths[unit] >= PASSES_BEFORE_ISOLATION]
-                died = False
-                if suspects:
-                    self._isolate(suspects)
+                if self._stop.is_on:
+                    raise Interrupted(_STOPPED)
+                num_deferred = len(self._deferred)
+                if alone := self._suspects.alone(pending):
+                    ended_early = self._isolate(alone[0])
                 else:
-                    died = self._one_pass(self._choose(pending), defer=defer)
+                    units = self._suspects.choose(pending, self._deferred, MAX_PASS_UNITS)
+                    ended_early = self._one_pass(units, defer=defer)
                 left = self._run.pending_units()
-                if not died and len(left) == len(pending):
+                nothing_new = len(self._deferred) == num_deferred or self._deferred.issuperset(left)
+                if not ended_early and len(left) == len(pending) and nothing_new:
                     self._refuse_to_loop(defer)
                     defer = False
                 pending = left
@@ -302,13 +316,8 @@ class _Passes:
                 f"{self._num_changed:,} objects were not what the manifest lists; they were labelled as they are now"
             )
 
-    def _choose(self, pending: list[int]) -> list[int]:
-        """After a pass died, the units that were under way go alone, so that the one at fault shows."""
-        touched = [unit for unit in pending if self._deaths[unit]]
-        return touched or pending[:MAX_PASS_UNITS]
-
     def _one_pass(self, units: list[int], *, defer: bool) -> bool:
-        """Whether the engine stopped with units under way, which then count one death each."""
+        """Whether the engine stopped with units under way, which are suspects then."""
         self._log.pass_started()
         failpoint("job.before_pass")
         unseen = dict.fromkeys(units)
@@ -317,28 +326,53 @@ class _Passes:
                 for receipt in receipts:
                     unseen.pop(receipt.unit, None)
                     self._take(receipt)
-        except EngineStopped as error:
+        except (EngineStopped, Stalled) as error:
             # What was committed stays; the units under way are tried again.
-            self._reporter.say(f"a pass ended early: {normalise_message(error)}")
-            self._deaths.update(list(unseen)[: self._engine.window])
+            under_way = list(unseen)[: self._engine.window]
+            if isinstance(error, Stalled) and not (self._came_since_stall or self._suspects.hold(units)):
+                self._log.suspect(under_way)
+                raise
+            self._came_since_stall = self._came_since_stall and not isinstance(error, Stalled)
+            self._last_end = normalise_message(error)
+            self._reporter.say(f"a pass ended early: {self._last_end}")
+            self._suspects.pass_ended_early(units, under_way, anything_came=len(unseen) < len(units))
             return bool(unseen)
+        self._suspects.pass_ended()
         failpoint("job.after_pass")
         return False
 
-    def _isolate(self, units: list[int]) -> None:
-        for unit in units:
-            self._reporter.say(f"unit {unit}: classified row by row, in processes of their own", unit_id=unit)
-            try:
-                self._take(self._engine.classify_isolated(unit))
-            except EngineStopped as error:
-                # As when the node dies that it is done on.
-                self._reporter.say(f"unit {unit}: not done yet: {normalise_message(error)}", unit_id=unit)
+    def _isolate(self, unit: int) -> bool:
+        """Whether the engine stopped before the unit was committed."""
+        self._reporter.say(f"unit {unit}: classified row by row, in processes of their own", unit_id=unit)
+        try:
+            receipt = self._engine.classify_isolated(unit)
+        except EngineStopped as error:
+            # As when the node dies that it is done on.
+            self._last_end = normalise_message(error)
+            if self._stopped_isolated == unit:
+                raise Interrupted(
+                    f"unit {unit}: {self._last_end}, twice; run the same command again to continue"
+                ) from error
+            self._stopped_isolated = unit
+            self._reporter.say(f"unit {unit}: not done yet: {self._last_end}", unit_id=unit)
+            return True
+        self._take(receipt)
+        self._innocent = 0 if _AT_FAULT & receipt.counts.keys() else self._innocent + 1
+        if self._innocent == MAX_INNOCENT:
+            raise Interrupted(
+                f"the engine stops whatever the unit, the last time with: {self._last_end}; put it right and run the "
+                f"same command again to continue"
+            )
+        return False
 
     def _take(self, receipt: Receipt) -> None:
         self._log.add(receipt)
         self._reporter.unit(receipt)
         self._progress.add(receipt)
-        self._any_committed |= receipt.outcome != "deferred"
+        if receipt.outcome != "deferred":
+            self._any_committed = self._came_since_stall = True
+        if not receipt.isolated:
+            self._innocent = 0
         self._num_changed += receipt.num_changed
         if receipt.unit not in self._deferred:  # a unit that is tried again failed already
             self._budget.add(receipt)
@@ -348,7 +382,7 @@ class _Passes:
         if self._stop.is_on:
             self._in_flight -= 1
             if self._in_flight <= 0:
-                raise Interrupted("stopped after the units in flight; the same command continues")
+                raise Interrupted(_STOPPED)
 
     def _refuse_to_loop(self, defer: bool) -> None:
         """After a pass that committed nothing: the next one commits what comes, unless nothing good ever came."""

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pyarrow as pa
 import ray
@@ -31,7 +31,7 @@ from imgbatch.core.stages import UNIT
 from imgbatch.errors import Interrupted, UsageError
 from imgbatch.runtime.actors import ClassifyActor, DecodeActor, read_receipts
 from imgbatch.runtime.engine import EngineStopped
-from imgbatch.runtime.isolate import classify_isolated
+from imgbatch.runtime.isolate import LONGEST_STEP_S, classify_row_by_row
 from imgbatch.runtime.memory import max_stored_units
 from imgbatch.runtime.metrics import RunMetrics
 from imgbatch.runtime.pools import Pools, choose_batch_size
@@ -80,7 +80,7 @@ class RayEngine:
         Raises:
             EngineStopped: an actor died or failed more often than it is tried again.
             CannotWrite: a unit's results cannot be stored.
-            Interrupted: nothing was committed for ``run.no_progress_s``.
+            Stalled: nothing was committed for ``run.no_progress_s``.
         """
         with contextlib.suppress(UsageError):  # as when every node is gone for the moment: then what was before
             self._pools = self._choose_pools()
@@ -125,7 +125,7 @@ class RayEngine:
                 self.decode_actor,
                 fn_constructor_kwargs={"run": run, "processes": pools.decode_processes},
                 compute=ActorPoolStrategy(
-                    size=pools.decode_actors,
+                    size=min(pools.decode_actors, len(units)),
                     max_tasks_in_flight_per_actor=pools.decode_calls,
                     max_concurrent_calls_per_actor=pools.decode_calls,
                     enable_true_multi_threading=True,
@@ -146,7 +146,7 @@ class RayEngine:
                     "defer": defer,
                 },
                 compute=ActorPoolStrategy(
-                    size=pools.classify_actors,
+                    size=min(pools.classify_actors, len(units)),
                     max_tasks_in_flight_per_actor=pools.classify_calls,
                     max_concurrent_calls_per_actor=pools.classify_calls,
                     enable_true_multi_threading=True,
@@ -167,14 +167,23 @@ class RayEngine:
             num_gpus=self._pools.classify_gpus,
             label_selector=self._run.config.resources.classify_labels or None,
             max_retries=0,
-        )(classify_isolated)
+            num_returns="streaming",
+        )(classify_row_by_row)
+        steps = isolated.remote(self._run, unit)
+        receipt = None
         try:
-            return ray.get(isolated.remote(self._run, unit))
+            for reference in watched(steps, max(self._run.config.run.no_progress_s, LONGEST_STEP_S), self._where):
+                receipt = ray.get(reference)
         except RayTaskError as error:
             # What the function raised, not what Ray made of it.
             raise error.cause from error
         except RayError as error:
             raise EngineStopped(describe_failure(error)) from error
+        finally:
+            if receipt is None:  # left before its end
+                ray.cancel(steps, force=True)
+        assert receipt is not None
+        return cast("Receipt", receipt)
 
     def map_parts(
         self, function: Callable[[Context, Part], Result], context: Context, parts: Sequence[Part]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import socket
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -37,6 +38,7 @@ class RunLog:
             "rows": 0,
             "passes": 0,
             "isolated_units": 0,
+            "suspect_units": [],
             "host": socket.gethostname(),
             "config": run.config.model_dump(mode="json"),
         }
@@ -45,6 +47,15 @@ class RunLog:
         """Units that the command before left uncommitted because too many of their rows failed."""
         earlier = _earlier_sessions(self._run)
         return earlier[-1].get("deferred_units", []) if earlier else []
+
+    def suspects_before(self) -> list[int]:
+        """Units that were under way when the command before stopped because nothing came any more."""
+        earlier = _earlier_sessions(self._run)
+        return earlier[-1].get("suspect_units", []) if earlier else []
+
+    def suspect(self, units: Iterable[int]) -> None:
+        """Units for the next command to be careful with."""
+        self._session["suspect_units"] = sorted(units)
 
     def engine_described(self, pools: str) -> None:
         self._session["pools"] = pools

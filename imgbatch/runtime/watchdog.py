@@ -13,13 +13,17 @@ from imgbatch.errors import Interrupted
 T = TypeVar("T")
 
 
+class Stalled(Interrupted):
+    """Nothing came for too long."""
+
+
 @dataclass(frozen=True, slots=True)
 class _End:
     error: BaseException | None
 
 
 def watched(items: Iterable[T], timeout_s: float, where: Callable[[], str] = str) -> Iterator[T]:
-    """``items``, as they come; raises :class:`Interrupted` if none comes for ``timeout_s`` seconds.
+    """``items``, as they come; raises :class:`Stalled` if none comes for ``timeout_s`` seconds.
 
     Whoever takes no more of them leaves the rest untouched, but for one that may be on its way.
 
@@ -46,7 +50,7 @@ def watched(items: Iterable[T], timeout_s: float, where: Callable[[], str] = str
             try:
                 item = arrived.get(timeout=timeout_s)
             except queue.Empty:
-                raise Interrupted(
+                raise Stalled(
                     f"no unit was committed for {timeout_s:g} s (run.no_progress_s): the driver waited for the engine, "
                     f"{where() or 'which says nothing'}; run the same command again to continue"
                 ) from None

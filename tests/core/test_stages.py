@@ -4,10 +4,14 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
+import pytest
 
 from imgbatch.config import Config
+from imgbatch.core import fetch
+from imgbatch.core.failpoints import parse_failpoints
 from imgbatch.core.plan import plan_run
 from imgbatch.core.stages import PIXELS, DecodeStage
+from tests.conftest import changed
 
 
 def test_units_decoded_at_once_are_those_decoded_in_turn(photo_config: Config) -> None:
@@ -24,3 +28,19 @@ def test_units_decoded_at_once_are_those_decoded_in_turn(photo_config: Config) -
         for column in ("row_id", PIXELS, "width", "height", "status", "error_message", "unit"):
             assert block[column].equals(other[column])
     assert all(not child.is_running() or child.ppid() != os.getpid() for child in children)
+
+
+def test_a_unit_that_takes_longer_than_the_watchdog_waits_ends_with_failures_that_may_pass(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "failpoint", parse_failpoints("fetch.file=delay:0.1"))
+    with DecodeStage(plan_run(photo_config, "cpu")) as decode:
+        unhurried = decode(1)
+    config = changed(photo_config, run__no_progress_s=0.5, output__path=f"{photo_config.output.path}-other")
+    with DecodeStage(plan_run(config, "cpu")) as decode:
+        block = decode(1)
+    late = [status == "FETCH_FAILED" for status in block["status"].to_pylist()]
+    assert 0 < late.index(True) <= 6
+    assert all(late[late.index(True) :])
+    assert "the unit took longer than 0.4 s (0.8 of run.no_progress_s)" in block["error_message"].to_pylist()
+    assert "FETCH_FAILED" not in unhurried["status"].to_pylist()

@@ -107,11 +107,28 @@ def test_a_head_that_dies_ends_the_driver_and_the_run_goes_on_elsewhere(ray_job:
     assert_exactly_once(ray_job, oracle)
 
 
-def test_an_actor_that_hangs_ends_the_job_and_the_run_goes_on_elsewhere(ray_job: Job, oracle: Job) -> None:
-    with started(ray_job, "classify.unit[48]=hang", run__no_progress_s=90) as process:
+def test_an_actor_that_hangs_costs_a_pass(ray_job: Job, oracle: Job) -> None:
+    with started(ray_job, "classify.unit[48]=hang", run__no_progress_s=60) as process:
+        assert process.wait(BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()
+    said = ray_job.log.read_text()
+    assert "a pass ended early: no unit was committed for 60 s (run.no_progress_s)" in said
+    assert re.search(r"[1-8] units through decode, [0-7] units through classify", said)
+    assert_exactly_once(ray_job, oracle)
+
+
+def test_a_row_that_hangs_whoever_touches_it_ends_alone(ray_job: Job, oracle: Job) -> None:
+    with started(ray_job, "classify.unit[48]=hang", once=False, run__no_progress_s=60) as process:
+        assert process.wait(3 * BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()
+    assert "unit 3: classified row by row" in ray_job.log.read_text()
+    expected = [(*row[:2], "TIMEOUT", None, row[4]) if row[0] == 48 else row for row in outcomes(oracle)]
+    assert outcomes(ray_job) == expected
+
+
+def test_an_engine_in_which_nothing_is_ever_done_ends_the_job(ray_job: Job, oracle: Job) -> None:
+    with started(ray_job, "decode.after_unit=hang", once=False, run__no_progress_s=60) as process:
         assert process.wait(BOUNDED_S) == ExitCode.INTERRUPTED, ray_job.log.read_text()
-    assert "no unit was committed for 90 s (run.no_progress_s)" in ray_job.last_line()
-    assert re.search(r"[1-8] units through decode, [0-7] units through classify", ray_job.last_line())
+    assert "no unit was committed for 60 s (run.no_progress_s)" in ray_job.last_line()
+    assert storage.read_json(ray_job.paths.run_json)["sessions"][-1]["suspect_units"]
     assert job_on_one_process(ray_job).run() == ExitCode.DONE
     assert_exactly_once(ray_job, oracle)
 
