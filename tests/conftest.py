@@ -26,14 +26,31 @@ from imgbatch.schema import PREDICTED_AT_TYPE, TOP_K_TYPE, UNIT_SCHEMA
 
 TINY_CLASSES = ("red", "green", "blue")
 RAY_CPUS = 4
-S3_ENVIRONMENT = {
+_S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "id",
     "AWS_SECRET_ACCESS_KEY": "key",
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
 }
-"""What clients of the test server need beside its address."""
+
+
+def s3_environment() -> dict[str, str]:
+    """What clients of the test server need beside its address: what the environment says goes first."""
+    return {name: os.environ.get(name, value) for name, value in _S3_ENVIRONMENT.items()}
+
+
+def pytest_configure() -> None:
+    """Clients of S3 do not follow the settings of whoever runs the tests, here or in the processes that tests start.
+
+    Where ``IMGBATCH_TEST_S3`` names a server, its keys stay.
+    """
+    named = os.environ.get("IMGBATCH_TEST_S3")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        if not named or name in ("AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_DEFAULT_PROFILE"):
+            del os.environ[name]
+    if not named:
+        os.environ |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -183,7 +200,7 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for the whole test run, with more logical CPUs than cores, and nothing written into the home."""
     import ray
 
-    os.environ.update({**S3_ENVIRONMENT, **os.environ})  # Ray's workers have the environment that it was started in
+    os.environ |= s3_environment()  # Ray's workers have the environment that it was started in
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(tmp_path_factory.mktemp("ray") / "token")
     ray.init(
@@ -221,8 +238,8 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """``s3://`` and the name of a new bucket; this process, and those it starts, find the server by environment."""
-    for name, value in S3_ENVIRONMENT.items():
-        monkeypatch.setenv(name, os.environ.get(name, value))
+    for name, value in s3_environment().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     monkeypatch.setattr(storage, "_filesystems", {})
     bucket = f"s3://bucket-{uuid.uuid4().hex[:12]}"

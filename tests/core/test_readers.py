@@ -49,7 +49,7 @@ def test_the_python_program_prints_the_labels(finished: RunPaths) -> None:
 @pytest.mark.soak
 def test_spark_reads_what_duckdb_reads(finished: RunPaths, tmp_path: Path) -> None:
     """The generated program itself, and then counts, nested and partition columns, and a pruned partition."""
-    pytest.importorskip("pyspark", reason="PySpark is not installed (extra: bench)")
+    pytest.importorskip("pyspark", reason="PySpark is not installed (extra spark)")
     if shutil.which("java") is None:
         pytest.skip("Spark needs Java 17")
     program = tmp_path / "spark.py"

@@ -8,6 +8,7 @@ whose keys are in the environment, and ``IMGBATCH_TEST_S3_RESTART`` the shell co
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import secrets
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,7 +38,7 @@ from imgbatch.core.failpoints import VARIABLE
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.runs import RunPaths, find_run
 from imgbatch.errors import ExitCode
-from tests.conftest import S3_ENVIRONMENT, TINY_CLASSES
+from tests.conftest import TINY_CLASSES, s3_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak]
 
@@ -148,8 +150,8 @@ def moto(log: Path) -> Iterator[str]:
 @pytest.fixture
 def bucket(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """``s3://`` and a new bucket; the environment tells of the server, as it would on a laptop."""
-    for name, value in S3_ENVIRONMENT.items():
-        monkeypatch.setenv(name, os.environ.get(name, value))
+    for name, value in s3_environment().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
     monkeypatch.setattr(storage, "_filesystems", {})
     name = f"s3://night-{secrets.token_hex(6)}"
@@ -244,6 +246,7 @@ def cluster(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]: 
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.filterwarnings("always:Spark did not read")
 def test_a_night(cluster: Cluster, store: Store, bucket: str, tiny_model: ModelBundle, tmp_path: Path) -> None:
     images, model, out = (storage.join(bucket, name) for name in ("images", "model", "out"))
     manifest = storage.join(bucket, "manifest.parquet")
@@ -335,13 +338,10 @@ def counts_by_duckdb(out: str) -> dict[str, int]:
 
 
 def counts_by_spark(out: str, folder: Path) -> dict[str, int] | None:
-    """The same through the generated program; none where there is no Spark. It reads a copy: Spark's own client of S3
-    is no part of PySpark."""
-    try:
-        import pyspark  # noqa: F401
-    except ImportError:
-        return None
-    if shutil.which("java") is None:
+    """The same through the generated program; none, with a warning, where there is no Spark. It reads a copy: Spark's
+    own client of S3 is no part of PySpark."""
+    if importlib.util.find_spec("pyspark") is None or shutil.which("java") is None:
+        warnings.warn("Spark did not read the output: PySpark (extra spark) or Java is not installed", stacklevel=2)
         return None
     prefix = storage.listing_prefix(out)
     for info in storage.list_files(storage.join(out, "predictions")):

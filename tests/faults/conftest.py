@@ -20,7 +20,7 @@ from imgbatch.core.model import ModelBundle
 from imgbatch.core.plan import open_inputs, open_run
 from imgbatch.core.runs import RunPaths, list_runs
 from imgbatch.core.verify import verify
-from tests.conftest import S3_ENVIRONMENT
+from tests.conftest import s3_environment
 from tests.faults.drivers import Driver, driver
 
 UNIT_ROWS = 16
@@ -57,7 +57,7 @@ class Job:
         """``once``: each failpoint acts in one process only."""
         markers = self.folder / "markers"
         markers.mkdir(exist_ok=True)
-        given = {**S3_ENVIRONMENT, VARIABLE: failpoints, "RAY_AUTH_MODE": "disabled"}
+        given = {**s3_environment(), VARIABLE: failpoints, "RAY_AUTH_MODE": "disabled"}
         return given | ({ONCE_VARIABLE: str(markers)} if once else {})
 
     @property

@@ -153,9 +153,9 @@ def test_who_takes_no_more_receipts_ends_the_pass(photo_config: Config, tmp_path
 
 
 def actor_pids(name: str) -> list[int]:
-    """Processes of actors of this class; Ray writes the class into the process title."""
+    """Processes of actors of this class in this test run's Ray; Ray writes the class into the process title."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             title = " ".join(process.cmdline())
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
