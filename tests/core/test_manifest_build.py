@@ -195,11 +195,29 @@ def test_the_split_follows_a_mapped_image_id(tmp_path: Path) -> None:
     assert other_seed != splits[0]
 
 
+DRAWN = {
+    "a": "train",
+    "b": "train",
+    "cat/1.jpg": "train",
+    "cat/2.jpg": "validation",
+    "dog/1.jpg": "train",
+    "dog/2.jpg": "test",
+    "owl/ü.png": "train",
+    "": "test",
+}
+
+
 def test_draw_split_takes_its_shares() -> None:
     shares = parse_split_shares("train=0.8, val=0.1, test=0.1")
     assert shares == {"train": 0.8, "validation": 0.1, "test": 0.1}
     counts = Counter(draw_split(f"image {n}", shares, seed=0) for n in range(10_000))
     assert {name: round(count / 10_000, 1) for name, count in counts.items()} == shares
+
+
+def test_an_image_keeps_its_split_in_every_version() -> None:
+    """Drawn otherwise, images that a model was trained on would be tested on after an update."""
+    shares = {"train": 0.6, "validation": 0.2, "test": 0.2}
+    assert {name: draw_split(name, shares, seed=0) for name in DRAWN} == DRAWN
 
 
 @pytest.mark.parametrize(

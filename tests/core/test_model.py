@@ -61,6 +61,13 @@ def test_the_same_model_gives_the_same_bytes_and_identity(make_bundle: MakeBundl
         assert Path(first.path, name).read_bytes() == Path(second.path, name).read_bytes()
 
 
+def test_a_model_keeps_its_identity_in_every_version(make_bundle: MakeBundle):
+    """With another one, every unfinished run would be refused and every finished one classified again."""
+    names = ("cat", "dog")
+    weights = {name: torch.zeros_like(value) for name, value in build_network("simple_cnn", 2).state_dict().items()}
+    assert make_bundle(task="binary", class_names=names, state_dict=weights).model_id == "mb4acac2633aa"
+
+
 def test_identity_follows_what_decides_a_label_and_nothing_else(make_bundle: MakeBundle):
     base = make_bundle("base")
     same = [make_bundle("other", metrics={"top1": 1.0}, provenance={"made_by": "somebody else"})]

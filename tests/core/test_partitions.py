@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 
 import pyarrow as pa
 import pytest
@@ -45,6 +46,16 @@ def test_paths_of_rows() -> None:
     assert {path.split("/")[0] for path in dated} == {"date=2026-01-02"}
     assert {path.split("/")[1] for path in dated} <= {"bucket=0", "bucket=1"}
     assert partition_paths(table, (), "2026-01-02").to_pylist() == ["", "", ""]
+
+
+def test_an_image_keeps_its_bucket_in_every_version() -> None:
+    """A finished output is read by bucket for years, and the nights that are added to it have to agree with it."""
+    image_ids = ["cat/1.jpg", *(f"image {number}" for number in range(10_000))]
+    paths = partition_paths(pa.table({"image_id": image_ids}), parse_partitions(["bucket:4"], SCHEMA), "2026-01-02")
+    first, *others = paths.to_pylist()
+    assert first == "bucket=1"
+    assert sorted(Counter(others)) == [f"bucket={number}" for number in range(4)]
+    assert all(2_250 < count < 2_750 for count in Counter(others).values())
 
 
 @pytest.mark.parametrize(

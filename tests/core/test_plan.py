@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgbatch.config import Config
+from imgbatch.config import Config, option_names
 from imgbatch.core import storage
+from imgbatch.core.backends import Backend
+from imgbatch.core.fingerprint import fingerprint_of, result_fields
+from imgbatch.core.manifest import open_manifest
+from imgbatch.core.model import load_bundle
 from imgbatch.core.plan import RunPlan, plan_run
 from imgbatch.core.rows import RowsReader
 from imgbatch.errors import UsageError
@@ -74,36 +79,124 @@ def test_rows_are_one_row_group_per_unit(photo_config: Config, photo_manifest: P
     assert rows["image_id"].to_pylist() == rows["uri"].to_pylist() == manifest["uri"].to_pylist()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"fetch__retries": 1},
-        {"errors__max_rate": 0.5},
-        {"resources__decode_actors": 3},
-        {"classify__unit_rows": 4},
-        {"classify__batch_size": 2},
-        {"output__keep_units": True},
-        {"run__no_progress_s": 5.0},
-    ],
-)
-def test_how_the_work_is_done_does_not_change_the_run(photo_config: Config, flags: dict[str, object]) -> None:
-    assert plan_run(changed(photo_config, **flags), "cpu").run_id == plan_run(photo_config, "cpu").run_id
+SAME: dict[str, object] = {
+    "fetch.timeout_s": 1.0,
+    "fetch.retries": 1,
+    "fetch.in_flight": 2,
+    "fetch.max_bytes": 1_000,
+    "fetch.hedge_after_s": 1.0,
+    "fetch.client": "s3fs",
+    "fetch.schemes": ("file",),
+    "fetch.roots": ("/",),
+    "fetch.private_addresses": True,
+    "classify.unit_rows": 4,
+    "classify.batch_size": 2,
+    "classify.engine": "ray",
+    "resources.decode_actors": 3,
+    "resources.decode_processes": 2,
+    "resources.classify_actors": 3,
+    "resources.classify_threads": 2,
+    "resources.classify_streams": 2,
+    "resources.decode_labels": {"market-type": "spot"},
+    "resources.classify_labels": {"market-type": "spot"},
+    "output.keep_units": True,
+    "errors.max_rate": 0.5,
+    "errors.min_rows": 5,
+    "run.on_unfinished": "abandon",
+    "run.new_run": True,
+    "run.log_format": "json",
+    "run.no_progress_s": 5.0,
+    "storage.endpoint_url": "http://localhost:1",
+    "storage.region": "eu-west-1",
+    "storage.profile": "night",
+    "storage.anonymous": True,
+    "storage.requester_pays": True,
+    "storage.connect_timeout_s": 1.0,
+    "storage.read_timeout_s": 1.0,
+    "ray.address": "auto",
+    "ray.object_store_mb": 100,
+    "plan.sample_rows": 0,
+    "plan.nodes": {"g6.2xlarge": 4},
+    "plan.prices": {"g6.2xlarge": 1.0},
+    "report.price_per_hour": 1.0,
+}
+OTHER: dict[str, object] = {
+    "input.limit": 7,
+    "input.duplicates": "keep",
+    "input.skip_existing": True,
+    "input.since_run": "r000000000001",
+    "input.if_changed": "warn",
+    "preprocess.resize_size": 40,
+    "preprocess.crop_size": 24,
+    "preprocess.resize_mode": "stretch",
+    "preprocess.median_size": 3,
+    "preprocess.reducing_gap": 2.0,
+    "decode.timeout_s": 1.0,
+    "decode.memory_mb": 100,
+    "decode.max_pixels": 10_000,
+    "decode.gpu_share": 0.5,
+    "geo.max_nodata": 0.1,
+    "output.partition_by": ("shop",),
+    "output.probabilities": "none",
+    "output.top_k": 2,
+    "output.embeddings": True,
+    "output.target_file_mb": 64,
+}
+PLACES = {"input.manifest", "model.path", "output.path"}
+CHOSEN = {"classify.backend", "classify.min_agreement", "resources.device"}
+"""The fingerprint holds what they lead to: the device, and the variant of the model (in the backends' tests)."""
+TRAINING = {name for name in option_names() if name.startswith(("train.", "augment."))} | {
+    *("geo.bands", "geo.stretch", "geo.value_range", "geo.sample_tiles")
+}
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"input__limit": 7},
-        {"preprocess__crop_size": 24},
-        {"decode__max_pixels": 10_000},
-        {"output__top_k": 2},
-        {"output__probabilities": "none"},
-        {"output__partition_by": ("shop",)},
-    ],
-)
-def test_what_changes_a_result_changes_the_run(photo_config: Config, flags: dict[str, object], tmp_path: Path) -> None:
-    other = changed(photo_config, output__path=str(tmp_path / "other"), **flags)
-    assert plan_run(other, "cpu").plan.fingerprint != plan_run(photo_config, "cpu").plan.fingerprint
+def test_of_every_option_it_is_known_whether_it_changes_the_run() -> None:
+    assert sorted([*SAME, *OTHER, *PLACES, *CHOSEN, *TRAINING]) == sorted(option_names())
+
+
+@pytest.fixture
+def detailed(photo_config: Config, photo_manifest: Path, tmp_path: Path) -> Config:
+    """With etags and windows in the manifest, for the options that count only there."""
+    table = pq.read_table(photo_manifest)
+    window = {"col_off": 0, "row_off": 0, "width": 1, "height": 1}
+    for name, value in (("etag", "e"), ("window", window)):
+        table = table.append_column(name, pa.array([value] * table.num_rows))
+    pq.write_table(table, tmp_path / "detailed.parquet")
+    return changed(photo_config, input__manifest=str(tmp_path / "detailed.parquet"))
+
+
+def fingerprint(config: Config, device: str = "cpu") -> str:
+    manifest, bundle = open_manifest(str(config.input.manifest)), load_bundle(str(config.model.path))
+    spec = bundle.preprocess.overridden(**config.preprocess.model_dump())
+    return fingerprint_of(result_fields(config, manifest, bundle, spec, device, Backend()))
+
+
+@pytest.mark.parametrize("option", SAME)
+def test_how_the_work_is_done_does_not_change_the_run(detailed: Config, option: str) -> None:
+    other = changed(detailed, **{option.replace(".", "__"): SAME[option]})
+    assert other != detailed
+    assert fingerprint(other) == fingerprint(detailed)
+
+
+@pytest.mark.parametrize("option", OTHER)
+def test_what_changes_a_result_changes_the_run(detailed: Config, option: str) -> None:
+    other = changed(detailed, **{option.replace(".", "__"): OTHER[option]})
+    assert fingerprint(other) != fingerprint(detailed)
+
+
+def test_the_device_is_part_of_the_run_and_where_things_are_is_not(photo_config: Config, tmp_path: Path) -> None:
+    manifest, model = tmp_path / "elsewhere.parquet", tmp_path / "model"
+    shutil.copy(str(photo_config.input.manifest), manifest)
+    shutil.copytree(str(photo_config.model.path), model)
+    places = {"input__manifest": str(manifest), "model__path": str(model), "output__path": str(tmp_path / "other")}
+    assert fingerprint(changed(photo_config, **places)) == fingerprint(photo_config)
+    assert fingerprint(photo_config, "cuda") != fingerprint(photo_config)
+
+
+def test_equal_fields_have_the_same_fingerprint_in_every_version() -> None:
+    """With another one, no unfinished run could be continued after an update."""
+    expected = "ae8a9a50524642753023cd4de34447191a8651989979c60bbcc5b0eeebb6e1dc"
+    assert fingerprint_of({"b": [2], "a": 1}) == expected
 
 
 def test_the_manifests_content_is_part_of_the_run(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
