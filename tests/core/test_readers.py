@@ -6,15 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
+from imgbatch.core.output_files import EMBEDDINGS, KINDS
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.views import open_views
 from imgbatch.runtime.job import classify
+from imgbatch.schema import plain_type
 from tests.conftest import changed
 
 
@@ -44,6 +50,31 @@ def test_the_python_program_prints_the_labels(finished: RunPaths) -> None:
         timeout=60,
     )
     assert [label for label in labels(finished) if label not in done.stdout] == []
+
+
+def test_files_hold_no_type_that_spark_fails_to_read(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    """From a manifest that has them all; Spark itself is not everywhere."""
+    odd = {
+        "taken": pa.array([10**18 + 1_500] * 8, pa.timestamp("ns", tz="UTC")),
+        "score": pa.array(np.full(8, 0.5, np.float16)),
+        "nothing": pa.nulls(8),
+        "opens": pa.array([1_500_000] * 8, pa.time64("ns")),
+        "shop": pa.array(["north"] * 8).dictionary_encode(),
+        "code": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16)] * 8, pa.binary(16))),
+    }
+    manifest = tmp_path / "odd.parquet"
+    pq.write_table(pa.table({"bytes": [path.read_bytes() for path in photos[:8]], **odd}), manifest)
+    result = classify(changed(photo_config, input__manifest=str(manifest), output__embeddings=True))
+    assert result.counts == {"OK": 7, "TRUNCATED": 1}
+    for kind in KINDS:
+        (path,) = Path(result.out, kind).rglob("*.parquet")
+        table = pq.read_table(path, partitioning=None)
+        assert table.schema.types == [plain_type(arrow_type) for arrow_type in table.schema.types]
+        assert "bytes" not in table.column_names
+        if kind != EMBEDDINGS:
+            taken = datetime(2001, 9, 9, 1, 46, 40, 1, tzinfo=UTC)
+            row = {"taken": taken, "score": 0.5, "nothing": None, "opens": 1_500, "shop": "north", "code": bytes(16)}
+            assert table.select(list(odd)).to_pylist()[0] == row
 
 
 @pytest.mark.soak

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imgbatch.config import Config
+from imgbatch.core import storage
+from imgbatch.core.model import ModelBundle
 from imgbatch.core.results import LabelRules, commit_unit, prediction_columns, unit_table
 from imgbatch.core.runs import RunPaths
 from imgbatch.errors import Stage, Status, row_error
+from imgbatch.runtime.job import classify
 from imgbatch.schema import UNIT_SCHEMA
+from tests.conftest import changed
 
 CLASSES = ("a", "b", "c")
 PROBS = np.array([[0.2, 0.7, 0.1], [0.5, 0.25, 0.25]], np.float32)
@@ -126,3 +133,48 @@ def test_embeddings_are_lists_of_the_predicted_rows() -> None:
     table = unit_table(pa.array([0, 1, 2]), [None, error, None], size, size, columns)
     assert table["embedding"].to_pylist() == [[0, 1, 2, 3], None, [4, 5, 6, 7]]
     assert prediction_columns(PROBS, rules())["embedding"].null_count == 2
+
+
+def predictions_of(config: Config) -> tuple[pa.Table, RunPaths]:
+    """Of a run of this configuration."""
+    result = classify(config)
+    (path,) = Path(result.out, "predictions", f"run_id={result.run_id}").rglob("*.parquet")
+    return pq.read_table(path, partitioning=None), RunPaths(result.out, result.run_id)
+
+
+@pytest.mark.parametrize(("num_classes", "kept"), [(100, 100), (101, None)])
+def test_a_run_keeps_all_probabilities_of_up_to_a_hundred_classes(
+    num_classes: int, kept: int | None, photo_config: Config, make_bundle: Callable[..., ModelBundle]
+) -> None:
+    names = tuple(f"class {index}" for index in reversed(range(num_classes)))
+    bundle = make_bundle(class_names=names)
+    table, paths = predictions_of(changed(photo_config, model__path=bundle.path, input__limit=4))
+    in_the_file = json.loads(table.schema.metadata[b"imgbatch.classes"])["class_names"]
+    assert in_the_file == storage.read_json(paths.classes)["class_names"] == list(names)
+    assert table.num_rows == 4
+    for row in table.to_pylist():
+        listed = [names.index(entry["label"]) for entry in row["top_k"]]
+        best = [entry["probability"] for entry in row["top_k"]]
+        assert len(set(listed)) == 5
+        assert best == sorted(best, reverse=True)
+        assert (names[listed[0]], listed[0], best[0]) == (row["label"], row["label_index"], row["probability"])
+        assert (row["probabilities"] and len(row["probabilities"])) == kept
+        if kept:
+            assert [row["probabilities"][index] for index in listed] == best
+            assert best == sorted(row["probabilities"], reverse=True)[:5]
+
+
+def test_a_run_accepts_only_labels_that_have_a_threshold(
+    photo_config: Config, make_bundle: Callable[..., ModelBundle]
+) -> None:
+    def decided(name: str, thresholds: dict[str, dict[str, float]] | None) -> pa.Table:
+        bundle = make_bundle(name, thresholds=thresholds)
+        return predictions_of(changed(photo_config, model__path=bundle.path, input__limit=16))[0]
+
+    table = decided("none", None)
+    assert table["decision"].null_count == table.num_rows == 15
+    labels = table["label"].to_pylist()
+    other = next(name for name in ("cat", "dog") if name != labels[0])
+    for name in (labels[0], other):
+        expected = ["accept" if label == name else "review" for label in labels]
+        assert decided(name, {"accept": {name: 0.0}})["decision"].to_pylist() == expected
