@@ -106,7 +106,7 @@ def test_images_larger_than_any_socket_buffer_pass() -> None:
 
 def test_a_hanging_decoder_is_a_timeout_of_one_row() -> None:
     payloads = [jpeg(), slow_png(), jpeg(seed=1), slow_png(), jpeg(seed=2)]
-    with Decoder(SPEC, DecodeConfig(timeout_s=0.1)) as decoder:
+    with Decoder(SPEC, DecodeConfig(timeout_s=0.3)) as decoder:
         unit = decoder.decode(payloads, 5)
     assert_all_decoded(unit, payloads, except_rows={1, 3})
     for error in (unit.errors[1], unit.errors[3]):

@@ -117,15 +117,15 @@ def test_commands_on_a_manifest(
 def test_commands_on_an_output(
     photo_config: Config, photos: list[Path], tmp_path: Path, imgbatch: Command, opened: list[str]
 ) -> None:
-    """The run was allowed everything; these commands are not."""
+    """The runs were allowed everything; these commands are not."""
     out = classify(photo_config).out
-    opened.clear()
+    other = classify(changed(photo_config, preprocess__crop_size=24, output__path=str(tmp_path / "other"))).out
+    opened.clear()  # by the runs
     page = tmp_path / "page.html"
     imgbatch("report", out, "-o", str(page))
     assert "outside the directories that images may lie in" in page.read_text()
-    imgbatch("compare", out, classify(changed(photo_config, preprocess__crop_size=24)).out)
+    imgbatch("compare", out, other)
     chosen = ["--image-id", str(photos[0])]
-    opened.clear()
     assert "REFUSED" in imgbatch("explain", out, *chosen, code=2)
     assert "6 of them REFUSED" in imgbatch("retry", out, "--engine", "local", code=3)
     assert opened == []
