@@ -39,7 +39,15 @@ def test_every_drawn_file_has_an_outcome_and_the_broken_ones_have_reasons(result
         "TOO_LARGE": 1,
     }
     assert all(message for _, _, message in result.errors)
-    assert 0 <= result.accuracy <= 1
+    assert result.accuracy == pytest.approx(accuracy_by_folder(result, "test"))
+
+
+def accuracy_by_folder(result: DemoResult, split: str) -> float:
+    """Share of the labels in the output's files that are the names of their images' folders."""
+    folder = result.paths.labels / "predictions" / f"run_id={result.run.run_id}" / f"split={split}"
+    (path,) = folder.glob("*.parquet")
+    rows = pq.read_table(path, columns=["uri", "label"], partitioning=None).to_pylist()
+    return sum(Path(row["uri"]).parent.name == row["label"] for row in rows) / len(rows)
 
 
 def test_the_query_it_shows_counts_the_test_split(result):
@@ -53,7 +61,8 @@ def test_it_leaves_manifest_model_and_partitioned_labels(result):
     manifest = pq.read_table(result.paths.manifest)
     assert set(manifest["target"].to_pylist()) == set(CLASS_NAMES)
     assert load_bundle(str(result.paths.model)).class_names == CLASS_NAMES
-    assert 0 <= load_metrics(str(result.paths.model))["validation"]["top1"] <= 1
+    in_training = load_metrics(str(result.paths.model))["validation"]["top1"]
+    assert in_training == pytest.approx(accuracy_by_folder(result, "validation"))
     splits = {path.name for path in (result.paths.labels / "predictions" / f"run_id={result.run.run_id}").iterdir()}
     assert splits == {"split=train", "split=validation", "split=test"}
 

@@ -37,7 +37,12 @@ def test_every_tile_has_an_outcome_and_is_scored_by_tile_and_by_pixel(result):
     tiles = pq.read_table(result.paths.tiles)
     assert result.run.num_rows == tiles.num_rows
     assert [(image_id, status) for image_id, status, _ in result.errors] == [("test/broken.tif", "TRUNCATED")]
-    assert 0 < result.accuracy <= 1
+    test_tiles = [tile for tile in tiles.to_pylist() if tile["split"] == "test" and tile["target"] is not None]
+    (file,) = (result.paths.labels / "predictions").rglob("*.parquet")
+    labels = pq.read_table(file, columns=["image_id", "label"], partitioning=None)
+    label_of = dict(zip(*labels.to_pydict().values(), strict=True))
+    right = [label_of[tile["image_id"]] == tile["target"] for tile in test_tiles if tile["image_id"] in label_of]
+    assert result.accuracy == pytest.approx(sum(right) / len(right))
     assert 0 < result.pixel_accuracy <= 1
     assert result.columns == ["label", "tiles", "probability", "accuracy"]
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from imgbatch.core.verify import verify
 from imgbatch.errors import ErrorBudgetExceeded, Interrupted, UsageError
 from imgbatch.runtime import job
 from imgbatch.runtime.job import classify
+from imgbatch.runtime.local import LocalEngine
 from imgbatch.runtime.run_log import RunLog
 from tests.conftest import changed
 from tests.runtime.conftest import rows_of
@@ -42,6 +43,7 @@ def test_every_row_comes_out_once(photo_config: Config) -> None:
     assert result.counts["OK"] == 114
     assert result.num_errors == 6
     assert verify(result.out).ok
+    assert not Path(RunPaths(result.out, result.run_id).units).exists()
     assert rows_of(photo_config, "select count(*), count(distinct image_id), min(width) >= 40 from predictions") == [
         (114, 114, True)
     ]
@@ -82,8 +84,6 @@ def test_a_new_run_stands_beside_the_finished_one(photo_config: Config) -> None:
 
 def commit_only(config: Config, units: list[int]) -> RunPaths:
     """Leave the run as a driver that died after these units would."""
-    from imgbatch.runtime.local import LocalEngine
-
     run = plan_run(config, "cpu")
     engine = LocalEngine(run)
     receipts = list(engine.classify_units(units, defer=False))
@@ -93,15 +93,15 @@ def commit_only(config: Config, units: list[int]) -> RunPaths:
 
 
 def test_an_unfinished_run_is_continued(photo_config: Config) -> None:
-    paths = commit_only(photo_config, [0, 5])
-    kept = Path(paths.unit_file(5)).read_bytes()
-    result = classify(changed(photo_config, resources__classify_threads=1, errors__max_rate=0.5))
+    config = changed(photo_config, output__keep_units=True)
+    paths = commit_only(config, [0, 5])
+    before = [Path(paths.unit_file(unit)).read_bytes() for unit in (0, 5)]
+    result = classify(changed(config, resources__classify_threads=1, errors__max_rate=0.5))
     assert result.run_id == paths.run_id
     record = storage.read_json(paths.run_json)
     assert record["sessions"][-1]["units"] == 6
-    assert kept
+    assert [Path(paths.unit_file(unit)).read_bytes() for unit in (0, 5)] == before
     assert verify(result.out).ok
-    assert not Path(paths.units).exists()
 
 
 def test_other_settings_do_not_continue_an_unfinished_run(photo_config: Config) -> None:
@@ -450,8 +450,19 @@ def test_a_unit_that_kills_the_engine_ends_in_isolation(photo_config: Config, mo
     assert result.counts["OK"] == 114
 
 
-def test_the_model_may_not_change_under_a_bundle_path(photo_config: Config, tiny_model: ModelBundle) -> None:
-    result = classify(photo_config)
-    assert rows_of(photo_config, "select distinct model_id from predictions") == [(tiny_model.model_id,)]
-    plan = storage.read_json(RunPaths(result.out, result.run_id).plan)
-    assert plan["fields"]["model"] == tiny_model.model_id
+def test_the_model_may_not_change_under_a_bundle_path(
+    photo_config: Config, make_bundle: Callable[..., ModelBundle]
+) -> None:
+    bundle = make_bundle()
+    config = changed(photo_config, model__path=bundle.path)
+    run = plan_run(config, "cpu")
+    assert run.plan.fields["model"] == bundle.model_id
+    other = make_bundle(seed=1)
+    assert other.path == bundle.path
+    with pytest.raises(UsageError, match="not the weights that model"):
+        LocalEngine(run)
+    with pytest.raises(UsageError, match=f"model: {bundle.model_id} -> {other.model_id}"):
+        classify(config)
+    assert make_bundle().model_id == bundle.model_id
+    assert classify(config).run_id == run.run_id
+    assert rows_of(config, "select distinct model_id from predictions") == [(bundle.model_id,)]
