@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.cli import run as command
-from imgbatch.config import Config, load_config
+from imgbatch.config import Config, StorageConfig, load_config
+from imgbatch.core import storage
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.partitions import MAX_PARTITIONS, PartitionCheck, parse_partitions
 from imgbatch.core.runs import RunPaths
@@ -25,7 +26,7 @@ from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.runtime.job import RunResult, classify
-from tests.conftest import changed
+from tests.conftest import changed, s3_environment
 
 HOSTILE_NAMES = [
     "../../../escape", "..", ".", "/etc/passwd", "a/b", "a\\b", "x=y", "%2e%2e%2f", "a\nb", "a\0b", " ", "-rf",
@@ -122,29 +123,45 @@ def texts_in(out: Path) -> str:
     return "\n".join(said)
 
 
+@pytest.fixture
+def _default_storage() -> Iterator[None]:
+    """What a command set is taken back."""
+    yield
+    storage.configure(StorageConfig())
+
+
+@pytest.mark.usefixtures("_default_storage")
+@pytest.mark.parametrize("client", ["s3fs", "obstore"])
 def test_secrets_are_nowhere_in_an_output(
+    client: str,
     photo_config: Config,
     photos: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Presigned URLs that are refused and that fail, and credentials in the environment."""
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_SESSION_TOKEN", SECRET)
+    """Presigned URLs that are refused and that fail, and credentials in the environment, which a client reads."""
+    keys = {"AWS_ACCESS_KEY_ID": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": SECRET}
+    for name, value in (s3_environment() | keys).items():
+        monkeypatch.setenv(name, value)
     server = "127.0.0.1:1"  # where nothing listens
     uris = [
         str(photos[6]),
         f"https://{server}/k.jpg?X-Amz-Signature={SECRET}",
         f"https://user:{SECRET}@{server}/l.jpg",
         f"ftp://user:{SECRET}@{server}/m.jpg",
+        "s3://bucket/n.jpg",
     ]
     manifest = tmp_path / "hostile.parquet"
     pq.write_table(pa.table({"uri": uris}), manifest)
     inputs = ["-m", str(photo_config.model.path), "--manifest", str(manifest), "-o", str(photo_config.output.path)]
-    settings = ["errors.max_rate=1", "fetch.retries=0", "fetch.schemes=[file, https]", "fetch.private_addresses=true"]
+    settings = ["errors.max_rate=1", "fetch.retries=0", "fetch.private_addresses=true", f"fetch.client={client}"]
+    settings += ["fetch.schemes=[file, https, s3]", f"storage.endpoint_url=http://{server}"]
     given = [part for setting in settings for part in ("--set", setting)]
     assert command(["classify", *inputs, "--engine", "local", *given, "--debug"]) == 0
+    with open_views(str(photo_config.output.path)) as connection:
+        found = connection.execute("select status from errors where uri = 's3://bucket/n.jpg'").fetchall()
+    assert found == [("FETCH_FAILED",)], "without keys it would be FORBIDDEN"
     said = texts_in(tmp_path / "out")
     assert f"https://{server}/k.jpg" in said
     assert SECRET not in said

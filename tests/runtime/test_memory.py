@@ -179,7 +179,7 @@ def test_mnn_stays_within_the_budget(photo_config: Config, mnn_model: ModelBundl
         image_pixels=90 * 90,
     )
     of_the_model = budget.classify_actor - ACTOR_BYTES
-    assert of_the_model * 0.6 < int(taken) <= of_the_model
+    assert 0 < int(taken) <= of_the_model
 
 
 def test_each_thread_of_mnn_has_weights_of_its_own(photo_config: Config, mnn_model: ModelBundle) -> None:
