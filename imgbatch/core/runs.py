@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 from imgbatch.core import storage
 from imgbatch.core.failpoints import failpoint
 from imgbatch.errors import UsageError
+
+_log = logging.getLogger("imgbatch")
 
 HEARTBEAT_EVERY_S = 10.0
 HEARTBEAT_STALE_S = 60.0
@@ -190,7 +193,7 @@ def choose_run_id(
     marked as abandoned.
 
     Raises:
-        UsageError: an unfinished run differs; the message names the fields.
+        UsageError: an unfinished run differs, and the message names the fields; or it is being worked on.
     """
     siblings = [entry for entry in list_runs(out) if entry.parent == parent and not entry.abandoned]
     same = [entry for entry in siblings if entry.plan["fingerprint"] == fingerprint]
@@ -203,6 +206,7 @@ def choose_run_id(
                 f"output {out}: run {entry.run_id} is unfinished and was started with other settings ({differing}); "
                 f"finish it with those, or give it up with --set run.on_unfinished=abandon"
             )
+        _refuse_if_alive(entry.paths)
         storage.create_if_absent(entry.paths.abandoned, b"")
     run_id = "r" + fingerprint[:12]
     if not same:
@@ -242,7 +246,7 @@ def heartbeat(paths: RunPaths) -> Iterator[None]:
     A courtesy only: two drivers at once are safe, because the first writer of a unit wins.
 
     Raises:
-        UsageError: another driver's sign of life is younger than a minute.
+        UsageError: another driver shows signs of life.
     """
     _refuse_if_alive(paths)
     failpoint("heartbeat.checked")
@@ -270,28 +274,54 @@ def heartbeat(paths: RunPaths) -> Iterator[None]:
 
 
 def _refuse_if_alive(paths: RunPaths) -> None:
-    other = _sign_of_life(paths)
-    if other is not None and not (other["host"] == socket.gethostname() and other["pid"] == os.getpid()):
+    if other := other_driver(paths):
         raise UsageError(
-            f"run {paths.run_id}: another driver works on it (process {other['pid']} on {other['host']}, "
-            f"sign of life {time.time() - other['time']:.0f} s ago); wait for it, or stop it and try again in a minute"
+            f"run {paths.run_id}: another driver works on it (process {other['pid']} on {other['host']}); wait for it, "
+            f"or stop it and try again in a minute"
         )
 
 
+def other_driver(paths: RunPaths) -> dict[str, Any] | None:
+    """The last sign of life of another process that works on the run.
+
+    Of another host, whose clock may be wrong, only a sign that changes is one: that takes 15 s to see.
+    """
+    sign = _last_sign(paths)
+    if sign is None or (_is_of_this_host(sign) and sign["pid"] == os.getpid()):
+        return None
+    if _is_of_this_host(sign):
+        return sign if _is_fresh(sign) and _is_running(sign["pid"]) else None
+    wait_s = 1.5 * HEARTBEAT_EVERY_S
+    _log.warning(
+        "run %s: was worked on from %s; waiting %g s to see if it still is", paths.run_id, sign["host"], wait_s
+    )
+    time.sleep(wait_s)
+    later = _last_sign(paths)
+    return later if later != sign else None
+
+
 def is_alive(paths: RunPaths) -> bool:
-    """Whether a driver works on the run: its sign of life is younger than a minute."""
-    return _sign_of_life(paths) is not None
+    """Whether a driver works on the run, as far as clocks agree: its sign of life is younger than a minute."""
+    sign = _last_sign(paths)
+    if sign is None or not _is_fresh(sign):
+        return False
+    return not _is_of_this_host(sign) or _is_running(sign["pid"])
 
 
-def _sign_of_life(paths: RunPaths) -> dict[str, Any] | None:
-    """What a driver that lives wrote last."""
+def _last_sign(paths: RunPaths) -> dict[str, Any] | None:
     try:
         sign: dict[str, Any] = storage.read_json(paths.heartbeat)
     except (FileNotFoundError, ValueError):
         return None
-    if time.time() - sign["time"] > HEARTBEAT_STALE_S:
-        return None
-    return None if sign["host"] == socket.gethostname() and not _is_running(sign["pid"]) else sign
+    return sign
+
+
+def _is_fresh(sign: dict[str, Any]) -> bool:
+    return bool(time.time() - sign["time"] <= HEARTBEAT_STALE_S)
+
+
+def _is_of_this_host(sign: dict[str, Any]) -> bool:
+    return bool(sign["host"] == socket.gethostname())
 
 
 def _is_running(pid: int) -> bool:

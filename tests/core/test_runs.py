@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -95,9 +97,8 @@ def test_differing_fields_name_both_sides() -> None:
 @pytest.mark.parametrize(
     ("host", "pid", "age_s", "refused"),
     [
-        ("elsewhere", 1, 5.0, True),
-        ("elsewhere", 1, 120.0, False),
         (socket.gethostname(), os.getppid(), 5.0, True),
+        (socket.gethostname(), os.getppid(), 120.0, False),
         (socket.gethostname(), 2**22 + 1, 5.0, False),  # larger than any process id: nobody lives there
     ],
 )
@@ -111,6 +112,45 @@ def test_a_sign_of_life_is_respected(tmp_path: Path, host: str, pid: int, age_s:
     with heartbeat(paths):
         pass
     assert not Path(paths.heartbeat).exists()
+
+
+@pytest.mark.parametrize("behind_s", [-3600.0, 0.0, 3600.0])
+@pytest.mark.parametrize("works", [True, False])
+def test_a_sign_from_another_host_is_one_of_life_if_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool, behind_s: float
+) -> None:
+    """Whatever its clock says."""
+    monkeypatch.setattr("imgbatch.core.runs.HEARTBEAT_EVERY_S", 0.2)
+    paths = RunPaths(str(tmp_path), "r1")
+    ended = threading.Event()
+
+    def beat() -> None:
+        while True:
+            storage.write_json(paths.heartbeat, {"host": "elsewhere", "pid": 1, "time": time.time() - behind_s})
+            if not works or ended.wait(0.01):
+                return
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    while not storage.exists(paths.heartbeat):
+        time.sleep(0.01)
+    try:
+        with pytest.raises(UsageError, match="1 on elsewhere") if works else contextlib.nullcontext(), heartbeat(paths):
+            pass
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_run_that_is_worked_on_is_not_given_up(tmp_path: Path) -> None:
+    paths = plan(tmp_path, choose(tmp_path, FIRST), FIRST, finished=False)
+    storage.write_json(paths.heartbeat, {"host": socket.gethostname(), "pid": os.getppid(), "time": time.time()})
+    with pytest.raises(UsageError, match="another driver works on it"):
+        choose(tmp_path, SECOND, abandon=True)
+    assert not storage.exists(paths.abandoned)
+    storage.remove(paths.heartbeat)
+    choose(tmp_path, SECOND, abandon=True)
+    assert storage.exists(paths.abandoned)
 
 
 def test_committed_units_are_found_however_many_there_are(tmp_path: Path) -> None:
