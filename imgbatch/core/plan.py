@@ -26,8 +26,8 @@ from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.partitions import Partition, PartitionCheck, check_class_names, parse_partitions
 from imgbatch.core.row_decoder import reads_rasters
-from imgbatch.core.rows import RowsReader, normalise_columns, select_rows, write_rows
-from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, utc_now
+from imgbatch.core.rows import RowsReader, normalise_columns, read_selected, write_rows
+from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, heartbeat, utc_now
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.units import UnitLayout
 from imgbatch.errors import NothingToDo, UsageError
@@ -176,7 +176,7 @@ def _check_readable(out: str) -> None:
 
 
 def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: DeviceKind, *, attempt: int) -> Run:
-    """A child run over the rows of ``parent`` whose row_id is in ``failed_rows``; row_ids stay the parent's.
+    """A child run over the rows of ``parent`` whose row_id is in ``failed_rows``, in order; row_ids stay the parent's.
 
     Args:
         attempt: the how many-eth retry of the parent, from 1.
@@ -201,7 +201,7 @@ def plan_retry(config: Config, parent: RunEntry, failed_rows: pa.Array, device: 
     paths = RunPaths(out, run_id)
     if not storage.exists(paths.plan):
         reader = RowsReader(parent.paths)
-        tables = select_rows((reader.read(unit) for unit in parent_plan.layout), failed_rows)
+        tables = read_selected(reader, parent_plan.layout, failed_rows)
         plan = _new_plan(
             config,
             fields,
@@ -231,6 +231,13 @@ def open_run(paths: RunPaths, config: Config, bundle: ModelBundle, spec: Preproc
 
 
 def _create(paths: RunPaths, plan: RunPlan, tables: Iterator[pa.Table], *, check_duplicates: bool) -> None:
+    with heartbeat(paths):
+        # Another driver may have planned the run meanwhile, in other units, and be at work on its rows.
+        if not storage.exists(paths.plan):
+            _write(paths, plan, tables, check_duplicates=check_duplicates)
+
+
+def _write(paths: RunPaths, plan: RunPlan, tables: Iterator[pa.Table], *, check_duplicates: bool) -> None:
     first = next(tables)
     check = PartitionCheck(parse_partitions(plan.config.output.partition_by, first.schema))
 

@@ -86,6 +86,12 @@ class RowsReader:
             unit.index % UNITS_PER_FILE, columns=columns, use_threads=False
         )
 
+    def row_id_range(self, unit: Unit) -> tuple[int, int]:
+        """The unit's first and last row_id, from the footer of the file."""
+        group = self._open(unit.index // UNITS_PER_FILE).metadata.row_group(unit.index % UNITS_PER_FILE)
+        statistics = group.column(0).statistics  # row_id is the first column
+        return statistics.min, statistics.max
+
     @property
     def schema(self) -> pa.Schema:
         return self._open(0).schema_arrow
@@ -139,3 +145,13 @@ def select_rows(tables: Iterable[pa.Table], row_ids: pa.Array) -> Iterator[pa.Ta
         chosen = table.filter(pc.is_in(table[ROW_ID], value_set=row_ids))
         if chosen.num_rows:
             yield chosen
+
+
+def read_selected(reader: RowsReader, units: Iterable[Unit], row_ids: pa.Array) -> Iterator[pa.Table]:
+    """The rows of a run whose row_id is in ``row_ids``, which are in order; units without any are not read."""
+    wanted = row_ids.to_numpy()
+    for unit in units:
+        first_id, last_id = reader.row_id_range(unit)
+        first, end = int(np.searchsorted(wanted, first_id)), int(np.searchsorted(wanted, last_id, side="right"))
+        if first < end:
+            yield from select_rows([reader.read(unit)], row_ids.slice(first, end - first))

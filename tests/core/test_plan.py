@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config, option_names
-from imgbatch.core import storage
+from imgbatch.core import plan, storage
 from imgbatch.core.backends import Backend
 from imgbatch.core.fingerprint import fingerprint_of, result_fields
 from imgbatch.core.manifest import open_manifest
@@ -209,6 +212,33 @@ def test_the_manifests_content_is_part_of_the_run(photo_config: Config, photos: 
         plan_run(config, "cpu")
     storage.create_if_absent(first.paths.success, b"")
     assert plan_run(config, "cpu").run_id != first.run_id
+
+
+def test_rows_that_another_driver_planned_meanwhile_are_left_alone(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = plan.choose_layout
+
+    def choose_later(*arguments: Any, **settings: Any) -> Any:
+        monkeypatch.setattr(plan, "choose_layout", choose)
+        plan_run(changed(photo_config, classify__unit_rows=32), "cpu")
+        return choose(*arguments, **settings)
+
+    monkeypatch.setattr(plan, "choose_layout", choose_later)
+    run = plan_run(photo_config, "cpu")
+    assert run.plan.layout.unit_rows == 32
+    (path,) = Path(run.paths.rows).iterdir()
+    assert pq.ParquetFile(path).num_row_groups == run.plan.layout.num_units == 4
+
+
+def test_while_another_driver_plans_the_run_nobody_else_does(photo_config: Config) -> None:
+    paths = plan_run(photo_config, "cpu").paths
+    assert not Path(paths.heartbeat).exists()
+    storage.remove(paths.root)
+    storage.write_json(paths.heartbeat, {"host": socket.gethostname(), "pid": os.getppid(), "time": time.time()})
+    with pytest.raises(UsageError, match="another driver works on it"):
+        plan_run(photo_config, "cpu")
+    assert not Path(paths.rows).exists()
 
 
 def test_rasters_need_the_extra_that_reads_them(

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgbatch.core.manifest import Manifest, open_manifest
-from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.rows import EmbeddedImages, RowsReader, read_selected, write_rows
+from imgbatch.core.runs import RunPaths
+from imgbatch.core.units import Unit, UnitLayout
 
 
 def test_units_side_by_side_read_a_row_group_once(tmp_path: Path, monkeypatch: Any) -> None:
@@ -34,3 +36,22 @@ def test_units_side_by_side_read_a_row_group_once(tmp_path: Path, monkeypatch: A
         images[row] for turn in zip(*units, strict=True) for row in turn
     ]
     assert set(reads.values()) == {1}
+
+
+def test_of_selected_rows_only_their_units_are_read(tmp_path: Path) -> None:
+    paths, layout = RunPaths(str(tmp_path), "r1"), UnitLayout(10, (100,))
+    every_third = pa.table({"row_id": range(0, 300, 3), "uri": ["x"] * 100})
+    write_rows(paths, layout, [every_third])
+    read: list[int] = []
+
+    class Watched(RowsReader):
+        def read(self, unit: Unit, *arguments: Any) -> pa.Table:
+            read.append(unit.index)
+            return super().read(unit, *arguments)
+
+    reader = Watched(paths)
+    wanted = pa.array([0, 3, 27, 150, 151, 240, 299], pa.int64())
+    found = [table["row_id"].to_pylist() for table in read_selected(reader, layout, wanted)]
+    reader.close()
+    assert found == [[0, 3, 27], [150], [240]]
+    assert read == [0, 5, 8]

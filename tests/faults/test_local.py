@@ -76,11 +76,22 @@ def test_a_driver_killed_again_and_again(job: Job, oracle: Job) -> None:
 
 def test_two_drivers_at_once(job: Job, oracle: Job, start: Callable[..., Driver]) -> None:
     """Both look for another driver before either shows itself; the first writer of a unit wins."""
+    assert job.run("plan.after_plan=kill", output__keep_units=False) == KILLED
     drivers = [start("heartbeat.checked=stop", output__keep_units=False) for _ in range(2)]
     wait_until(lambda: all(is_stopped(driver.pid) for driver in drivers))
     for driver in drivers:
         os.kill(driver.pid, signal.SIGCONT)
     assert [driver.wait() for driver in drivers] == [ExitCode.DONE, ExitCode.DONE], job.log.read_text()
+    assert_exactly_once(job, oracle)
+
+
+def test_two_drivers_that_plan_at_once(job: Job, oracle: Job, start: Callable[..., Driver]) -> None:
+    """Whoever is behind may be refused, once the other one shows itself."""
+    drivers = [start("heartbeat.checked=stop@1") for _ in range(2)]
+    wait_until(lambda: all(is_stopped(driver.pid) for driver in drivers))
+    for driver in drivers:
+        os.kill(driver.pid, signal.SIGCONT)
+    assert {ExitCode.DONE} <= {driver.wait() for driver in drivers} <= {ExitCode.DONE, ExitCode.USAGE}
     assert_exactly_once(job, oracle)
 
 
