@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -24,10 +24,12 @@ from imgbatch.core import current, storage
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.output_files import EMBEDDINGS, ERRORS, KINDS, PREDICTIONS, OutputFile, OutputFileWriter, find_strays
 from imgbatch.core.parallel import MapParts, in_threads, map_ahead
+from imgbatch.core.partition_units import PARTITION_RANGES, PartitionUnits
 from imgbatch.core.partitions import partition_paths
 from imgbatch.core.plan import Run
 from imgbatch.core.readers import write_readers
 from imgbatch.core.rows import RowsReader
+from imgbatch.core.runs import other_driver
 from imgbatch.core.secrets import without_secrets
 from imgbatch.core.units import Unit
 from imgbatch.errors import ImgbatchError, Status
@@ -85,7 +87,8 @@ def finalize(run: Run, map_parts: MapParts = in_threads) -> dict[str, Any]:
         current.update(run.paths.out)
         failpoint("finalize.after_current")
         write_readers(run.paths)
-    if not run.plan.config.output.keep_units:
+    is_kept = run.plan.config.output.keep_units or not storage.exists(run.paths.units)
+    if not is_kept and other_driver(run.paths) is None:  # a repair may be at work on them
         storage.remove(run.paths.units)
         failpoint("finalize.after_units")
     return storage.read_json(run.paths.files)
@@ -95,7 +98,9 @@ def _write_output(run: Run, map_parts: MapParts) -> None:
     files = _settled_layout(run, map_parts)
     failpoint("finalize.after_layout")
     groups = _groups(run, files)
-    written = list(itertools.chain.from_iterable(_here_if_few(groups, map_parts)(write_files, run, groups)))
+    entries = itertools.chain.from_iterable(_here_if_few(groups, map_parts)(write_files, run, groups))
+    entry_of = {entry["path"]: entry for entry in entries}
+    written = [entry_of[file.path] for file in files]
     failpoint("finalize.after_files")
     _remove_strays(run, files)
     failpoint("finalize.after_strays")
@@ -126,26 +131,27 @@ def _lay_out(run: Run, map_parts: MapParts) -> Iterator[OutputFile]:
     """Which units make which file: each partition's rows in unit order, cut at units when a file is full."""
     num_units = run.plan.layout.num_units
     parts = [(first, min(first + COUNTED_UNITS, num_units)) for first in range(0, num_units, COUNTED_UNITS)]
-    rows_of: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    held: dict[tuple[str, str], PartitionUnits] = defaultdict(PartitionUnits)
     arrow_bytes: Counter[str] = Counter()
     stored_bytes = sum(info.size for info in storage.list_files(run.paths.rows, ".parquet"))
     for counts in _here_if_few(parts, map_parts)(count_units, run, parts):
-        for kind, partition, unit, rows in counts.rows:
-            rows_of[kind, partition].append((unit, rows))
+        for key, unit_rows in counts.held.items():
+            held[key].extend(unit_rows)
         arrow_bytes.update(counts.arrow_bytes)
         stored_bytes += counts.stored_bytes
     for kind in _kinds(run):
-        if not any(key[0] == kind for key in rows_of) and not (kind == PREDICTIONS and run.partitions):
-            rows_of[kind, ""] = []  # an empty file, so that a reader finds the columns
+        if not any(key[0] == kind for key in held) and not (kind == PREDICTIONS and run.partitions):
+            held[kind, ""] = PartitionUnits()  # an empty file, so that a reader finds the columns
     rows_of_kind: Counter[str] = Counter()
-    for (kind, _), units in rows_of.items():
-        rows_of_kind[kind] += sum(rows for _, rows in units)
-    for kind, partition in sorted(rows_of, key=lambda key: (KINDS.index(key[0]), key[1])):
+    for (kind, _), unit_rows in held.items():
+        rows_of_kind[kind] += sum(unit_rows.rows)
+    for kind, partition in sorted(held, key=lambda key: (KINDS.index(key[0]), key[1])):
         kind_bytes = stored_bytes * arrow_bytes[kind] // arrow_bytes.total()
         rows_per_file = _rows_per_file(run, kind_bytes, rows_of_kind[kind])
-        for number, chunk in enumerate(_fill(rows_of[kind, partition], rows_per_file)):
+        for number, chunk in enumerate(held[kind, partition].cut(rows_per_file)):
             name = "/".join(filter(None, [kind, f"run_id={run.run_id}", partition, f"part-{number:05d}.parquet"]))
-            yield OutputFile(name, kind, partition, _ranges([u for u, _ in chunk]), sum(n for _, n in chunk))
+            ranges = chunk.ranges(PARTITION_RANGES if partition else num_units)
+            yield OutputFile(name, kind, partition, ranges, sum(chunk.rows))
 
 
 def _here_if_few(parts: Sequence[object], map_parts: MapParts) -> MapParts:
@@ -156,8 +162,8 @@ def _here_if_few(parts: Sequence[object], map_parts: MapParts) -> MapParts:
 class UnitCounts:
     """What some units hold."""
 
-    rows: list[tuple[str, str, int, int]]
-    """Kind, partition, unit, and how many rows."""
+    held: dict[tuple[str, str], PartitionUnits]
+    """By kind and partition."""
     arrow_bytes: dict[str, int]
     """By kind, in memory."""
     stored_bytes: int
@@ -167,7 +173,7 @@ class UnitCounts:
 def count_units(run: Run, units: tuple[int, int]) -> UnitCounts:
     """What the units from the first up to the second index hold: a part of the layout, for :class:`MapParts`."""
     storage.configure(run.config.storage)
-    found: list[tuple[str, str, int, int]] = []
+    held: dict[tuple[str, str], PartitionUnits] = defaultdict(PartitionUnits)
     arrow_bytes: Counter[str] = Counter()
     stored_bytes = 0
     for unit, results, rows, size in _iter_units(run, range(*units)):
@@ -176,20 +182,9 @@ def count_units(run: Run, units: tuple[int, int]) -> UnitCounts:
             arrow_bytes[kind] += table.nbytes
             paths = partition_paths(table, run.partitions if kind == PREDICTIONS else (), _date(run))
             counts = Counter(paths.indices.to_pylist())
-            found += [(kind, path, unit.index, counts[i]) for i, path in enumerate(paths.dictionary.to_pylist())]
-    return UnitCounts(found, dict(arrow_bytes), stored_bytes)
-
-
-def _fill(unit_rows: Sequence[tuple[int, int]], rows_per_file: int) -> Iterator[list[tuple[int, int]]]:
-    chunk: list[tuple[int, int]] = []
-    held = 0
-    for unit, rows in unit_rows:
-        if chunk and held + rows > rows_per_file:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append((unit, rows))
-        held += rows
-    yield chunk
+            for index, path in enumerate(paths.dictionary.to_pylist()):
+                held[kind, path].add(unit.index, counts[index])
+    return UnitCounts(dict(held), dict(arrow_bytes), stored_bytes)
 
 
 def _rows_per_file(run: Run, kind_bytes: int, num_rows: int) -> int:
@@ -200,12 +195,6 @@ def _rows_per_file(run: Run, kind_bytes: int, num_rows: int) -> int:
 
 def _kinds(run: Run) -> tuple[str, ...]:
     return KINDS if run.plan.config.output.embeddings else (PREDICTIONS, ERRORS)
-
-
-def _ranges(indices: list[int]) -> list[list[int]]:
-    groups = itertools.groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
-    runs = ([index for _, index in group] for _, group in groups)
-    return [[run[0], run[-1]] for run in runs]
 
 
 class _UnitRows(NamedTuple):
@@ -318,6 +307,7 @@ def _date(run: Run) -> str:
 def _groups(run: Run, files: list[OutputFile]) -> list[list[OutputFile]]:
     """Files to be written together: those of partitions share their units, others have units of their own."""
     size = OPEN_FILES if run.partitions else 1
+    files = sorted(files, key=lambda file: file.units[:1])  # near each other, where a partition is no matter of chance
     return [files[first : first + size] for first in range(0, len(files), size)]
 
 
@@ -338,20 +328,22 @@ def write_files(run: Run, files: list[OutputFile]) -> list[dict[str, Any]]:
         for unit, results, rows, _ in _iter_units(run, sorted(by_unit)):
             for kind, table in _split(run, results, rows).items():
                 wanted = {file.partition: file for file in by_unit[unit.index] if file.kind == kind}
-                for partition, part in _by_partition(run, kind, table):
-                    if partition in wanted:
-                        writers[wanted[partition].path].add(part)
+                for partition, part in _by_partition(run, kind, table, wanted):
+                    writers[wanted[partition].path].add(part)
     return [writer.entry() for writer in writers.values()]
 
 
-def _by_partition(run: Run, kind: str, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+def _by_partition(run: Run, kind: str, table: pa.Table, wanted: Collection[str]) -> Iterator[tuple[str, pa.Table]]:
+    """The rows of each of the wanted partitions that has some."""
     if kind != PREDICTIONS or not run.partitions:
-        yield "", table
+        if "" in wanted:
+            yield "", table
         return
     paths = partition_paths(table, run.partitions, _date(run))
     columns = _drop_partition_columns(table, run)
     for index, path in enumerate(paths.dictionary.to_pylist()):
-        yield path, columns.filter(pc.equal(paths.indices, index))
+        if path in wanted:
+            yield path, columns.filter(pc.equal(paths.indices, index))
 
 
 def _count_statuses(written: list[dict[str, Any]]) -> dict[str, int]:
@@ -363,8 +355,8 @@ def _count_statuses(written: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _remove_strays(run: Run, files: list[OutputFile]) -> None:
-    """Remove what an earlier, interrupted finalize left under the run's own directories."""
+    """Remove what an earlier, interrupted finalize left under the run's own directories, and uploads of days ago."""
     for uri in find_strays(run.paths, {file.path for file in files}):
         storage.remove(uri)
-    for kind in KINDS:
-        storage.remove_left_uploads(run.paths.data(kind))
+    for name in (*KINDS, "runs"):  # of every run: nobody looks again at what this one leaves behind
+        storage.remove_left_uploads(storage.join(run.paths.out, name))

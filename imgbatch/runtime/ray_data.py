@@ -21,7 +21,7 @@ from typing import Any, ClassVar, cast
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from imgbatch.core.parallel import Context, Part, Result
@@ -232,27 +232,27 @@ def map_in_tasks(
     task = ray.remote(num_cpus=1, max_retries=FINITE_RETRIES["max_task_retries"])(function)
     shared = ray.put(context)
     pending = deque(task.remote(shared, part) for part in parts)
+    unfinished = list(pending)
     try:
         while pending:
-            result = ray.get(pending[0], timeout=timeout_s)
-            # Before anything else: to cancel a task that is just ending may crash Ray's core, and the driver with it.
-            pending.popleft()
-            yield result
+            if pending[0] in unfinished:
+                done, unfinished = ray.wait(unfinished, timeout=timeout_s)
+                if not done:
+                    free = ray.available_resources().get("CPU", 0)
+                    raise Interrupted(
+                        f"no part of the output was done for {timeout_s:g} s (run.no_progress_s); {free:g} CPUs are "
+                        f"free; run the same command again to continue"
+                    )
+                continue
+            yield ray.get(pending.popleft(), timeout=timeout_s)
     except RayTaskError as error:
-        pending.popleft()
         # What the function raised, not what Ray made of it.
         raise error.cause from error
-    except GetTimeoutError as error:
-        free = ray.available_resources().get("CPU", 0)
-        raise Interrupted(
-            f"no part of the output was done for {timeout_s:g} s (run.no_progress_s); {free:g} CPUs are free; run the "
-            f"same command again to continue"
-        ) from error
     except RayError as error:
-        pending.popleft()
         raise Interrupted(f"{describe_failure(error)}; run the same command again to continue") from error
     finally:
-        for reference in pending:
+        # Only these: to cancel a task that is just ending may crash Ray's core, and the driver with it.
+        for reference in unfinished:
             ray.cancel(reference)
 
 

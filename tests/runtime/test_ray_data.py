@@ -137,6 +137,22 @@ def test_parts_that_are_not_done_end_the_command_in_one_line() -> None:
         list(map_in_tasks(die, 1, [0], timeout_s=60))
 
 
+def test_whichever_part_is_done_counts_as_progress(tmp_path: Path) -> None:
+    """The results come in the order of the parts, and the first may be the last to be done."""
+
+    def in_turn(context: str, part: int) -> int:
+        before = Path(context, str(part - 1)) if part else Path(context, "3")
+        while not before.exists():
+            time.sleep(0.05)
+        if part:
+            time.sleep(1.5)
+            Path(context, str(part)).touch()
+        return part
+
+    (tmp_path / "0").touch()
+    assert list(map_in_tasks(in_turn, str(tmp_path), [0, 1, 2, 3], timeout_s=4)) == [0, 1, 2, 3]
+
+
 def test_who_takes_no_more_receipts_ends_the_pass(photo_config: Config, tmp_path: Path) -> None:
     config = on_ray(changed(photo_config, classify__unit_rows=1), tmp_path)
     cpus = ray.cluster_resources()["CPU"]
