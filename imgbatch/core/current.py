@@ -5,6 +5,7 @@ It follows from the finished runs, so it can be made again at any time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from imgbatch.core import storage
@@ -36,9 +37,29 @@ def location(out: str) -> str:
 
 
 def update(out: str) -> None:
-    """Write current.json anew from the finished runs, oldest first."""
-    runs = [asdict(_entry(run)) for run in list_runs(out) if run.finished]
-    storage.write_json(location(out), {"runs": runs})
+    """Write current.json anew from the finished runs, oldest first, until no run has finished meanwhile.
+
+    Of two commands that end together, the last one to write looks again after the other's run was there.
+    """
+    runs = _finished_runs(out)
+    while True:
+        storage.write_json(location(out), {"runs": [asdict(_entry(run)) for run in runs]})
+        written, runs = runs, _finished_runs(out)
+        if _ids(runs) == _ids(written):
+            return
+
+
+def is_up_to_date(out: str) -> bool:
+    """Whether current.json holds the runs that have finished; it may not, where a command was killed at its end."""
+    return _ids(load(out)) == _ids(_finished_runs(out))
+
+
+def _finished_runs(out: str) -> list[RunEntry]:
+    return [run for run in list_runs(out) if run.finished]
+
+
+def _ids(runs: Sequence[RunEntry | CurrentRun]) -> list[str]:
+    return [run.run_id for run in runs]
 
 
 def load(out: str) -> list[CurrentRun]:

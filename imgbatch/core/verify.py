@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import duckdb
 
-from imgbatch.core import storage
+from imgbatch.core import current, storage
 from imgbatch.core.database import spilling
 from imgbatch.core.output_files import EMBEDDINGS, ERRORS, PREDICTIONS, find_strays
 from imgbatch.core.runs import RunEntry, find_run, list_runs
@@ -58,6 +58,7 @@ def verify(out: str, run_id: str | None = None) -> VerifyResult:
             checks.append(Check(run.run_id, "finished", False, detail))
             continue
         try:
+            checks += _check_current(run)
             checks += _check_files(run)
             if all(check.ok for check in checks if check.run_id == run.run_id):
                 checks += _check_rows(run, next((r for r in chain if r.run_id == run.parent), None))
@@ -87,6 +88,12 @@ def _descendants(root: RunEntry, runs: list[RunEntry]) -> Iterator[RunEntry]:
         if run.parent == root.run_id and not run.abandoned:
             yield run
             yield from _descendants(run, runs)
+
+
+def _check_current(run: RunEntry) -> Iterator[Check]:
+    if run.run_id not in {entry.run_id for entry in current.load(run.paths.out)}:
+        detail = "the run is not in current.json, so no reader sees it; imgbatch repair puts it there"
+        yield Check(run.run_id, "current", False, detail)
 
 
 def _check_files(run: RunEntry) -> Iterator[Check]:

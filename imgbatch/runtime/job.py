@@ -15,7 +15,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from imgbatch.config import Config
-from imgbatch.core import storage
+from imgbatch.core import current, storage
 from imgbatch.core.access import fetch_settings, moved_inputs
 from imgbatch.core.budget import ErrorBudget
 from imgbatch.core.failpoints import failpoint
@@ -98,6 +98,8 @@ def retry(
     parent = _unfinished_retry_parent(out, run_id) or _newest_root(out, run_id)
     if not parent.finished:
         raise UsageError(f"run {parent.run_id} is unfinished; run its classify command again first")
+    if not current.is_up_to_date(out):  # a command was killed at its end; what failed is read through current.json
+        current.update(out)
     failed = _failed_rows(out, parent)
     if not len(failed):
         return None

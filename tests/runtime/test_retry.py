@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config, load_config
-from imgbatch.core import storage
+from imgbatch.core import current, storage
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
@@ -108,6 +108,22 @@ def test_a_retry_is_of_the_same_model_wherever_it_is_asked_for(
     with pytest.raises(UsageError, match=f"not the one of run {first.run_id}"):
         retry(load_config(flags=flags), None)
     assert kept != description.read_text()
+
+
+def test_a_run_that_current_json_lacks_is_found_and_retried(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    """As after a kill between _SUCCESS and current.json."""
+    manifest, late = broken_manifest(photos, tmp_path)
+    first = classify(changed(photo_config, input__manifest=str(manifest)))
+    storage.remove(current.location(first.out))
+    (failed,) = (check for check in verify(first.out).checks if not check.ok)
+    assert (failed.run_id, failed.name) == (first.run_id, "current")
+    late[0].write_bytes(photos[1].read_bytes())
+    child = retry(photo_config, None)
+    assert isinstance(child, RunResult)
+    assert (child.num_rows, child.counts["OK"]) == (first.num_errors, 1)
+    assert verify(first.out).ok
 
 
 def test_nothing_to_retry(photo_config: Config) -> None:
