@@ -211,9 +211,10 @@ def _create(paths: RunPaths, unit_index: int, data: bytes) -> bool:
     try:
         return storage.create_if_absent(uri, data)
     except Exception as error:  # every object store's client has exceptions of its own
-        with contextlib.suppress(Exception):
-            if paths.is_finished():
-                return False  # another driver was faster, and has removed the units' directory
+        if isinstance(error, FileNotFoundError):
+            with contextlib.suppress(Exception):
+                if paths.is_finished():
+                    return False  # another driver was faster, and has removed the units' directory
         reason = f"{type(error).__name__}: {normalise_message(error)}"
         raise CannotWrite(
             f"unit file {uri}: cannot be written ({reason}); put it right and run the same command again"

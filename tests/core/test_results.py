@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from imgbatch.core import storage
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.results import LabelRules, commit_unit, prediction_columns, unit_table
 from imgbatch.core.runs import RunPaths
-from imgbatch.errors import Stage, Status, row_error
+from imgbatch.errors import CannotWrite, Stage, Status, row_error
 from imgbatch.runtime.job import classify
 from imgbatch.schema import UNIT_SCHEMA
 from tests.conftest import changed
@@ -104,6 +105,29 @@ def test_the_first_writer_of_a_unit_wins(tmp_path: Path) -> None:
     assert Path(paths.unit_file(3)).read_bytes() == content
     assert pq.read_table(paths.unit_file(3)).schema.equals(UNIT_SCHEMA)
     assert paths.committed_units(10) == {3}
+
+
+def test_a_unit_that_cannot_be_written_is_told_of_a_finished_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a repair; only that the directory is gone says that another driver was faster."""
+    paths = RunPaths(str(tmp_path), "r1")
+    storage.create_if_absent(paths.success, b"")
+    Path(paths.units).write_text("no directory")
+    with pytest.raises(CannotWrite, match="cannot be written"):
+        commit_unit(paths, 0, pa.array([7, 8, 9]), mixed_unit(), defer_above=None)
+    Path(paths.units).unlink()
+    link = os.link
+
+    def link_later(source: str, target: str) -> None:
+        storage.remove(paths.units)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_later)
+    assert commit_unit(paths, 0, pa.array([7, 8, 9]), mixed_unit(), defer_above=None).outcome == "existed"
+    storage.remove(paths.success)
+    with pytest.raises(CannotWrite, match="FileNotFoundError"):
+        commit_unit(paths, 0, pa.array([7, 8, 9]), mixed_unit(), defer_above=None)
 
 
 @pytest.mark.parametrize("planned", [[7, 8], [7, 8, 10], [8, 7, 9]])
