@@ -3,20 +3,22 @@ the rows again that they held."""
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from dataclasses import dataclass
 
 from rich.console import Console
 
 from imgbatch.config import Config
-from imgbatch.core import storage
+from imgbatch.core import current, storage
 from imgbatch.core.access import fetch_settings, moved_inputs
 from imgbatch.core.plan import Run, open_inputs, open_run, read_plan
 from imgbatch.core.repair import Damage, find_damage, missing_units, rebuild
 from imgbatch.core.runs import RunEntry, heartbeat
 from imgbatch.core.verify import run_chain
 from imgbatch.errors import ImgbatchError, UsageError, normalise_message
-from imgbatch.runtime.engine import EngineStopped
-from imgbatch.runtime.job import open_engine
+from imgbatch.runtime.engine import Engine, EngineStopped
+from imgbatch.runtime.job import MAX_PASS_UNITS, PASSES_BEFORE_ISOLATION, open_engine
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ def repair(config: Config, run_id: str | None, console: Console | None = None) -
             run = _open(config, entry)
             with heartbeat(run.paths):
                 repaired.append(_repair(run, damage, console))
+    if not current.is_up_to_date(root.paths.out):
+        current.update(root.paths.out)
+        console.print("current.json did not hold every finished run, and was written anew")
     return repaired
 
 
@@ -78,12 +83,14 @@ def _repair(run: Run, damage: Damage, console: Console) -> RepairedRun:
     missing = missing_units(run, damage.units)
     if missing:
         console.print(f"run {run.run_id}: {len(missing):,} units have no file any more and are classified again")
-        _classify(run, missing)
+        _classify(run, missing, console)
     try:
         rebuild(run, damage)
     except ImgbatchError as error:
         if not missing:
             raise
+        for index in missing:  # as when images could not be fetched now: the next repair must not take these for good
+            storage.remove(run.paths.unit_file(index))
         raise ImgbatchError(
             f"{error}: some images came out otherwise than then; classify the manifest anew with --new-run"
         ) from error
@@ -93,10 +100,36 @@ def _repair(run: Run, damage: Damage, console: Console) -> RepairedRun:
     return RepairedRun(run.run_id, [file.path for file in damage.files], len(damage.strays), len(missing))
 
 
-def _classify(run: Run, units: list[int]) -> None:
+def _classify(run: Run, units: list[int], console: Console) -> None:
     try:
         with open_engine(run) as engine:
-            for _ in engine.classify_units(units, defer=False):
-                pass
+            _classify_all(engine, units, console)
     except EngineStopped as error:
         raise ImgbatchError(f"{normalise_message(error)}; run the same command again to continue") from error
+
+
+def _classify_all(engine: Engine, units: list[int], console: Console) -> None:
+    """As the run does it: after a pass that died the units under way go alone, and those that die again row by row."""
+    pending = dict.fromkeys(units)
+    deaths: Counter[int] = Counter()
+    while pending:
+        suspects = [unit for unit in pending if deaths[unit] >= PASSES_BEFORE_ISOLATION]
+        for unit in suspects:
+            engine.classify_isolated(unit)
+            del pending[unit]
+        if suspects:
+            continue
+        chosen = [unit for unit in pending if deaths[unit]] or list(pending)[:MAX_PASS_UNITS]
+        unseen = dict.fromkeys(chosen)
+        try:
+            with contextlib.closing(engine.classify_units(chosen, defer=False)) as receipts:
+                for receipt in receipts:
+                    unseen.pop(receipt.unit, None)
+        except EngineStopped as error:
+            console.print(f"a pass ended early: {normalise_message(error)}", markup=False)
+            deaths.update(list(unseen)[: engine.window])
+        else:
+            unseen.clear()
+        for unit in chosen:
+            if unit not in unseen:
+                del pending[unit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 
 from imgbatch.cli import run as command
 from imgbatch.config import Config
-from imgbatch.core import storage
+from imgbatch.core import current, storage
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.runs import RunPaths
+from imgbatch.core.stages import CommitStage
 from imgbatch.core.verify import verify
 from imgbatch.errors import ImgbatchError, UsageError
 from imgbatch.runtime.job import RunResult, classify, retry
@@ -135,19 +137,54 @@ def test_retries_are_repaired_too(config: Config, photos: list[Path], tmp_path: 
     assert verify(root.out).ok
 
 
-def test_rows_that_come_out_otherwise_are_one_line(config: Config, photos: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_units", [False, True])
+def test_rows_that_come_out_otherwise_are_one_line(
+    config: Config, photos: list[Path], tmp_path: Path, keep_units: bool
+) -> None:
+    """And whoever repairs once the images are back finds no unit of the time when they were away."""
     moving = tmp_path / "moving.jpg"
     moving.write_bytes(photos[1].read_bytes())
     manifest = tmp_path / "moving.parquet"
     pq.write_table(pa.table({"uri": [str(moving), str(photos[2])], "shop": ["a", "a"]}), manifest)
-    config = changed(config, input__manifest=str(manifest))
+    config = changed(config, input__manifest=str(manifest), output__keep_units=keep_units)
     result = classify(config)
+    storage.remove(RunPaths(result.out, result.run_id).units)
     next(Path(result.out, "predictions").rglob("*.parquet")).unlink()
     moving.unlink()
     with pytest.raises(ImgbatchError, match=r"1 rows where finalize\.json has 2: some images came out otherwise"):
         repair(config, None)
     moving.write_bytes(photos[1].read_bytes())
     assert len(repair(config, None)) == 1
+    assert verify(result.out).ok
+
+
+def test_a_unit_that_kills_the_engine_ends_in_isolation(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = classify(config)
+    before = output_files(result)
+    damage(result)
+    commit = CommitStage.__call__
+    tries: Counter[int] = Counter()
+
+    def failing(self: CommitStage, block: pa.Table) -> object:
+        unit = block["unit"][0].as_py()
+        tries[unit] += 1
+        if unit == 1 and tries[unit] <= 2:
+            raise RuntimeError("the machine went away")
+        return commit(self, block)
+
+    monkeypatch.setattr(CommitStage, "__call__", failing)
+    (done,) = repair(config, None)
+    assert tries == {unit: 3 if unit == 1 else 1 for unit in tries}
+    assert done.num_units_classified == len(tries) > 2
+    assert output_files(result).keys() == before.keys()
+    assert verify(result.out).ok
+
+
+def test_a_run_that_current_json_lacks_is_put_there(config: Config) -> None:
+    result = classify(config)
+    storage.write_json(current.location(result.out), {"runs": []})
+    assert not verify(result.out).ok
+    assert repair(config, None) == []
     assert verify(result.out).ok
 
 
