@@ -29,6 +29,7 @@ ClientName = Literal["s3fs", "obstore"]
 
 _CREDENTIALS_ASKED_EVERY = timedelta(minutes=5)
 _ANSWERED = re.compile(r"status code: (\d{3})")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class StoredObject(NamedTuple):
@@ -248,8 +249,8 @@ class ObstoreClient:
 
 
 def _is_normal(key: str) -> bool:
-    """Whether the key is one that object_store would not change: no empty or dotted segments."""
-    return not any(part in ("", ".", "..") for part in key.split("/"))
+    """Whether the key is one that object_store takes as it is: no empty or dotted segments, no control characters."""
+    return not _CONTROL.search(key) and not any(part in ("", ".", "..") for part in key.split("/"))
 
 
 def _first_line(error: BaseException) -> str:

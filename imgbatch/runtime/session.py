@@ -49,18 +49,16 @@ def ray_session(
         meanwhile()
         yield _our_own.is_set()
         return
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    with ThreadPoolExecutor(1, thread_name_prefix="meanwhile") as thread:
-        done = thread.submit(meanwhile)
-        # Not the other way round: Ray's processes end with the thread that started them.
-        _start(config, pools)
-        error = done.exception()
-    if error is not None:
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="meanwhile") as thread:
+            done = thread.submit(meanwhile)
+            # Not the other way round: Ray's processes end with the thread that started them.
+            with _kept_sigterm():
+                _start(config, pools)
+            done.result()
+    except BaseException:
         ray.shutdown()
-        raise error
-    if threading.current_thread() is threading.main_thread():
-        # Ray puts its own in place, which ends the process with the signal's number as its exit code.
-        signal.signal(signal.SIGTERM, on_sigterm)
+        raise
     if cluster_address(config) is None:
         _our_own.set()
     try:
@@ -68,6 +66,17 @@ def ray_session(
     finally:
         ray.shutdown()
         _our_own.clear()
+
+
+@contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """Ray puts a handler of its own in place, which ends the process with the signal's number as its exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start(config: Config, pools: Pools | None) -> None:

@@ -227,12 +227,11 @@ def test_an_object_that_changed_is_an_error_or_counted_or_nothing() -> None:
 
 @pytest.mark.usefixtures("objects")
 def test_odd_keys_are_taken_as_they_are(objects: ObjectServer) -> None:
-    uris: list[str | None] = ["s3://bucket/a b?c#d%20e", "s3://bucket/x//y", "s3://bucket", "s3://bucket/"]
-    outcomes = fetch_all(uris)
-    assert isinstance(outcomes[0], bytes)
-    assert isinstance(outcomes[1], bytes)
-    assert [error.status for error in outcomes[2:] if isinstance(error, RowError)] == [Status.NOT_FOUND] * 2
-    assert objects.requests["a%20b%3Fc%23d%2520e"] == 1
+    uris: list[str | None] = ["s3://bucket/a b?c#d%20e", "s3://bucket/x//y", "s3://bucket/t\ta\x7fb"]
+    outcomes = fetch_all([*uris, "s3://bucket", "s3://bucket/"])
+    assert [type(outcome) for outcome in outcomes[:3]] == [bytes] * 3
+    assert [error.status for error in outcomes[3:] if isinstance(error, RowError)] == [Status.NOT_FOUND] * 2
+    assert objects.requests["a%20b%3Fc%23d%2520e"] == objects.requests["t%09a%7Fb"] == 1
 
 
 def test_without_credentials_everything_is_forbidden(

@@ -56,6 +56,38 @@ def test_plan_warns_of_zones_and_regions_that_differ(photo_config: Config, s3_bu
     assert "1 classify actors (GPU each)" in " ".join(done.stdout.split())
 
 
+TERMINATED_MEANWHILE = """
+import os, signal, time
+import ray
+from imgbatch.config import Config
+from imgbatch.runtime.interrupts import stop_on_signals
+from imgbatch.runtime.session import ray_session
+
+def meanwhile():
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (ray.is_initialized() and signal.getsignal(signal.SIGTERM) is ours):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+
+with stop_on_signals():
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        with ray_session(Config(), meanwhile=meanwhile):
+            print("started")
+    except KeyboardInterrupt as error:
+        print("interrupted by", error, ray.is_initialized())
+"""
+
+
+def test_sigterm_while_the_sample_is_looked_at_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    command = [sys.executable, "-c", TERMINATED_MEANWHILE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted by SIGTERM False\n"), done.stderr
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_a_ray_that_was_there_before_is_not_our_own() -> None:
     with ray_session(Config()) as is_our_own:
