@@ -52,9 +52,10 @@ class DecodedUnit:
 class Decoder:
     """Decodes units in a child process; a context manager, for one thread.
 
-    An image that takes longer than ``config.timeout_s`` is ``TIMEOUT``; one that needs more than
-    ``config.memory_mb`` is ``OUT_OF_MEMORY``, and one that the child dies of is ``DECODER_CRASH``, both only after a
-    second try in a fresh child.
+    An image that takes longer than ``config.timeout_s`` is ``TIMEOUT``, or ``FETCH_FAILED`` where it is part of a
+    raster in an object store, whose server may have stalled. One that needs more than ``config.memory_mb`` is
+    ``OUT_OF_MEMORY``, and one that the child dies of is ``DECODER_CRASH``, both only after a second try in a fresh
+    child.
     """
 
     def __init__(self, spec: PreprocessSpec, config: DecodeConfig, *, max_nodata: float | None = None) -> None:
@@ -166,10 +167,13 @@ class _UnitInFlight:
         self._forget_finished()
         if not self._pending or self._buffer.states_N[self._pending[0][0]] != RowState.STARTED:
             return False
-        row = self._pending[0][0]
+        row, image = self._pending[0]
         self._deaths[row] += 1
         self._buffer.states_N[row] = RowState.WAITING
         if self._deaths[row] >= _MAX_ATTEMPTS[status]:
+            if status is Status.TIMEOUT and _is_remote(image):
+                # The child waited for a server, more likely than not; that may pass.
+                status = Status.FETCH_FAILED
             self.errors[row] = row_error(status, Stage.DECODE, message, self._deaths[row])
             self._buffer.pixels_NHWC[row] = 0
             self._buffer.widths_N[row] = self._buffer.heights_N[row] = 0
@@ -186,3 +190,7 @@ class _UnitInFlight:
     def _forget_finished(self) -> None:
         while self._pending and self._buffer.states_N[self._pending[0][0]] >= RowState.DECODED:
             self._pending.popleft()
+
+
+def _is_remote(image: bytes | RasterRequest) -> bool:
+    return isinstance(image, RasterRequest) and image.uri is not None and storage.is_s3(image.uri)

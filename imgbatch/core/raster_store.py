@@ -15,8 +15,24 @@ from imgbatch.core import storage
 from imgbatch.errors import Status
 
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_NOT_FOUND = ("does not exist", "http response code: 404", "nosuchkey", "nosuchbucket", "no such file")
-_FORBIDDEN = ("http response code: 403", "access denied", "accessdenied", "invalidaccesskeyid", "signaturedoesnotmatch")
+_NOT_FOUND = (
+    "key does not exist",
+    "bucket does not exist",
+    "does not exist in the file system",
+    "http response code: 404",
+    "nosuchkey",
+    "nosuchbucket",
+    "no such file",
+)
+_FORBIDDEN = (
+    "http response code: 403",
+    "access denied",
+    "accessdenied",
+    "access key id you provided",
+    "invalidaccesskeyid",
+    "request signature we calculated",
+    "signaturedoesnotmatch",
+)
 _RETRIES, _RETRY_DELAY_S = 4, 0.5
 
 
@@ -34,6 +50,8 @@ def gdal_options(settings: StorageConfig) -> dict[str, str]:
         "GDAL_HTTP_TIMEOUT": f"{settings.read_timeout_s:g}",
         "GDAL_HTTP_MAX_RETRY": str(_RETRIES),
         "GDAL_HTTP_RETRY_DELAY": f"{_RETRY_DELAY_S:g}",
+        # Otherwise a scene that failed once would fail for as long as the process lives.
+        "CPL_VSIL_CURL_NON_CACHED": "/vsis3/",
     }
     endpoint = settings.endpoint_url or next(filter(None, map(os.environ.get, _ENDPOINT_VARIABLES)), None)
     if endpoint:
