@@ -22,6 +22,8 @@ from imgbatch.errors import Status
 
 _FLOAT_RANGES = (1.0, 255.0, 65535.0)
 _INTEGER_RANGES = (65535.0,)
+_INT8_RANGES = (127.0,)
+_EXIF_ORIENTATIONS = frozenset("12345678")
 _RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 
 
@@ -128,6 +130,25 @@ def north_up(scene: DatasetReader, pixels_CHW: np.ndarray) -> np.ndarray:
     return pixels_CHW
 
 
+def exif_orientation(scene: DatasetReader) -> int:
+    """How a JPEG says that it is stored, 1 to 8; 1 is upright, which everything else is taken for."""
+    if scene.driver != "JPEG":
+        return 1
+    orientation = scene.tags().get("EXIF_Orientation", "")
+    return int(orientation) if orientation in _EXIF_ORIENTATIONS else 1
+
+
+def turned(pixels_CHW: np.ndarray, orientation: int) -> np.ndarray:
+    """Upright, of pixels whose EXIF orientation is ``orientation``."""
+    if orientation >= 5:
+        pixels_CHW = pixels_CHW.transpose(0, 2, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels_CHW = pixels_CHW[:, ::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels_CHW = pixels_CHW[:, :, ::-1]
+    return pixels_CHW
+
+
 @lru_cache(maxsize=256)
 def _lookup_table(dtype: str, slope: float, shift: float) -> np.ndarray:
     """Every value of an integer type stretched to uint8, in the order of its bit patterns."""
@@ -137,18 +158,32 @@ def _lookup_table(dtype: str, slope: float, shift: float) -> np.ndarray:
 
 
 def as_rgb(scene: DatasetReader, samples: Samples, bands: Sequence[int]) -> np.ndarray:
-    """uint8 CHW: colours of a palette, grey three times, wide samples scaled as in :mod:`imgbatch.core.colour`."""
+    """uint8 CHW: colours of a palette, grey three times, and samples of other than 8 bits scaled.
+
+    From 0 to the largest value of their bits where these are fewer than 16, and else as in :mod:`imgbatch.core.colour`.
+    """
     stored_CHW = samples.stored_CHW
     if len(bands) == 1 and scene.colorinterp[bands[0] - 1] == ColorInterp.palette:
         palette = scene.colormap(bands[0])
         table = np.array([palette.get(code, (0, 0, 0, 255))[:3] for code in range(256)], np.uint8)
         return np.ascontiguousarray(table[stored_CHW[0]].transpose(2, 0, 1))
-    if stored_CHW.dtype != np.uint8:
+    if ranges := _ranges(scene, bands[0], stored_CHW.dtype):
         if samples.missing_CHW is not None:
             stored_CHW = np.where(samples.missing_CHW, 0, stored_CHW)
-        ranges = _FLOAT_RANGES if stored_CHW.dtype.kind == "f" else _INTEGER_RANGES
         stored_CHW = scale_to_uint8(stored_CHW, ranges)
     return np.repeat(stored_CHW, 3, axis=0) if len(bands) == 1 else stored_CHW
+
+
+def _ranges(scene: DatasetReader, band: int, dtype: np.dtype) -> tuple[float, ...]:
+    """What samples are scaled from, for ``scale_to_uint8``; empty: they are 8 bits already."""
+    if dtype.kind == "f":
+        return _FLOAT_RANGES
+    if dtype == np.int8:
+        return _INT8_RANGES
+    bits = int(scene.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8 * dtype.itemsize))
+    if dtype == np.uint8 and bits == 8:
+        return ()
+    return (2.0**bits - 1,) if bits < 16 else _INTEGER_RANGES
 
 
 def _missing(

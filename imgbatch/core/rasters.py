@@ -12,11 +12,14 @@ Legend of shape suffixes: H height, W width, C channel.
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from pathlib import Path
+from dataclasses import replace
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import rasterio
@@ -35,9 +38,11 @@ from imgbatch.core.raster_samples import (
     Samples,
     as_rgb,
     default_bands,
+    exif_orientation,
     north_up,
     read_samples,
     stretch,
+    turned,
 )
 from imgbatch.core.raster_store import gdal_options, gdal_path, status_of_remote
 from imgbatch.core.signatures import end_is_missing, sniff_format
@@ -51,6 +56,8 @@ _OPEN_SCENES = 8
 _BLOCK_CACHE_MB = 256
 """Holds a row of blocks of a scene of 13 bands and 10,000 px, so that a row of tiles decompresses none twice."""
 _SNIFFED_BYTES = 4096
+_READ_ERROR = "read error"
+"""Of libtiff and libpng, whatever kept them from reading: a server that fails, or an object that was cut."""
 
 
 def gdal_env() -> rasterio.Env:
@@ -61,6 +68,9 @@ def gdal_env() -> rasterio.Env:
         GDAL_NUM_THREADS=1,
         # Masks and overviews beside a file are looked for by name: listing a folder of a million chips takes minutes.
         GDAL_DISABLE_READDIR_ON_OPEN="TRUE",
+        # Without these, what is missing of a damaged JPEG is grey, and what is missing of a cut PNG is anything.
+        GDAL_ERROR_ON_LIBJPEG_WARNING="TRUE",
+        GDAL_PNG_WHOLE_IMAGE_OPTIM="NO",
     )
 
 
@@ -85,9 +95,22 @@ class RasterDecoder:
         """The crop of one window; whatever is wrong with it is the returned error.
 
         Missing samples become the band's mean, or the background of the decode policy where the model states no bands.
-        South-up and east-left rasters are turned north up where the policy applies orientation; other rotations are
-        left as they are stored.
+        Where the policy applies orientation, south-up and east-left rasters are turned north up, and windows of JPEGs
+        as their EXIF says; other rotations are left as they are stored. Windows count in stored pixels all the same.
         """
+        outcome = self._attempt(request)
+        if request.uri is None or not storage.is_s3(request.uri) or not _is_corrupt(outcome):
+            return outcome
+        # GDAL says the same of a damaged block and of a server that failed for a moment. Opened anew, the scene can be
+        # read again, or what is wrong with the server is said.
+        self._close(request.uri)
+        outcome = self._attempt(request)
+        if _is_corrupt(outcome) and _READ_ERROR in outcome.message.lower():
+            self._close(request.uri)
+            return replace(outcome, status=Status.FETCH_FAILED)
+        return outcome
+
+    def _attempt(self, request: RasterRequest) -> Decoded | RowError:
         try:
             with self._opened(request) as scene:
                 return self._decode(scene, request)
@@ -103,12 +126,22 @@ class RasterDecoder:
     def _opened(self, request: RasterRequest) -> _Scene:
         if request.uri is None:
             memory = MemoryFile(request.data or b"")
-            return _Scene(open_raster(memory.name), memory)
+            try:
+                return _Scene(open_raster(memory.name, request.data or b""), memory)
+            except BaseException:
+                memory.close()
+                raise
         scene = self._scenes.pop(request.uri, None) or open_raster(request.uri)
         self._scenes[request.uri] = scene
         if len(self._scenes) > _OPEN_SCENES:
             self._scenes.popitem(last=False)[1].close()
         return _Scene(scene)
+
+    def _close(self, uri: str) -> None:
+        scene = self._scenes.pop(uri, None)
+        if scene is not None:
+            with suppress(Exception):
+                scene.close()
 
     def _decode(self, scene: DatasetReader, request: RasterRequest) -> Decoded:
         window = checked_window(scene, request.window)
@@ -118,7 +151,7 @@ class RasterDecoder:
             raise RasterRejected(
                 Status.TOO_LARGE, f"{window.width} x {window.height} px, more than {self._max_pixels} (max_pixels)"
             )
-        if step > 1 and _ends_early(scene, window):
+        if step > 1 and _ends_early(scene, window, bands, _size(request)):
             # Overviews, which stand in front, may be whole.
             raise RasterRejected(Status.TRUNCATED, "blocks lie beyond the end of the file")
         try:
@@ -127,7 +160,8 @@ class RasterDecoder:
             with suppress(CPLE_BaseError):
                 # GDAL still holds the error, and would raise it while the next window is read.
                 _ = scene.colorinterp
-            status = Status.TRUNCATED if _ends_early(scene, window) else Status.CORRUPT
+            cut = _ends_early(scene, window, bands, _size(request)) or _has_no_end(scene, request)
+            status = Status.TRUNCATED if cut else Status.CORRUPT
             raise RasterRejected(_status_of(error, status), str(_deepest(error))) from error
         if (missing := samples.missing_share) > self._max_nodata:
             raise RasterRejected(
@@ -135,9 +169,12 @@ class RasterDecoder:
                 f"{missing:.0%} of the samples are missing, more than {self._max_nodata:g} (geo.max_nodata)",
             )
         pixels_CHW = self._to_uint8(scene, samples, bands)
+        width, height = window.width, window.height
         if self._spec.decode.apply_orientation:
-            pixels_CHW = north_up(scene, pixels_CHW)
-        return Decoded(self._crop(pixels_CHW), window.width, window.height)
+            orientation = exif_orientation(scene)
+            pixels_CHW = turned(north_up(scene, pixels_CHW), orientation)
+            width, height = (height, width) if orientation >= 5 else (width, height)
+        return Decoded(self._crop(pixels_CHW), width, height)
 
     def _bands(self, scene: DatasetReader, request: RasterRequest) -> tuple[int, ...]:
         channels = self._spec.num_channels
@@ -195,10 +232,13 @@ class _Scene:
             self._memory.close()
 
 
-def open_raster(uri: str) -> DatasetReader:
+def open_raster(uri: str, data: bytes | None = None) -> DatasetReader:
     """A raster opened for reading; the caller closes it.
 
     Files beside it (.ovr, .msk, .aux.xml) belong to it on a disk, and are not looked for in an object store.
+
+    Args:
+        data: of an embedded raster; ``uri`` is then what GDAL calls it.
 
     Raises:
         RasterRejected: it cannot be opened; the status says why.
@@ -212,13 +252,13 @@ def open_raster(uri: str) -> DatasetReader:
         if storage.is_s3(uri):
             message = str(_deepest(error))
             raise RasterRejected(status_of_remote(message), message) from error
-        head = _head(uri)
-        found = sniff_format(head)
-        if not head:
+        ends = _ends(uri, data)
+        found = sniff_format(ends.head)
+        if not ends.size:
             raise RasterRejected(Status.EMPTY, "no bytes") from error
         if found is None:
-            raise RasterRejected(Status.NOT_AN_IMAGE, f"no raster begins like this: {head[:16]!r}") from error
-        status = Status.TRUNCATED if end_is_missing(head, found) else Status.CORRUPT
+            raise RasterRejected(Status.NOT_AN_IMAGE, f"no raster begins like this: {ends.head[:16]!r}") from error
+        status = Status.TRUNCATED if ends.are_of_a_cut(found) else Status.CORRUPT
         if found not in ("TIFF", "JPEG 2000", "PNG", "JPEG"):
             status = Status.UNSUPPORTED_FORMAT
         raise RasterRejected(status, f"{found}: {_deepest(error)}") from error
@@ -250,12 +290,37 @@ def _step(spec: PreprocessSpec, window: Window) -> int:
     return max(1, math.floor(spare / 2))
 
 
-def _head(uri: str) -> bytes:
+class _Ends(NamedTuple):
+    """The first and last bytes of a file, and its size in bytes."""
+
+    head: bytes
+    tail: bytes
+    size: int
+
+    def are_of_a_cut(self, name: str) -> bool:
+        """Whether a file of the format ``name`` stops before its own end."""
+        if name != "TIFF":
+            return end_is_missing(self.tail, name)
+        directory = int.from_bytes(self.head[4:8], "little" if self.head[:2] == b"II" else "big")
+        return self.size < 8 or directory >= self.size
+
+
+def _ends(uri: str, data: bytes | None) -> _Ends:
+    """Of ``data``, or else of a local file; raises :class:`RasterRejected` where that cannot be read."""
+    if data is not None:
+        return _Ends(data[:_SNIFFED_BYTES], data[-_SNIFFED_BYTES:], len(data))
     try:
         with storage.open_input(uri) as file:
-            return file.read(_SNIFFED_BYTES)
-    except OSError:
-        return b""
+            head = file.read(_SNIFFED_BYTES)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _SNIFFED_BYTES))
+            return _Ends(head, file.read(_SNIFFED_BYTES), size)
+    except PermissionError as error:
+        raise RasterRejected(Status.FORBIDDEN, f"{type(error).__name__}: {error}") from error
+    except FileNotFoundError as error:
+        raise RasterRejected(Status.NOT_FOUND, f"{type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise RasterRejected(Status.FETCH_FAILED, f"{type(error).__name__}: {error}") from error
 
 
 def _deepest(error: BaseException) -> BaseException:
@@ -271,16 +336,36 @@ def _status_of(error: Exception, otherwise: Status) -> Status:
     return Status.OUT_OF_MEMORY if no_memory else otherwise
 
 
-def _ends_early(scene: DatasetReader, window: Window) -> bool:
-    """Whether a local GeoTIFF says that some of the window's blocks lie beyond its end."""
-    if scene.driver != "GTiff" or not Path(scene.name).is_file():
+def _is_corrupt(outcome: Decoded | RowError) -> TypeGuard[RowError]:
+    return isinstance(outcome, RowError) and outcome.status is Status.CORRUPT
+
+
+def _size(request: RasterRequest) -> int | None:
+    """Of the raster's file, bytes; none: in an object store, or gone."""
+    if request.uri is None:
+        return len(request.data or b"")
+    path = storage.local_path(request.uri)
+    return path.stat().st_size if path.is_file() else None
+
+
+def _ends_early(scene: DatasetReader, window: Window, bands: Sequence[int], size: int | None) -> bool:
+    """Whether a GeoTIFF of ``size`` bytes says that some of the window's blocks lie beyond its end."""
+    if scene.driver != "GTiff" or size is None:
         return False
-    size = Path(scene.name).stat().st_size
+    by_band = scene.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") == "BAND"
     block_height, block_width = scene.block_shapes[0]
-    for row in range(window.row_off // block_height, -(-(window.row_off + window.height) // block_height)):
-        for column in range(window.col_off // block_width, -(-(window.col_off + window.width) // block_width)):
-            where = scene.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=1)
-            length = scene.get_tag_item(f"BLOCK_SIZE_{column}_{row}", "TIFF", bidx=1)
-            if where is not None and length is not None and int(where) + int(length) > size:
-                return True
+    rows = range(window.row_off // block_height, -(-(window.row_off + window.height) // block_height))
+    columns = range(window.col_off // block_width, -(-(window.col_off + window.width) // block_width))
+    for band, row, column in itertools.product(bands if by_band else bands[:1], rows, columns):
+        where = scene.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=band)
+        length = scene.get_tag_item(f"BLOCK_SIZE_{column}_{row}", "TIFF", bidx=band)
+        if where is not None and length is not None and int(where) + int(length) > size:
+            return True
     return False
+
+
+def _has_no_end(scene: DatasetReader, request: RasterRequest) -> bool:
+    """Whether a JPEG or PNG, unless it is in an object store, stops before its own end."""
+    if scene.driver not in ("JPEG", "PNG") or (request.uri is not None and storage.is_s3(request.uri)):
+        return False
+    return _ends(request.uri or "", request.data).are_of_a_cut(scene.driver)

@@ -1,23 +1,27 @@
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from PIL import Image
+from PIL import ExifTags, Image
 from rasterio.enums import ColorInterp
 from rasterio.shutil import copy
 
 from imgbatch.core.bands import BandSpec
-from imgbatch.core.images import Decoded
+from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.raster_request import RasterRequest, Window
 from imgbatch.core.raster_samples import RasterRejected, read_samples
 from imgbatch.core.rasters import RasterDecoder, gdal_env, open_raster
-from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.transforms import DecodePolicy, PreprocessSpec
 from imgbatch.errors import RowError, Status
+from tests.core.bad_inputs import png
 from tests.rasters import noise, write_raster
 
 MAX_PIXELS = 120_000_000
@@ -280,6 +284,140 @@ def test_what_is_wrong_with_a_file_is_its_status(tmp_path, damage: Callable[[Pat
     path = write_raster(tmp_path / "scene.tif", noise(1, 64, 64), compress="deflate")
     damage(path)
     assert failure(path).status is status
+
+
+ENCODED = {"JPEG": {"quality": 95}, "PNG": {}}
+
+
+def encoded(kind: str, size: int = 128, **options) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(noise(3, size, size, dtype="uint8", high=255).transpose(1, 2, 0)))
+    image.save(buffer, kind, **ENCODED[kind], **options)
+    return buffer.getvalue()
+
+
+def both_ways(tmp_path: Path, data: bytes) -> tuple[Status, Status]:
+    """Statuses of a damaged raster as a file, and embedded in the manifest."""
+    (tmp_path / "scene.bin").write_bytes(data)
+    decoder = RasterDecoder(RGB, max_pixels=MAX_PIXELS, max_nodata=0.5)
+    embedded = decoder.decode(RasterRequest(None, data=data))
+    assert isinstance(embedded, RowError), embedded
+    return failure(tmp_path / "scene.bin").status, embedded.status
+
+
+@pytest.mark.parametrize("side", [512, 20])
+@pytest.mark.parametrize("kind", ENCODED)
+def test_a_jpeg_or_png_cut_short_is_truncated(tmp_path, kind, side):
+    """20 px are read at full resolution, 512 px of a JPEG as its decoder reduces them."""
+    data = encoded(kind, side)
+    assert both_ways(tmp_path, data[: len(data) // 2]) == (Status.TRUNCATED, Status.TRUNCATED)
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_a_damaged_jpeg_or_png_is_corrupt_rather_than_filled(tmp_path, kind):
+    data = encoded(kind)
+    middle = len(data) // 2
+    damaged = data[:middle] + b"\xff\x00" * 100 + data[middle + 3000 :]
+    assert both_ways(tmp_path, damaged) == (Status.CORRUPT, Status.CORRUPT)
+
+
+def test_a_whole_png_with_a_damaged_header_is_corrupt(tmp_path):
+    data = encoded("PNG")
+    assert len(data) > 4096
+    assert both_ways(tmp_path, data[:16] + b"\x01" + data[17:]) == (Status.CORRUPT, Status.CORRUPT)
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"", Status.EMPTY),
+        (b"no raster at all", Status.NOT_AN_IMAGE),
+        (b"8BPS" + bytes(40), Status.UNSUPPORTED_FORMAT),
+        (b"II*\0\x08\0\0\0\0\0", Status.CORRUPT),
+        (b"II*\0\x08\0\0\1\0\0", Status.TRUNCATED),
+    ],
+)
+def test_an_embedded_raster_that_cannot_be_opened_says_why(tmp_path, data, status):
+    assert both_ways(tmp_path, data) == (status, status)
+
+
+def test_an_embedded_tiff_cut_short_is_truncated(tmp_path):
+    data = write_raster(tmp_path / "scene.tif", noise(3, 64, 64)).read_bytes()
+    assert both_ways(tmp_path, data[:-300]) == (Status.TRUNCATED, Status.TRUNCATED)
+
+
+def test_of_bands_stored_one_after_the_other_those_that_are_there_are_read(tmp_path):
+    samples = noise(3, 64, 64)
+    path = write_raster(tmp_path / "scene.tif", samples, interleave="band")
+    path.write_bytes(path.read_bytes()[:-3000])
+    first_two = pixels(path, bands_spec(0, 10_000, 1, 2, side=64))
+    np.testing.assert_allclose(first_two, stretched(samples[:2], 0, 10_000), atol=1)
+    assert isinstance(decode(path, bands_spec(0, 10_000, 1, 2)), Decoded)
+    for side in (64, 16):
+        assert failure(path, bands_spec(0, 10_000, 1, 3, side=side)).status is Status.TRUNCATED
+
+
+def test_a_raster_that_is_gone_or_may_not_be_read_is_not_called_empty(tmp_path):
+    with pytest.raises(RasterRejected) as gone:
+        open_raster(str(tmp_path / "gone.tif"))
+    assert gone.value.status is Status.NOT_FOUND
+    path = write_raster(tmp_path / "secret.tif", noise(1, 16, 16))
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    assert failure(path).status is Status.FORBIDDEN
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_read_as_a_raster_is_turned_as_a_photograph_is(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    ramp_HWC = np.linspace(0, 200, 65)[None, :, None] * (1.0, 0.7, 0.4) + np.linspace(0, 40, 80)[:, None, None]
+    Image.fromarray(ramp_HWC.astype(np.uint8)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    spec = PreprocessSpec(resize_size=48, crop_size=48)
+    raster = decode(tmp_path / "a.jpg", spec)
+    photograph = decode_image((tmp_path / "a.jpg").read_bytes(), spec, max_pixels=MAX_PIXELS)
+    assert isinstance(raster, Decoded)
+    assert isinstance(photograph, Decoded)
+    assert (raster.width, raster.height) == (photograph.width, photograph.height)
+    assert np.abs(raster.pixels_HWC.astype(int) - photograph.pixels_HWC).max() <= 4
+    stored = replace(spec, decode=DecodePolicy(apply_orientation=False))
+    as_stored = decode(tmp_path / "a.jpg", stored)
+    assert isinstance(as_stored, Decoded)
+    assert (as_stored.width, as_stored.height) == (65, 80)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "value", "grey"),
+    [
+        ("uint8", 1, 1, 255),
+        ("uint8", 2, 2, 170),
+        ("uint8", 4, 8, 136),
+        ("uint16", 12, 2048, 128),
+        ("int8", 8, 127, 255),
+    ],
+)
+def test_without_bands_in_the_model_few_bits_are_scaled_from_what_they_can_hold(tmp_path, dtype, bits, value, grey):
+    options = {"nbits": bits} if bits != 8 else {}
+    path = write_raster(tmp_path / "scene.tif", np.full((1, 16, 16), value, dtype), **options)
+    assert (pixels(path, RGB) == grey).all()
+
+
+def test_a_png_of_few_bits_has_the_greys_of_a_photograph(tmp_path):
+    for bits, line in ((1, b"\x0f\x0f"), (2, b"\x1b" * 4), (4, b"\x08\x9f" * 4)):
+        data = png(16, 16, bits, 0, (b"\0" + line) * 16)
+        (tmp_path / "scene.png").write_bytes(data)
+        photograph = decode_image(data, RGB, max_pixels=MAX_PIXELS)
+        assert isinstance(photograph, Decoded)
+        np.testing.assert_array_equal(pixels(tmp_path / "scene.png", RGB), photograph.pixels_HWC)
+
+
+def test_jpeg_in_tiff_and_a_progressive_jpeg_are_read(tmp_path):
+    samples = noise(3, 128, 128, dtype="uint8", high=255)
+    path = write_raster(tmp_path / "scene.tif", samples, compress="jpeg", photometric="ycbcr")
+    assert isinstance(decode(path, RGB), Decoded)
+    (tmp_path / "a.jpg").write_bytes(encoded("JPEG", progressive=True) + b"\0\0 padding")
+    assert isinstance(decode(tmp_path / "a.jpg", RGB), Decoded)
 
 
 def test_a_window_of_jpeg_2000(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imgbatch.config import DecodeConfig, StorageConfig
+from imgbatch.core import storage
+from imgbatch.core.decoder import Decoder
 from imgbatch.core.model import ModelBundle
-from imgbatch.errors import ExitCode
+from imgbatch.core.raster_request import RasterRequest, Window
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import ExitCode, RowError, Status
 from imgbatch.schema import WINDOW_TYPE
 from tests.faults.conftest import Job, assert_exactly_once, outcomes
 from tests.faults.drivers import KILLED
+from tests.faults.proxy import Fault, FaultyServer, faulty_server
 from tests.rasters import noise, write_raster
 
 SIDE = 32
@@ -74,3 +81,104 @@ def test_a_tile_that_the_decoder_does_not_survive_costs_its_row(scenes: Job) -> 
     statuses = {row[0]: row[2] for row in outcomes(scenes)}
     # Units of 16, 16 and 4 tiles for each scene, and one for what is left.
     assert {row for row, status in statuses.items() if status == "DECODER_CRASH"} == {9, 25, 45, 61}
+
+
+@dataclass(frozen=True)
+class RemoteScene:
+    """A scene in a bucket behind a server that fails as it is told to, read by one child."""
+
+    uri: str
+    server: FaultyServer
+    decoder: Decoder
+
+    def read(self, col_off: int, row_off: int) -> RowError | None:
+        """What is wrong with a tile, which the child reads; none: nothing."""
+        return read_tile(self.decoder, self.uri, col_off, row_off)
+
+    def fail(self, action: str, **limits: int) -> None:
+        """From now on the server answers so."""
+        self.server.faults = [Fault(method, r"/scene\.tif", action, **limits) for method in ("GET", "HEAD")]
+
+    def recover(self) -> None:
+        self.server.faults = []
+
+
+def read_tile(decoder: Decoder, uri: str, col_off: int, row_off: int) -> RowError | None:
+    window = Window(col_off, row_off, SIDE, SIDE)
+    return decoder.decode([RasterRequest(uri, window)], 1).errors[0]
+
+
+TILES = PreprocessSpec(resize_size=SIDE, crop_size=SIDE)
+
+
+@pytest.fixture
+def remote_scene(s3_bucket: str, s3_server: str, tmp_path: Path) -> Iterator[RemoteScene]:
+    """3 x 3 blocks of 256 px, so that a tile at the other end needs a request of its own."""
+    samples_CHW = noise(3, 768, 768, dtype="uint8", high=255)
+    path = write_raster(tmp_path / "scene.tif", samples_CHW, tiled=True, blockxsize=256, blockysize=256)
+    uri = storage.join(s3_bucket, "scene.tif")
+    storage.replace(uri, path.read_bytes())
+    with faulty_server(s3_server) as (url, server):
+        storage.configure(StorageConfig(endpoint_url=url))
+        with Decoder(TILES, DecodeConfig(), max_nodata=0.5) as decoder:
+            yield RemoteScene(uri, server, decoder)
+
+
+@pytest.mark.parametrize(("action", "status"), [("404", Status.NOT_FOUND), ("403", Status.FORBIDDEN)])
+def test_a_scene_that_could_not_be_opened_is_asked_for_again(
+    action: str, status: Status, remote_scene: RemoteScene
+) -> None:
+    remote_scene.fail(action)
+    error = remote_scene.read(0, 0)
+    assert error is not None
+    assert error.status is status
+    remote_scene.recover()
+    assert remote_scene.read(0, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("action", "status"),
+    [
+        ("404", Status.NOT_FOUND),
+        ("403", Status.FORBIDDEN),
+        ("truncate", Status.FETCH_FAILED),
+        pytest.param("503", Status.FETCH_FAILED, marks=pytest.mark.soak),
+        pytest.param("reset", Status.FETCH_FAILED, marks=pytest.mark.soak),
+    ],
+)
+def test_a_scene_that_is_lost_while_it_is_open_is_not_called_damaged(
+    action: str, status: Status, remote_scene: RemoteScene
+) -> None:
+    assert remote_scene.read(0, 0) is None
+    remote_scene.fail(action)
+    error = remote_scene.read(700, 700)
+    assert error is not None
+    assert error.status is status, error
+    remote_scene.recover()
+    assert remote_scene.read(700, 700) is None
+
+
+def test_a_request_that_fails_once_while_a_scene_is_open_costs_no_tile(remote_scene: RemoteScene) -> None:
+    assert remote_scene.read(0, 0) is None
+    remote_scene.fail("403", times=1)
+    assert remote_scene.read(700, 700) is None
+    assert [action for _, _, action in remote_scene.server.acted] == ["403"]
+
+
+def test_a_server_that_stalls_is_no_fault_of_the_tile(remote_scene: RemoteScene) -> None:
+    remote_scene.fail("slow:5")
+    with Decoder(TILES, DecodeConfig(timeout_s=1), max_nodata=0.5) as impatient:
+        error = read_tile(impatient, remote_scene.uri, 0, 0)
+    assert error is not None
+    assert (error.status, error.attempts) == (Status.FETCH_FAILED, 1)
+    assert "decode.timeout_s" in error.message
+
+
+def test_a_block_that_is_damaged_in_the_bucket_is_corrupt(remote_scene: RemoteScene, tmp_path: Path) -> None:
+    data = bytearray(write_raster(tmp_path / "damaged.tif", noise(3, 64, 64), compress="deflate").read_bytes())
+    data[-2000:-200] = b"\xff" * 1800
+    uri = remote_scene.uri.replace("scene.tif", "damaged.tif")
+    storage.replace(uri, bytes(data))
+    error = read_tile(remote_scene.decoder, uri, 0, 0)
+    assert error is not None
+    assert error.status is Status.CORRUPT
