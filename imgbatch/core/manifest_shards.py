@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import IO
 
 import pyarrow as pa
 
@@ -26,6 +27,7 @@ from imgbatch.schema import ETAG, IMAGE_ID, SIZE, TARGET, URI
 
 _CLASS_SUFFIX = ".cls"
 _CLASS_BYTES = 1024
+_CHUNK_BYTES = 1 << 20
 _SHARDS_AT_ONCE = 8
 
 
@@ -106,11 +108,28 @@ def _read_members(shard: str, *, with_classes: bool) -> list[_Member]:
                     if not any(part.startswith(".") for part in image.name.removeprefix("./").split("/")):
                         place = ByteRange(image.offset_data, image.offset_data + image.size - 1)
                         found.append(_Member(image.name.removeprefix("./"), place, target))
+            _check_end(file, tar.offset, shard)
     except UsageError:
         raise
     except Exception as error:  # of tarfile, and every object store's client has its own
         raise UsageError(f"{shard}: no readable tar file ({normalise_message(error)})") from error
     return found
+
+
+def _check_end(file: IO[bytes], end: int, shard: str) -> None:
+    """Raises :class:`UsageError` where the headers ended at byte ``end`` and something follows: tarfile stops silently.
+
+    At a damaged header, that is, and at the end of the first of several archives in one file.
+    """
+    file.seek(end)
+    place = end
+    while chunk := file.read(_CHUNK_BYTES):
+        if rest := chunk.lstrip(b"\0"):
+            raise UsageError(
+                f"{shard}: no readable member header at byte {end}, but data at byte {place + len(chunk) - len(rest)}; "
+                "make the shard again (several archives in one file are not read)"
+            )
+        place += len(chunk)
 
 
 def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:

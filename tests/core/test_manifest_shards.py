@@ -119,6 +119,24 @@ def test_what_is_no_tar_file_is_one_line(shards: Path, tmp_path: Path, content: 
         build(tmp_path, broken)
 
 
+def test_a_shard_of_which_the_rest_would_be_left_out_is_one_line(shards: Path, tmp_path: Path) -> None:
+    """Python's tarfile ends without a word at a damaged header, and at the end of the first of several archives."""
+    data = (shards / "train-000.tar").read_bytes()
+    damaged, several = tmp_path / "damaged.tar", tmp_path / "several.tar"
+    damaged.write_bytes(data[:1100] + b"\xff" * 50 + data[1150:])
+    several.write_bytes(data + (shards / "train-001.tar").read_bytes())
+    with pytest.raises(UsageError, match=r"damaged\.tar: no readable member header at byte 1024"):
+        build(tmp_path, damaged)
+    with pytest.raises(UsageError, match=r"several\.tar: .* byte 5632, but data at byte 10240"):
+        build(tmp_path, several)
+
+
+def test_zeros_after_the_last_member_are_no_fault(shards: Path, tmp_path: Path) -> None:
+    shard = shards / "train-000.tar"
+    shard.write_bytes(shard.read_bytes()[:5632] + bytes(3 * 512 + 100))
+    assert build(tmp_path, shard).num_rows == 2
+
+
 def test_a_compressed_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"x")
     with pytest.raises(UsageError, match="compressed shard"):
