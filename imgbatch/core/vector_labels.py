@@ -21,6 +21,8 @@ from imgbatch.errors import UsageError
 
 _GEOJSON = (".geojson", ".json")
 _LONGITUDE_LATITUDE = "OGC:CRS84"
+_POLYGONAL = 2
+"""Dimensions of polygons, and of collections that have one."""
 
 
 class VectorLabels:
@@ -63,8 +65,12 @@ class VectorLabels:
     def _target(self, tile: Any) -> str | None:
         weights: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
         for index in self._tree.query(tile, predicate="intersects"):
+            geometry = self._geometries[index]
+            common = geometry.intersection(tile)
+            if common.area == 0 and shapely.get_dimensions(geometry) == _POLYGONAL:
+                # It lies beside the tile, with an edge or a corner in common.
+                continue
             area, points = weights[self._classes[index]]
-            common = self._geometries[index].intersection(tile)
             weights[self._classes[index]] = (area + common.area, points + len(shapely.get_parts(common)))
         return min(weights, key=lambda name: (-weights[name][0], -weights[name][1], name)) if weights else None
 
@@ -107,13 +113,18 @@ def _read_layers(file: Path, field: str, path: str) -> tuple[list[str], list[Any
     geometries: list[Any] = []
     try:
         for layer, _ in pyogrio.list_layers(file):
-            if field not in pyogrio.read_info(file, layer=layer)["fields"]:
+            info = pyogrio.read_info(file, layer=layer)
+            if field not in info["fields"]:
                 continue
+            dtype = np.dtype(info["dtypes"][list(info["fields"]).index(field)])
             meta, _, wkb_N, (values_N,) = pyogrio.raw.read(file, layer=layer, columns=[field])
-            known = [index for index, value in enumerate(values_N) if value is not None and wkb_N[index] is not None]
+            # Integers and truth values among which one is missing come as floats, and what is missing as NaN.
+            values = pa.array(values_N, from_pandas=True).to_pylist()
+            known = [index for index, value in enumerate(values) if value is not None and wkb_N[index] is not None]
             if meta["crs"] is None:
                 raise UsageError(f"--labels {path}: layer {layer!r} has no coordinate system; assign one")
-            classes += [str(values_N[index]) for index in known]
+            as_stored = {"i": int, "u": int, "b": bool}.get(dtype.kind, str)
+            classes += [str(as_stored(values[index])) for index in known]
             geometries += list(_to_longitude_latitude(shapely.from_wkb(wkb_N[known]), meta["crs"]))
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.GEOSException) as error:
         raise UsageError(f"--labels {path}: no vector file that GDAL can read ({error})") from error

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -165,6 +166,31 @@ def test_labels_of_a_geopackage_are_turned_into_longitude_and_latitude(tmp_path)
         fields.set_crs(None, allow_override=True).to_file(tmp_path / "nowhere.gpkg")
     with pytest.raises(UsageError, match="layer 'nowhere' has no coordinate system"):
         VectorLabels(str(tmp_path / "nowhere.gpkg"), "use")
+
+
+def test_numbers_as_classes_stay_whole_where_one_of_them_is_missing(tmp_path):
+    squares = [shapely.box(west, 0, west + 1, 1) for west in (0, 2, 4)]
+    columns = {"code": pd.array([3, None, 12], "Int32"), "wet": pd.array([True, None, False], "boolean")}
+    geopandas.GeoDataFrame(columns, geometry=squares, crs="OGC:CRS84").to_file(tmp_path / "labels.gpkg")
+    tiles = pa.array(shapely.to_wkb(squares))
+    assert VectorLabels(str(tmp_path / "labels.gpkg"), "code").targets(tiles) == ["3", None, "12"]
+    assert VectorLabels(str(tmp_path / "labels.gpkg"), "wet").targets(tiles) == ["True", None, "False"]
+
+
+def test_a_polygon_beside_a_tile_says_nothing_about_it(tmp_path):
+    features = [
+        {"type": "Feature", "properties": {"use": use}, "geometry": json.loads(shapely.to_geojson(shape))}
+        for use, shape in (
+            ("water", shapely.box(0, 0, 1, 1)),
+            ("tower", shapely.Point(3, 0)),
+            ("road", shapely.LineString([(5, 0), (5, 1)])),
+        )
+    ]
+    path = tmp_path / "labels.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    tiles = [shapely.box(west, south, west + 1, south + 1) for west, south in ((0, 0), (1, 0), (1, 1), (2, 0), (4, 0))]
+    targets = VectorLabels(str(path), "use").targets(pa.array(shapely.to_wkb(tiles)))
+    assert targets == ["water", None, None, "tower", "road"]
 
 
 def test_two_scenes_of_one_name_and_no_scene_at_all_are_refused(tmp_path, scenes):
