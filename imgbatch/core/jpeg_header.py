@@ -5,16 +5,19 @@ Markers and frame header: ITU-T T.81, annex B. Adobe's segment: Adobe Technical 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from imgbatch.core.signatures import end_is_missing
 
-_START, _START_OF_SCAN, _EXIF, _ADOBE = 0xD8, 0xDA, 0xE1, 0xEE
+_START, _START_OF_SCAN, _APP1, _ADOBE = 0xD8, 0xDA, 0xE1, 0xEE
 _BASELINE, _PROGRESSIVE = 0xC0, 0xC2
 _OTHER_FRAMES = frozenset({0xC1, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
 _YCBCR = 1
 """Adobe's code for how three components are coded; 0 is RGB."""
+_XMP_TURNED = re.compile(rb'tiff:Orientation(="|>)[^1]')
+"""As Pillow looks for it, where EXIF says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ def read_plain_header(data: bytes) -> JpegHeader | None:
         elif (
             marker in _OTHER_FRAMES
             or (marker == _ADOBE and segment[:5] == b"Adobe" and segment[11:12] != bytes([_YCBCR]))
-            or (marker == _EXIF and segment[:6] == b"Exif\0\0" and not _is_upright(segment))
+            or (marker == _APP1 and segment[:6] == b"Exif\0\0" and not _is_upright(segment))
+            or (marker == _APP1 and _XMP_TURNED.search(segment))
         ):
             return None
     if header is None or not header.width or not header.height or end_is_missing(data, "JPEG"):

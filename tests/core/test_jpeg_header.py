@@ -36,11 +36,12 @@ def oriented(orientation: int) -> Image.Exif:
         jpeg(progressive=True),
         jpeg(subsampling=0),
         jpeg(exif=oriented(1)),
+        jpeg(xmp=b'<rdf:Description tiff:Orientation="1"/>'),
         jpeg(icc_profile=b"profile" * 10_000),
         jpeg(comment=b"\xff\xd8\xff\xc0"),
         jpeg() + b"\0" * 9,
     ],
-    ids=["plain", "grey", "progressive", "444", "upright", "icc", "comment", "padded"],
+    ids=["plain", "grey", "progressive", "444", "upright", "upright by XMP", "icc", "comment", "padded"],
 )
 def test_size_of_what_every_decoder_reads_alike(data: bytes) -> None:
     assert read_plain_header(data) == JpegHeader(37, 21)
@@ -52,6 +53,8 @@ def test_size_of_what_every_decoder_reads_alike(data: bytes) -> None:
         jpeg("CMYK"),
         jpeg(keep_rgb=True),
         jpeg(exif=oriented(6)),
+        jpeg(xmp=b'<rdf:Description tiff:Orientation="6"/>'),
+        jpeg(xmp=b"<tiff:Orientation>8</tiff:Orientation>"),
         jpeg(exif=b"Exif\0\0no TIFF header"),
         jpeg()[:-40],
         jpeg()[:200],
@@ -59,7 +62,19 @@ def test_size_of_what_every_decoder_reads_alike(data: bytes) -> None:
         b"",
         b"\x89PNG\r\n\x1a\n",
     ],
-    ids=["cmyk", "rgb", "turned", "damaged exif", "cut", "cut in the header", "three bytes", "empty", "png"],
+    ids=[
+        "cmyk",
+        "rgb",
+        "turned",
+        "turned by XMP",
+        "by an element of XMP",
+        "damaged exif",
+        "cut",
+        "cut in the header",
+        "three bytes",
+        "empty",
+        "png",
+    ],
 )
 def test_anything_else_is_left_to_the_cpu(data: bytes) -> None:
     assert read_plain_header(data) is None
