@@ -360,11 +360,8 @@ def _exists(path: str) -> bool:
 
 def _holds_parquet(path: str, leave_out: str | None) -> bool:
     """Raises :class:`UsageError` for a folder that holds images too: one or the other would be missing."""
-    fs, inner = storage.filesystem(path)
-    if not fs.isdir(inner):
-        return False
     ignored = storage.filesystem(leave_out)[1] if leave_out else None
-    names = [name for name in fs.ls(inner, detail=False) if name != ignored]
+    names = [name for name in _names_in(path) if name != ignored]
     tables = [name for name in names if name.endswith(SUFFIX)]
     images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     if tables and images:
@@ -373,3 +370,15 @@ def _holds_parquet(path: str, leave_out: str | None) -> bool:
             f"a glob, like '{path.rstrip('/')}/*{posixpath.splitext(images[0])[1]}'"
         )
     return bool(tables)
+
+
+def _names_in(path: str) -> list[str]:
+    """What lies directly in a folder; in a bucket the first page of it, for it may be millions of objects."""
+    fs, inner = storage.filesystem(path)
+    if not storage.is_s3(path):
+        return fs.ls(inner, detail=False) if fs.isdir(inner) else []
+    bucket, key, _ = fs.split_path(inner)
+    page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", Delimiter="/")
+    found = [entry["Key"] for entry in page.get("Contents", ())]
+    found += [entry["Prefix"].rstrip("/") for entry in page.get("CommonPrefixes", ())]
+    return [f"{bucket}/{name}" for name in found]

@@ -12,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from imgbatch.config import StorageConfig
 from imgbatch.core import storage
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.manifest_build import BuildOptions, build_manifest, draw_split, parse_split_shares
-from imgbatch.core.manifest_sources import TableOptions, resolve
+from imgbatch.core.manifest_sources import ImageFolder, TableOptions, open_sources, resolve
 from imgbatch.core.parquet import BATCH_ROWS
 from imgbatch.errors import UsageError
 from imgbatch.schema import WINDOW_TYPE
+from tests.faults.proxy import faulty_server
 
 
 def image_bytes(image_format: str = "PNG") -> bytes:
@@ -316,6 +318,21 @@ def test_objects_keep_their_size_and_etag(s3_bucket: str, tmp_path: Path) -> Non
     assert table["size"].to_pylist() == [1, 2, 3, 1, None]
     digests = [hashlib.md5(bytes(size)).hexdigest() for size in (1, 2, 3, 1)]
     assert table["etag"].to_pylist() == [*digests, None]
+
+
+def test_what_a_folder_in_a_bucket_holds_is_told_by_one_page(s3_bucket: str, s3_server: str) -> None:
+    """It may be ten million objects, which are listed once, by whoever reads them."""
+    storage.replace(f"{s3_bucket}/images/a.jpg", b"x")
+    storage.replace(f"{s3_bucket}/images/deeper/b.jpg", b"x")
+    with faulty_server(s3_server) as (url, server):
+        storage.configure(StorageConfig(endpoint_url=url))
+        (source,) = open_sources([f"{s3_bucket}/images"], TableOptions())
+        listings = [path for _, path, _ in server.passed if "list-type=2" in path and "max-keys" not in path]
+        assert isinstance(source, ImageFolder)
+        assert len(listings) == 1
+        storage.replace(f"{s3_bucket}/images/m.parquet", b"x")
+        with pytest.raises(UsageError, match=r"holds images and Parquet files \(m\.parquet\)"):
+            open_sources([f"{s3_bucket}/images"], TableOptions())
 
 
 def test_a_manifest_in_the_folder_of_its_images_is_built_anew(tmp_path: Path) -> None:
