@@ -12,18 +12,18 @@ _TIFF_BITS_PER_SAMPLE = 258
 _FLOAT_RANGES = (1.0, 255.0, 65535.0)
 _INTEGER_RANGES = (65535.0,)
 _DEEP_RGB_RAW_MODES = ("RGB;16B", "RGB;16L", "RGB;16N")
+_SHALLOW_GREY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 class NoPixels(ValueError):
     """The file has samples, and none of them is a number."""
 
 
-def to_rgb(image: Image.Image, background: tuple[int, int, int], *, deep: bool = False) -> Image.Image:
-    """``image`` (loaded, any mode) as mode RGB; the same object where it is plain RGB already.
+def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """``image`` (any mode, loaded after :func:`fit_transparency`) as mode RGB; the same object where it is plain RGB.
 
     Args:
         background: RGB, 0 to 255, that transparent pixels are composited on.
-        deep: the file held 16 bits per RGB sample, of which Pillow kept the upper 8; see :func:`has_deep_rgb`.
 
     16-bit grey is scaled from 0..65535 (12-bit TIFF from 0..4095). 32-bit integers are read as 0..65535 and floats
     as 0..1, 0..255 or 0..65535, the smallest that holds the image's maximum, or else 0..maximum; negative values
@@ -37,20 +37,30 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int], *, deep: bool =
     if image.mode in ("I", "F"):
         ranges = _INTEGER_RANGES if image.mode == "I" else _FLOAT_RANGES
         return Image.fromarray(scale_to_uint8(np.asarray(image), ranges)).convert("RGB")
-    if deep and isinstance(image.info.get("transparency"), tuple):
-        image.info["transparency"] = tuple(sample >> 8 for sample in image.info["transparency"])
     if image.has_transparency_data:
         return _composite(image.convert("RGBA"), background)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def has_deep_rgb(image: Image.Image) -> bool:
-    """Whether the file of a freshly opened ``image`` holds 16 bits per RGB sample; loading it forgets."""
-    return any(raw_mode in _DEEP_RGB_RAW_MODES for tile in image.tile for raw_mode in _raw_modes(tile[3]))  # type: ignore[attr-defined]
+def fit_transparency(image: Image.Image) -> None:
+    """Give the transparent colour of a freshly opened ``image`` the 8 bits that loading gives its samples.
+
+    Pillow leaves it in the file's bits, which loading forgets.
+    """
+    transparent = image.info.get("transparency")
+    for raw_mode in _raw_modes(image):
+        if isinstance(transparent, tuple) and raw_mode in _DEEP_RGB_RAW_MODES:
+            image.info["transparency"] = tuple(sample >> 8 for sample in transparent)
+        elif isinstance(transparent, int) and raw_mode in _SHALLOW_GREY_STEPS:
+            image.info["transparency"] = transparent * _SHALLOW_GREY_STEPS[raw_mode]
 
 
-def _raw_modes(args: object) -> tuple[object, ...]:
-    return args if isinstance(args, tuple) else (args,)
+def _raw_modes(image: Image.Image) -> set[str]:
+    modes: set[str] = set()
+    for tile in image.tile:  # type: ignore[attr-defined]
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        modes.update(argument for argument in arguments if isinstance(argument, str))
+    return modes
 
 
 def _grey_16(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

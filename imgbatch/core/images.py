@@ -27,7 +27,7 @@ import pyarrow as pa
 import simplejpeg
 from PIL import ExifTags, Image, ImageFilter, UnidentifiedImageError
 
-from imgbatch.core.colour import has_deep_rgb, to_rgb
+from imgbatch.core.colour import fit_transparency, to_rgb
 from imgbatch.core.signatures import end_is_missing, sniff_format
 from imgbatch.core.transforms import Interpolation, PreprocessSpec
 from imgbatch.errors import RowError, Stage, Status, row_error
@@ -111,24 +111,30 @@ def decode_image(data: bytes, spec: PreprocessSpec, *, max_pixels: int) -> Decod
 
 
 def _decode(data: bytes, spec: PreprocessSpec, max_pixels: int) -> Decoded:
+    # Opening a WebP makes its canvas already, or fails for want of memory.
+    _check_size(*_webp_canvas(data), max_pixels)
     image = _open(data, spec.decode.formats)
-    if image.width * image.height > max_pixels:
-        raise _Rejected(Status.TOO_LARGE, f"{image.width} x {image.height} px, more than {max_pixels} (max_pixels)")
+    _check_size(image.width, image.height, max_pixels)
     is_jpeg, scale = image.format in ("JPEG", "MPO"), 1
     if is_jpeg and spec.reducing_gap:
         scale = _jpeg_scale(image, spec)
     pixels = _decode_plain_jpeg(data, image, scale) if is_jpeg else None
     if pixels is None:
         scale = 1
-        deep = has_deep_rgb(image)
+        fit_transparency(image)
         image.load()
-        pixels = to_rgb(image, spec.decode.background, deep=deep)
+        pixels = to_rgb(image, spec.decode.background)
     if spec.median_size:
         pixels = pixels.filter(ImageFilter.MedianFilter(spec.median_size))
     # After loading: the EXIF of a PNG may follow its pixels, and Pillow turns a TIFF upright while loading.
     orientation = _orientation(image) if spec.decode.apply_orientation else 1
     source = pixels.size if scale == 1 else image.size
     return resize_and_crop(pixels, orientation, spec, source=source, scale=scale)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise _Rejected(Status.TOO_LARGE, f"{width} x {height} px, more than {max_pixels} (max_pixels)")
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
@@ -142,6 +148,19 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
             raise _Rejected(Status.UNSUPPORTED_FORMAT, f"{found} is not among {', '.join(formats)}") from None
         reason = _why_not_opened(data, found)
         raise _Rejected(_status_of(reason, data), f"{found} header: {reason}") from None
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int]:
+    """Width and height that a WebP's header states, px; zeros for anything else (RFC 9649)."""
+    kind, header = data[12:16] if data[8:12] == b"WEBP" else b"", data[20:30]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(header[4:7], "little"), 1 + int.from_bytes(header[7:10], "little")
+    if kind == b"VP8L":
+        packed = int.from_bytes(header[1:5], "little")
+        return 1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        return int.from_bytes(header[6:8], "little") & 0x3FFF, int.from_bytes(header[8:10], "little") & 0x3FFF
+    return 0, 0
 
 
 def _why_not_opened(data: bytes, name: str) -> Exception:
@@ -170,6 +189,8 @@ def _decode_plain_jpeg(data: bytes, image: Image.Image, scale: int) -> Image.Ima
     try:
         pixels_HWC = simplejpeg.decode_jpeg(data, "RGBX", min_width=size[0], min_height=size[1], min_factor=scale)
     except ValueError as error:
+        if "Insufficient memory" in str(error):
+            raise MemoryError(str(error)) from None
         if str(error).startswith(_DAMAGED_JPEG) and not end_is_missing(data, "JPEG"):
             raise _Rejected(Status.CORRUPT, str(error)) from None
         return None

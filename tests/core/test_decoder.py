@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +28,9 @@ def jpeg(width: int = 40, height: int = 30, seed: int = 0) -> bytes:
     return encode(Image.fromarray(pixels_HWC), "JPEG")
 
 
-def encode(image: Image.Image, kind: str) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -126,6 +127,26 @@ def test_memory_is_bounded_for_the_child_and_not_for_this_process() -> None:
     assert unit.errors[1] is not None
     assert (unit.errors[1].status, unit.errors[1].attempts) == (Status.OUT_OF_MEMORY, 2)
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+
+
+def test_a_progressive_jpeg_that_needs_more_memory_is_not_called_damaged() -> None:
+    """Whose coefficients are all held at once; libjpeg says so rather than Python."""
+    payloads = [jpeg(), encode(Image.new("RGB", (6000, 6000)), "JPEG", progressive=True)]
+    with Decoder(SPEC, DecodeConfig(memory_mb=64)) as decoder:
+        unit = decoder.decode(payloads, 2)
+    assert_all_decoded(unit, payloads, except_rows={1})
+    assert unit.errors[1] is not None
+    assert (unit.errors[1].status, unit.errors[1].attempts) == (Status.OUT_OF_MEMORY, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exact": True}], ids=["VP8", "VP8L", "VP8X"])
+def test_a_webp_of_too_many_pixels_is_too_large_though_there_is_no_memory_for_its_canvas(options: dict) -> None:
+    mode = "RGBA" if "exact" in options else "RGB"
+    payloads = [encode(Image.new(mode, (9000, 4000)), "WEBP", **options)]
+    with Decoder(SPEC, DecodeConfig(memory_mb=64, max_pixels=30_000_000)) as decoder:
+        (error,) = decoder.decode(payloads, 1).errors
+    assert error is not None
+    assert (error.status, error.message) == (Status.TOO_LARGE, "9000 x 4000 px, more than 30000000 (max_pixels)")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process has")

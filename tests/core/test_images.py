@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageCms
 from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.transforms import DecodePolicy, PreprocessSpec
 from imgbatch.errors import RowError, Stage, Status
+from tests.core.bad_inputs import png, png_chunk
 
 SPEC = PreprocessSpec(resize_size=8, crop_size=8)
 MAX_PIXELS = 1_000_000
@@ -208,6 +209,14 @@ def test_transparent_values_of_every_mode_show_the_background(mode: str) -> None
         image.putalpha(0)
     options = {} if mode == "LA" else {"transparency": (0, 0, 0) if mode == "RGB" else image.getpixel((0, 0))}
     assert_uniform(encode(image, "PNG", **options), (255, 255, 255))
+
+
+@pytest.mark.parametrize(("bits", "value", "grey"), [(1, 1, 255), (2, 2, 170), (4, 8, 136), (8, 99, 99)])
+def test_a_transparent_value_of_few_bits_shows_the_background(bits: int, value: int, grey: int) -> None:
+    line = b"\0" + bytes([sum(value << shift for shift in range(0, 8, bits))]) * (2 * bits)
+    for transparent, expected in ((value, (255, 255, 255)), (value - 1, (grey,) * 3)):
+        chunk = png_chunk(b"tRNS", struct.pack(">H", transparent))
+        assert_uniform(png(16, 16, bits, 0, line * 16, chunk), expected)
 
 
 def test_palette_and_bilevel_become_colours() -> None:
