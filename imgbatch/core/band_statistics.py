@@ -8,12 +8,15 @@ Legend of shape suffixes: N samples, C band, H height, W width.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,7 @@ from imgbatch.core.raster_request import RasterRequest, Window
 from imgbatch.core.row_decoder import find_raster
 from imgbatch.core.rows import EmbeddedImages
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.errors import RowError, UsageError, normalise_message
+from imgbatch.errors import ImgbatchError, RowError, UsageError, normalise_message
 from imgbatch.schema import BANDS, URI, WINDOW
 
 PERCENTILES = (2.0, 98.0)
@@ -190,39 +193,76 @@ Outcome = tuple[tuple[int, ...], np.ndarray] | str
 
 def read_part(settings: ReadSettings, requests: Sequence[RasterRequest]) -> list[Outcome]:
     """Read some tiles, for :class:`MapParts`; the values are every n-th pixel's."""
-    pool = _start(settings.storage)
+    child = _Child(settings.storage)
     outcomes: list[Outcome] = []
     try:
         for request in requests:
             try:
-                outcomes.append(pool.submit(_read_tile, request).result(timeout=settings.timeout_s))
-            except (BrokenProcessPool, TimeoutError) as error:
-                _kill(pool)
-                pool = _start(settings.storage)
-                outcomes.append(f"{type(error).__name__} while it was read")
+                outcomes.append(child.read(request, settings.timeout_s))
+            except (EOFError, OSError) as error:
+                child.kill()
+                child = _Child(settings.storage)
+                too_long = isinstance(error, TimeoutError)
+                took = f"reading it took more than {settings.timeout_s:g} s (decode.timeout_s)"
+                outcomes.append(took if too_long else "the process that read it died")
     finally:
-        _kill(pool)
+        child.kill()
     return outcomes
 
 
-def _start(settings: StorageConfig) -> ProcessPoolExecutor:
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(settings,))
-    pool.submit(int).result()
-    return pool
+class _Child:
+    """A process that reads tiles: a new interpreter, for ``multiprocessing`` would re-run the caller's ``__main__``.
+
+    Raises:
+        ImgbatchError: it does not start; why is on standard error.
+    """
+
+    def __init__(self, settings: StorageConfig) -> None:
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "imgbatch.core.band_statistics", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        try:
+            self._connection.send(settings)
+            self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.kill()
+            raise ImgbatchError("the process that reads tiles does not start") from error
+
+    def read(self, request: RasterRequest, timeout_s: float) -> Outcome:
+        """Raises ``TimeoutError``, and ``EOFError`` or another ``OSError`` where the process died."""
+        self._connection.send(request)
+        if not self._connection.poll(timeout_s):
+            raise TimeoutError
+        return self._connection.recv()
+
+    def kill(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
 
 
-def _kill(pool: ProcessPoolExecutor) -> None:
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-    pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _prepare(settings: StorageConfig) -> None:
+def _serve(connection: Connection) -> None:
+    """Runs in the child until the parent closes its end."""
     from imgbatch.core.rasters import gdal_env
 
-    storage.configure(settings)
+    # Ctrl-C reaches the whole process group; what to do about it is the parent's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
-    gdal_env().__enter__()
+    storage.configure(connection.recv())
+    with gdal_env():
+        connection.send(None)
+        while True:
+            try:
+                request = connection.recv()
+            except EOFError:
+                return
+            connection.send(_read_tile(request))
 
 
 def _read_tile(request: RasterRequest) -> Outcome:
@@ -233,8 +273,7 @@ def _read_tile(request: RasterRequest) -> Outcome:
     from imgbatch.core.rasters import checked_window, open_raster
 
     try:
-        uri = request.uri or MemoryFile(request.data or b"").name
-        with open_raster(uri) as scene:
+        with MemoryFile(request.data or b"") as memory, open_raster(request.uri or memory.name, request.data) as scene:
             whole = checked_window(scene, request.window)
             width, height = min(whole.width, _MAX_SIDE), min(whole.height, _MAX_SIDE)
             col_off, row_off = whole.col_off + (whole.width - width) // 2, whole.row_off + (whole.height - height) // 2
@@ -244,3 +283,7 @@ def _read_tile(request: RasterRequest) -> Outcome:
         return normalise_message(error)
     values_NC = values_CHW.reshape(len(bands), -1).T.astype(np.float32)
     return bands, values_NC[:: max(1, len(values_NC) // _TILE_SAMPLES)]
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgbatch.config import Config, GeoConfig, load_config
+from imgbatch.config import Config, GeoConfig, StorageConfig, load_config
 from imgbatch.core import band_statistics
-from imgbatch.core.band_statistics import BandSample, sample_bands
+from imgbatch.core.band_statistics import BandSample, ReadSettings, read_part, sample_bands
 from imgbatch.core.manifest import Manifest, open_manifest
+from imgbatch.core.raster_request import RasterRequest
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import UsageError
 from imgbatch.schema import WINDOW_TYPE
@@ -62,6 +66,42 @@ def test_parts_together_are_the_whole(tmp_path, monkeypatch):
     parts = sample_bands(manifest, np.arange(5), None, num_tiles=9, config=Config())
     assert (parts.bands, parts.num_tiles, parts.failed) == (whole.bands, 4, whole.failed)
     np.testing.assert_array_equal(parts.values_NC, whole.values_NC)
+
+
+def test_embedded_rasters_are_sampled_and_damaged_ones_say_why(tmp_path):
+    samples = noise(2, 16, 16)
+    data = write_raster(tmp_path / "scene.tif", samples).read_bytes()
+    pq.write_table(pa.table({"bytes": [data, b"no raster", b""]}), tmp_path / "tiles.parquet")
+    manifest = open_manifest(str(tmp_path / "tiles.parquet"))
+    sample = sample_bands(manifest, np.arange(3), None, num_tiles=9, config=Config())
+    np.testing.assert_array_equal(sample.values_NC, samples.reshape(2, -1).T)
+    assert ["no raster begins" in failure or "no bytes" in failure for failure in sample.failed] == [True, True]
+
+
+def test_a_tile_that_never_comes_costs_no_other(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tif")
+    scene = RasterRequest(str(write_raster(tmp_path / "scene.tif", noise(1, 16, 16))))
+    requests = [scene, RasterRequest(str(tmp_path / "pipe.tif")), scene]
+    before, lost, after = read_part(ReadSettings(StorageConfig(), timeout_s=1.0), requests)
+    assert lost == "reading it took more than 1 s (decode.timeout_s)"
+    np.testing.assert_array_equal(before[1], after[1])
+
+
+def test_a_script_that_guards_nothing_runs_once(tmp_path):
+    tiles_of(write_raster(tmp_path / "scene.tif", noise(3, 64, 64)), tmp_path, 32)
+    (tmp_path / "script.py").write_text(
+        "import numpy as np\n"
+        "from imgbatch.config import Config\n"
+        "from imgbatch.core.band_statistics import sample_bands\n"
+        "from imgbatch.core.manifest import open_manifest\n"
+        "print('started')\n"
+        f"manifest = open_manifest({str(tmp_path / 'tiles.parquet')!r})\n"
+        "print(sample_bands(manifest, np.arange(5), None, num_tiles=9, config=Config()).num_tiles)\n"
+    )
+    script = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert script.stdout.split() == ["started", "4"], script.stderr
 
 
 def test_where_nothing_can_be_read_the_first_reason_is_given(tmp_path):
