@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from imgbatch.core.fetch import Fetcher
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.raster_request import RasterRequest, Window
 from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.s3 import unquoted_etag
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, Stage, Status, row_error
 from imgbatch.schema import BANDS, ETAG, ROW_ID, URI, WINDOW
@@ -41,7 +43,7 @@ class RowDecoder:
     fetched whole and decoded as a photograph.
 
     Args:
-        config: its sections ``fetch``, ``decode`` and ``geo``.
+        config: its sections ``fetch``, ``decode`` and ``geo``, and ``input.if_changed``.
         columns: of the rows to come.
         embedded: the manifest whose ``bytes`` hold the images; none: they are behind ``uri``.
         processes: children, and so units that are decoded at once.
@@ -65,8 +67,10 @@ class RowDecoder:
         self._has_rasters = reads_rasters(columns, spec)
         if self._has_rasters:
             require_rasterio()
-        self._access = config.fetch
         self._fetch_config = config.fetch
+        self._if_changed = config.input.if_changed
+        self._num_changed = 0
+        self._lock = threading.Lock()
         self._fetcher = Fetcher(config.fetch, if_changed=config.input.if_changed)
         max_nodata = config.geo.max_nodata if self._has_rasters else None
         self._decoders = [Decoder(spec, config.decode, max_nodata=max_nodata) for _ in range(processes)]
@@ -95,7 +99,7 @@ class RowDecoder:
     @property
     def num_changed(self) -> int:
         """Objects that were not what the manifest lists, in all."""
-        return self._fetcher.num_changed
+        return self._fetcher.num_changed + self._num_changed
 
     def request(self, rows: pa.Table) -> Iterable[Payload]:
         """What to decode of rows with the columns of :func:`image_columns`; the first files are on their way."""
@@ -125,20 +129,38 @@ class RowDecoder:
         # Everything that has bytes, in order: what is embedded, and photographs among rasters.
         photographs = rows.filter(pa.array([not raster for raster in is_raster], pa.bool_()))
         whole = iter(self._whole(rows if self._embedded else photographs))
-        found: dict[str | None, str | RowError] = {}
-        for uri, part, row_bands, raster in zip(_cells(rows, URI), windows, bands, is_raster, strict=True):
+        found: dict[tuple[str | None, str | None], str | RowError] = {}
+        objects = zip(_cells(rows, URI), _etags(rows) or [None] * rows.num_rows, strict=True)
+        for listed, part, row_bands, raster in zip(objects, windows, bands, is_raster, strict=True):
             data = next(whole) if self._embedded or not raster else None
             if data is not None and (not raster or isinstance(data, RowError)):
                 yield data
                 continue
-            if data is None and uri not in found:
-                found[uri] = find_raster(uri, self._fetch_config)
-            place = None if data is not None else found[uri]
+            if data is None and listed not in found:
+                found[listed] = self._find_listed(*listed)
+            place = None if data is not None else found[listed]
             if isinstance(place, RowError):
                 yield place
                 continue
             window = Window(**part) if part is not None else None
             yield RasterRequest(place, window, tuple(row_bands) if row_bands else None, data)
+
+    def _find_listed(self, uri: str | None, etag: str | None) -> str | RowError:
+        """As :func:`find_raster`; an object is compared with what the manifest lists, which takes a request."""
+        place = find_raster(uri, self._fetch_config)
+        if isinstance(place, RowError) or not etag or self._if_changed == "ignore" or not storage.is_s3(place):
+            return place
+        try:
+            found = unquoted_etag(storage.file_info(place).version)
+        except Exception:  # of every kind; whoever opens the object says what is wrong
+            return place
+        if not found or found == unquoted_etag(etag):
+            return place
+        with self._lock:
+            self._num_changed += 1
+        if self._if_changed == "warn":
+            return place
+        return row_error(Status.CHANGED, Stage.FETCH, f"the object's etag is {found}, the manifest's {etag}")
 
 
 def _etags(rows: pa.Table) -> Sequence[str | None] | None:

@@ -19,6 +19,7 @@ from imgbatch.core import storage
 from imgbatch.core.decoder import Decoder
 from imgbatch.core.manifest_build import BuildOptions, build_manifest
 from imgbatch.core.raster_request import RasterRequest
+from imgbatch.core.row_decoder import RowDecoder
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.verify import verify
 from imgbatch.errors import Status, UsageError
@@ -134,6 +135,28 @@ def test_a_raster_that_never_answers_costs_its_own_row(scene, tmp_path):
         unit = decoder.decode(requests, 3)
     assert [error and error.status for error in unit.errors] == [None, Status.TIMEOUT, None]
     assert unit.widths.tolist() == [160, 0, 160]
+
+
+def test_a_raster_that_is_not_what_the_manifest_lists_is_an_error_or_counted_or_nothing(scene, s3_bucket):
+    uris = [f"{s3_bucket}/{name}.tif" for name in ("same", "changed")]
+    for uri in uris:
+        storage.replace(uri, scene.read_bytes())
+    etags = [storage.file_info(uri).version for uri in uris]
+    storage.replace(uris[1], scene.read_bytes() + b"\0")
+    window = {"col_off": 0, "row_off": 0, "width": 32, "height": 32}
+    columns = {"uri": [*uris, *uris], "etag": [*etags, None, None], "window": pa.array([window] * 4, WINDOW_TYPE)}
+    rows = pa.table(columns)
+    outcomes = {}
+    for mode in ("error", "warn", "ignore"):
+        config = load_config(None, [f"input.if_changed={mode}"])
+        with RowDecoder(PreprocessSpec(32, 32), config, columns=rows.column_names) as decoder:
+            errors = decoder.decode(rows).errors
+            outcomes[mode] = [error and error.status for error in errors], decoder.num_changed
+    assert outcomes == {
+        "error": ([None, Status.CHANGED, None, None], 1),
+        "warn": ([None] * 4, 1),
+        "ignore": ([None] * 4, 0),
+    }
 
 
 CLASSES = ("field", "water")
