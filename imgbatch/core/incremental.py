@@ -1,4 +1,4 @@
-"""Incremental nights: which rows of a manifest the same model has not labelled in an output yet."""
+"""Incremental nights: which rows of a manifest the same model has still to label in an output."""
 
 from __future__ import annotations
 
@@ -13,41 +13,48 @@ from imgbatch.core.database import spilling
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.runs import find_run
 from imgbatch.core.views import view_statements
-from imgbatch.errors import UsageError
+from imgbatch.errors import MAY_PASS, Status, UsageError
 from imgbatch.schema import ETAG, IMAGE_ID, ROW_ID
 
 _MEMORY_MB = 1000
 
+_MAY_COME = frozenset({*MAY_PASS, Status.NOT_FOUND})
+"""Failures that say nothing of the content: what a listing names again may be there again."""
+
 
 def unlabelled_rows(manifest: Manifest, out: str, *, num_rows: int, model_id: str, since_run: str | None) -> np.ndarray:
-    """Which of the manifest's first ``num_rows`` rows have no prediction by this model: bool, one per row.
+    """Which of the manifest's first ``num_rows`` rows this model has still to label: bool, one per row.
 
     A row counts as labelled where its image_id has a prediction, unless the object changed since: where both the
-    manifest and the prediction know an ``etag`` and they differ.
+    manifest and the prediction know an ``etag`` and they differ. A row that failed is left out too, where both know an
+    ``etag``, they agree, and the failure is none that may pass: a broken image would fail every night. Without an
+    ``etag`` nothing says whether the image was replaced, and it is tried again.
 
     Args:
-        since_run: only labels of this run and of those planned after it count; none: those of every finished run.
+        since_run: only outcomes in this run and in those planned after it count; none: those of every finished run.
 
     Raises:
         UsageError: no such run, or it is unfinished.
     """
-    runs = [run for run in _runs_since(out, since_run) if run.model_id == model_id and run.predictions]
+    runs = [run for run in _runs_since(out, since_run) if run.model_id == model_id]
     if not runs:
         return np.ones(num_rows, dtype=bool)
     unlabelled = np.zeros(num_rows, dtype=bool)
     with spilling(out, memory_mb=_MEMORY_MB) as connection:
         for statement in view_statements(out, runs):
             connection.execute(statement)
-        stored = connection.sql("from all_predictions limit 0").columns
         connection.register("listed", _listed(manifest, num_rows))
-        unchanged = "true"
-        if ETAG in stored and ETAG in manifest.schema.names:
-            unchanged = f"coalesce(known.{ETAG} = listed.{ETAG}, true)"
-        found = connection.sql(
-            f"select {ROW_ID} from listed anti join all_predictions known "
-            f"on known.{IMAGE_ID} = listed.{IMAGE_ID} and {unchanged}"
-        ).to_arrow_reader()
-        for batch in found:
+        query = f"select {ROW_ID} from listed anti join all_predictions known on known.{IMAGE_ID} = listed.{IMAGE_ID}"
+        if ETAG in manifest.schema.names:
+            if ETAG in connection.sql("from all_predictions limit 0").columns:
+                query += f" and coalesce(known.{ETAG} = listed.{ETAG}, true)"
+            if ETAG in connection.sql("from all_errors limit 0").columns:
+                lasting = ", ".join(f"'{status}'" for status in Status if status not in _MAY_COME)
+                query += (
+                    f" anti join (select {IMAGE_ID}, {ETAG} from all_errors where status in ({lasting})) failed "
+                    f"on failed.{IMAGE_ID} = listed.{IMAGE_ID} and failed.{ETAG} = listed.{ETAG}"
+                )
+        for batch in connection.sql(query).to_arrow_reader():
             unlabelled[batch.column(0).to_numpy()] = True
     return unlabelled
 

@@ -13,7 +13,7 @@ from imgbatch.core.plan import plan_run
 from imgbatch.core.rows import RowsReader
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
-from imgbatch.errors import NothingToDo, UsageError
+from imgbatch.errors import ErrorBudgetExceeded, NothingToDo, UsageError
 from imgbatch.runtime.job import classify
 from tests.conftest import changed
 
@@ -34,7 +34,8 @@ def planned_row_ids(config: Config) -> list[int]:
 def test_only_what_the_model_has_not_labelled_is_classified(
     photo_config: Config, photos: list[Path], tmp_path: Path
 ) -> None:
-    """Photo 5 and 25 of the first night were cut short: the second night tries them again, and takes the new ones."""
+    """Photo 5 and 25 of the first night were cut short: the second night takes the new ones, and tries these again, as
+    without an etag they may have been replaced."""
     first = changed(photo_config, input__manifest=write_manifest(tmp_path / "1.parquet", photos[:40]))
     classify(first)
     # The new night's listing has the new photos in front, so that positions mean something else.
@@ -56,6 +57,38 @@ def test_nothing_is_left_to_label(photo_config: Config, photos: list[Path], tmp_
     fewer = write_manifest(tmp_path / "2.parquet", whole[:20])
     with pytest.raises(NothingToDo, match=r"all 20 rows"):
         classify(changed(photo_config, input__manifest=fewer, input__skip_existing=True))
+
+
+def test_a_broken_image_is_tried_again_only_when_it_was_replaced(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    """Photo 5 is cut short; the seventh image is not there yet, which is no reason to give it up."""
+    listed = [*photos[:6], tmp_path / "late.jpg"]
+    first = write_manifest(tmp_path / "1.parquet", listed, etag=[*"abcdefg"])
+    assert classify(changed(photo_config, input__manifest=first)).counts == {"OK": 5, "TRUNCATED": 1, "NOT_FOUND": 1}
+    incremental = changed(photo_config, input__skip_existing=True, run__on_unfinished="abandon")
+
+    def planned(name: str, *etags: str | None) -> list[int]:
+        later = write_manifest(tmp_path / name, [*photos[:6], tmp_path / "late.jpg", photos[6]], etag=[*etags])
+        return planned_row_ids(changed(incremental, input__manifest=later))
+
+    assert planned("same.parquet", *"abcdefgh") == [6, 7]
+    assert planned("replaced.parquet", *"abcdeFgh") == [5, 6, 7]
+    assert planned("unknown.parquet", *"abcde", None, "g", "h") == [5, 6, 7]
+    broken = write_manifest(tmp_path / "broken.parquet", photos[:6], etag=[*"abcdef"])
+    with pytest.raises(NothingToDo, match=r"all 6 rows"):
+        classify(changed(incremental, input__manifest=broken))
+
+
+def test_what_failed_in_a_run_without_one_label_is_known_too(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    """Partitioned: that run has no file of predictions."""
+    partitioned = changed(photo_config, output__partition_by=["bucket:2"])
+    with pytest.raises(ErrorBudgetExceeded, match="not one prediction"):
+        classify(changed(partitioned, input__manifest=write_manifest(tmp_path / "1.parquet", [photos[5]], etag=["a"])))
+    later = write_manifest(tmp_path / "2.parquet", photos[5:7], etag=["a", "b"])
+    assert planned_row_ids(changed(partitioned, input__manifest=later, input__skip_existing=True)) == [1]
 
 
 def test_another_model_or_another_content_is_labelled_anew(
