@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import ray
+import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from imgbatch.config import load_config
@@ -127,8 +132,17 @@ def test_a_night_ends_whatever_happens():
     (job,) = documents("kuberay/rayjob.yaml")
     spec = job["spec"]
     assert spec["shutdownAfterJobFinishes"]
-    assert spec["activeDeadlineSeconds"] + spec["ttlSecondsAfterFinished"] < 24 * 3600
     assert spec["backoffLimit"] >= 1
+
+
+def test_a_night_and_its_second_cluster_end_before_midnight():
+    """Which keeps nights apart, and gives both the same name for their listing."""
+    *_, cron = documents("kuberay/cronjob.yaml")
+    (job,) = documents("kuberay/rayjob.yaml")
+    assert cron["spec"]["timeZone"] == "Etc/UTC"
+    minute, hour = (int(number) for number in cron["spec"]["schedule"].split()[:2])
+    last_start = 3600 * hour + 60 * minute + cron["spec"]["startingDeadlineSeconds"]
+    assert last_start + (1 + job["spec"]["backoffLimit"]) * job["spec"]["activeDeadlineSeconds"] < 24 * 3600
 
 
 def test_kubernetes_accepts_the_nights():
@@ -156,9 +170,45 @@ def test_the_night_is_commands_and_keys_that_exist():
 
     script = CLUSTER / "kuberay/night/night.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
-    lines = [line.split() for line in script.read_text().splitlines() if line.startswith("imgbatch ")]
-    assert [words[1] for words in lines] == ["manifest", "classify", "verify"]
+    lines = [line.split() for line in re.split(r"\n| \|\| ", script.read_text()) if line.startswith("imgbatch ")]
+    assert [words[1] for words in lines] == ["manifest", "manifest", "classify", "verify"]
     assert [problem for words in lines for problem in problems_of_command(words[1:])] == []
     config = load_config(CLUSTER / "kuberay/night/night.yaml")
     groups = {group["groupName"]: group for group in ray_cluster("kuberay/rayjob.yaml")["spec"]["workerGroupSpecs"]}
     assert config.resources.classify_actors == groups["gpu"]["maxReplicas"]
+
+
+def test_a_night_that_starts_again_keeps_to_its_listing(photos, tiny_model, tmp_path):
+    """The script itself, with a folder for the bucket, into which another image comes between the two starts."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for photo in photos[:3]:
+        shutil.copy(photo, images)
+    config = tmp_path / "night.yaml"
+    settings = {
+        "model": {"path": tiny_model.path},
+        "output": {"path": str(tmp_path / "labels")},
+        "classify": {"engine": "local"},
+        "resources": {"device": "cpu"},
+        "run": {"on_unfinished": "abandon"},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    script = (CLUSTER / "kuberay/night/night.sh").read_text()
+    script = script.replace("s3://BUCKET", str(tmp_path)).replace("/etc/imgbatch/night.yaml", str(config))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    said = []
+    for _ in range(2):
+        night = subprocess.run(
+            ["bash", "-c", script],
+            env={**os.environ, "PATH": path, "NIGHT": "2026-11-30"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert night.returncode == 0, night.stdout + night.stderr
+        said.append(night.stdout)
+        shutil.copy(photos[3], images)
+    assert [manifest.name for manifest in (tmp_path / "manifests").iterdir()] == ["2026-11-30.parquet"]
+    assert "finished already, nothing to do" in said[1]
+    assert "3 of 3 rows" in said[1]
