@@ -1,4 +1,5 @@
-"""What README and CONTRIBUTING name is there: commands and their options, keys, Make targets, paths, links, imports.
+"""What README, CONTRIBUTING and SECURITY name is there: commands and their options, keys, Make targets, paths, links,
+imports, extras.
 
 Command lines are parsed by the command line's own parser, short of running them.
 """
@@ -9,6 +10,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from imgbatch.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md"]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 LAYOUT_HEADINGS = ("Reading the code", "Where things are, in reading order")
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -32,6 +34,7 @@ SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND_LINE = re.compile(r"(?:\$ )?((?:[A-Z_]+=\S+ )*(?:imgbatch|make)(?: .*)?)")
 OPTION = re.compile(r"--?[a-z][a-z-]*")
+EXTRA = re.compile(r"extra `([a-z0-9]+)`|`([a-z0-9]+)`\s+extra\b|imgbatch\[([a-z0-9]+)\]")
 DOTTED = re.compile(r"[a-z_]+\.[a-z_]+")
 FILE_SUFFIXES = {"csv", "html", "json", "jsonl", "lock", "md", "parquet", "py", "safetensors", "sql", "toml", "yaml"}
 
@@ -44,6 +47,7 @@ def problems(text: str) -> list[str]:
         *(f"({link}): no such file" for link in relative_links(text) if not (ROOT / link).exists()),
         *(f"`{path}`: no such path" for path in layout_paths(text) if not is_there(path)),
         *(problem for code in blocks(text, "python") for problem in problems_of_python(code)),
+        *(f"{name}: no such extra" for name in sorted(extras(text) - declared_extras())),
     ]
 
 
@@ -66,6 +70,15 @@ def spans(text: str) -> list[str]:
 def relative_links(text: str) -> list[str]:
     links = LINK.findall(FENCED.sub("", text))
     return [link.partition("#")[0] for link in links if "://" not in link and not link.startswith("#")]
+
+
+def extras(text: str) -> set[str]:
+    """Of ours, as text or code names them."""
+    return {name for names in EXTRA.findall(text) for name in names if name}
+
+
+def declared_extras() -> set[str]:
+    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
 
 def layout_paths(text: str) -> list[str]:
@@ -184,6 +197,12 @@ def test_everything_that_is_named_is_there(document):
     assert problems(document.read_text()) == []
 
 
+def test_every_extra_that_a_message_names_is_there():
+    named = {name for path in (ROOT / "imgbatch").rglob("*.py") for name in extras(path.read_text())}
+    assert {"baselines", "geo", "openvino"} <= named
+    assert named <= declared_extras()
+
+
 def test_the_checker_sees_what_the_readme_holds():
     text = README.read_text()
     commands = {tuple(resolve(shlex.split(line)[1:])[1]) for line in command_lines(text) if line.startswith("imgbatch")}
@@ -192,6 +211,7 @@ def test_the_checker_sees_what_the_readme_holds():
     assert len([span for span in spans(text) if is_key(span)]) >= 8
     assert len(layout_paths(text)) >= 8
     assert "CONTRIBUTING.md" in relative_links(text)
+    assert {"baselines", "openvino"} <= extras(text)
     assert set(Config.model_fields) > {span.partition(".")[0] for span in spans(text) if span in option_names()}
 
 
@@ -220,6 +240,8 @@ def test_the_checker_sees_what_the_readme_holds():
         ("It is in `jobs/benches/`.", "jobs/benches/"),
         ("[How](CONTRIBUTE.md#habits) to help.", "CONTRIBUTE.md"),
         ("# x\n\n## Reading the code\n\n| | |\n| --- | --- |\n| `imgbatch/cli.py`, `notebok/` | both |\n", "notebok/"),
+        ("It needs the extra `goe`.", "goe"),
+        ("With the\n`baseline` extra it is fitted.", "baseline"),
         ("```python\nfrom imgbatch import clasify\n```", "clasify"),
         ('```python\nload_config("a.yaml", ["output.paht=labels"])\n```', "output.paht"),
     ],
