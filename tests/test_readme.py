@@ -215,6 +215,21 @@ def test_the_checker_sees_what_the_readme_holds():
     assert set(Config.model_fields) > {span.partition(".")[0] for span in spans(text) if span in option_names()}
 
 
+def test_the_readme_can_be_followed_from_the_top():
+    """What refuses to overwrite is written once, and what training reads has splits."""
+    made: dict[str, str] = {}
+    for line in command_lines(README.read_text()):
+        words = shlex.split(line, comments=True)
+        command = " ".join(resolve(words[1:])[1])
+        if command == "train":
+            assert "--split" in made[words[words.index("--manifest") + 1]]
+        if command in ("manifest build", "manifest tile", "model init", "train", "calibrate"):
+            output = words[words.index("-o") + 1]
+            assert output not in made
+            made[output] = line
+    assert len(made) >= 8
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [

@@ -149,7 +149,8 @@ def tile(
     ] = None,
     label_field: Annotated[str, typer.Option(help="The property of a feature that names its class.")] = "class",
     split: Annotated[
-        str | None, typer.Option(metavar="NAME=SHARE,...", help="Draw splits, like train=0.8,test=0.2; by scene.")
+        str | None,
+        typer.Option(metavar="NAME=SHARE,...", help="Draw splits by scene, like train=0.8,validation=0.1,test=0.1."),
     ] = None,
     split_from: Annotated[
         From | None, typer.Option(help="folder: the split is the folder train, validation, val, valid or test.")

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 from PIL import Image
 
-from imgbatch.cli import run
+from imgbatch.cli import app, run
 from imgbatch.core.manifest import open_manifest
+from imgbatch.core.manifest_build import parse_split_shares
 from tests.rasters import noise, write_raster
 
 
@@ -34,6 +38,14 @@ def test_build_prints_what_it_wrote(tmp_path: Path, photos: Path, capsys: pytest
     assert any(line[:1] == ["cat"] and line[-1:] == ["2"] for line in lines)
     assert any(line[:1] == ["images"] and line[-1:] == ["3"] for line in lines)
     assert open_manifest(str(output)).schema.names == ["uri", "target", "split"]
+
+
+@pytest.mark.parametrize("command", ["build", "tile"])
+def test_the_splits_in_the_help_are_those_that_training_wants(command: str) -> None:
+    group: Any = typer.main.get_command(app)
+    (option,) = [option for option in group.commands["manifest"].commands[command].params if option.name == "split"]
+    (example,) = re.findall(r"\w+=0\.\d(?:,\w+=0\.\d)+", option.help)
+    assert {"train", "validation"} <= parse_split_shares(example).keys()
 
 
 def test_build_does_not_overwrite_unless_told(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
