@@ -35,6 +35,18 @@ CHUNKS_PER_FILE = 6
 TOP_K = 5
 MAX_COMPETING = 32
 RUN_ID = "r000000000001"
+EVALUATE = """
+import re
+from pathlib import Path
+from imgbatch.cli import main
+
+try:
+    main()
+finally:
+    print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+"""Says its own peak, in KiB, at the end: what the system tells its parent is at least the parent's, who wrote the
+predictions."""
 
 
 def main() -> None:
@@ -51,12 +63,12 @@ def main() -> None:
         out, manifest = folder / "out", folder / "targets.parquet"
         if not out.exists():
             write_output(out, manifest, arguments.rows, arguments.classes, arguments.probabilities)
-        command = [sys.executable, "-c", "from imgbatch.cli import main; main()", "evaluate", str(out)]
+        command = [sys.executable, "-c", EVALUATE, "evaluate", str(out)]
         command += ["-o", str(folder / "eval")]
         command += ["--manifest", str(manifest)] if arguments.join else []
         command += [part for column in arguments.slice_by for part in ("--slice-by", column)]
         started = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         wall_s = time.perf_counter() - started
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         metrics = json.loads((folder / "eval" / "metrics.json").read_text())
@@ -70,7 +82,7 @@ def main() -> None:
         "slice_by": arguments.slice_by,
         "wall_s": round(wall_s, 1),
         "cpu_s": round(used.ru_utime + used.ru_stime, 1),
-        "peak_rss_gb": round(used.ru_maxrss / 2**20, 2),
+        "peak_rss_gb": round(int(done.stdout.split()[-1]) / 2**20, 2),
         "cores": len(os.sched_getaffinity(0)),
         "load_1min": round(os.getloadavg()[0], 1),
         "top1": metrics["top1"],

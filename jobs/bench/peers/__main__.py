@@ -4,10 +4,13 @@
                                [--only NAME,...] [--workload NAME] [--s3 s3://BUCKET/PREFIX] [-o RESULT]
 
 Peers are written in our own words in the shape in which they are published (see ``task``), each in a module of this
-package. The clock starts when an engine is up and its workers have run 64 empty tasks, and stops after the write.
-imgbatch is the installed command, from ``engine_ready_at`` to ``finished_at`` in run.json: its probabilities and error
-rows count in its time, though no peer writes any. It runs four times: with torch, and with the variants that
-``imgbatch model optimize`` makes before the contest; on large images a fifth time, with reduced decoding.
+package. The clock starts when an engine is up, and stops after the write. Loading the model is in everyone's time but
+the process pool's, whose processes have it before. Workers of Ray Data, Daft, Spark and the pool have run 64 empty
+tasks before; the DataLoader, which has no engine, starts its workers in its time. imgbatch is the installed command,
+from when its Ray is up to ``finished_at`` in run.json: starting its actors, probabilities and error rows count in its
+time, though no peer writes any of these. (In results up to 2026-11-30 its clock starts with the first unit, 3 to 4 s
+later.) It runs four times: with torch, and with the variants that ``imgbatch model optimize`` makes before the contest;
+on large images a fifth time, with reduced decoding.
 
 ``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in
 a short run the start of processes, which is in everyone's time, would decide.

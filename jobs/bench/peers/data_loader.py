@@ -1,4 +1,7 @@
-"""A tuned loop over torch's DataLoader: uint8 until the batch, channels_last, workers and threads by trial."""
+"""A tuned loop over torch's DataLoader: uint8 until the batch, channels_last, workers and threads by trial.
+
+The trial is before the clock; loading the model and starting the workers, for which nothing is up before, after it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spark with a pandas UDF over iterators, so that each Python worker loads the model once."""
+"""Spark with a pandas UDF over iterators, so that the model is loaded once a partition, of which each core gets two."""
 
 from __future__ import annotations
 
