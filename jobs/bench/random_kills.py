@@ -230,13 +230,17 @@ def choose_victim(
 
 
 def kill(victim: str, processes: dict[str, list[psutil.Process]], folder: Path, diary: Diary) -> None:
-    """SIGKILL to one process of a kind; to the raylet with all that runs on its node."""
+    """SIGKILL to one process of a kind; to the raylet with all that runs on its node. Counts if there was one."""
     chosen = processes.get(victim, [])[:1]
     if victim == "raylet":
         chosen += [child for process in chosen for child in process.children(recursive=True)]
+    num_killed = 0
     for process in chosen:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+            num_killed += 1
+    if num_killed == 0:
+        return
     units_done = len(list(folder.glob("out/runs/*/units/*.parquet")))
     diary.add(**asdict(Kill(time.time(), victim, units_done)))
 
