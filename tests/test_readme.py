@@ -197,6 +197,11 @@ def test_everything_that_is_named_is_there(document):
     assert problems(document.read_text()) == []
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "jobs/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_configuration(recipe):
+    assert load_config(recipe) != Config()
+
+
 def test_every_extra_that_a_message_names_is_there():
     named = {name for path in (ROOT / "imgbatch").rglob("*.py") for name in extras(path.read_text())}
     assert {"baselines", "geo", "openvino"} <= named

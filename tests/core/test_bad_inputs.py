@@ -56,10 +56,10 @@ def test_each_becomes_what_the_table_says(bad: BadInput) -> None:
 
 def test_security_md_shows_the_same_table() -> None:
     text = (Path(__file__).parents[2] / "SECURITY.md").read_text()
-    rows = re.findall(r"^\| (.+?) \| `?([A-Z_]+|a label)`? \|$", text, re.MULTILINE)
-    shown = dict(rows)
+    table = text.partition("| file | outcome |\n")[2].partition("\n\n")[0]
+    shown = re.findall(r"^\| (.+?) \| `?(.+?)`? \|$", table, re.MULTILINE)
     expected = {bad.name: "a label" if bad.status is Status.OK else bad.status.value for bad in BAD_INPUTS}
-    assert {name: shown.get(name) for name in expected} == expected
+    assert sorted(shown) == sorted([("---", "---"), *expected.items()])
 
 
 def test_they_do_no_harm_to_each_other_in_the_decoding_process() -> None:
