@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from imgbatch.config import Config, load_config
+from imgbatch.config import Config, ResourcesConfig, load_config
 from imgbatch.core.units import choose_unit_rows
 from imgbatch.runtime.forecast import price_per_hour
+from imgbatch.runtime.memory import max_stored_units
 from imgbatch.runtime.pools import Machine, choose_pools
 from tests.cluster.conftest import CLUSTER, documents
 
@@ -20,6 +22,8 @@ IMAGES = 10_000_000
 IMAGES_PER_S_OF_VCPU = 64
 PIXEL_BYTES = 224 * 224 * 3
 RESULT_ROW_BYTES = 200
+MAX_BLOCK_BYTES = 80 * 2**20
+SPILLING_AT = 0.8
 START_AND_IDLE_H = 1 / 6
 GET_USD, PUT_USD = 0.0004 / 1000, 0.005 / 1000
 BETWEEN_ZONES_USD_PER_GB = 0.02
@@ -183,6 +187,36 @@ def test_what_ten_million_images_cost(recipe):
     assert cost("GPU and CPU nodes in two zones") == pytest.approx(
         IMAGES * PIXEL_BYTES / 1e9 * BETWEEN_ZONES_USD_PER_GB, abs=0.01
     )
+
+
+def test_blocks_in_the_object_stores(recipe):
+    blocks = max_stored_units(choose_pools(recipe.resources, "cuda", Machine(num_cpus=0, num_gpus=0)))
+    assert f"= {blocks} blocks" in README
+    assert f"{blocks * 512 * PIXEL_BYTES / 1e9:.1f} GB in all" in " ".join(README.split())
+
+
+@pytest.mark.parametrize(
+    ("group", "decode_actors", "classify_actors", "said"),
+    [("cpu", 15, 0, "15 decode actors, 2.7 blocks of 80 MiB each: 3.4 GB"), ("gpu", 3, 1, "1 GB with 3 decode actors")],
+)
+def test_shared_memory_has_room_for_the_blocks_of_a_node(group, decode_actors, classify_actors, said):
+    night = load_config(CLUSTER / "kuberay/night/night.yaml").resources
+    pools = choose_pools(night, "cuda", Machine(num_cpus=0, num_gpus=0))
+    on_node = replace(pools, decode_actors=decode_actors, classify_actors=classify_actors)
+    held = max_stored_units(on_node) * MAX_BLOCK_BYTES
+    assert f"{held / 1e9:.2g} GB" in said
+    for file in ("raycluster", "rayjob"):
+        assert said in (CLUSTER / f"kuberay/{file}.yaml").read_text()
+    (volume,) = worker_groups()[group]["template"]["spec"]["volumes"]
+    assert held < SPILLING_AT * int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) * 2**30
+
+
+def test_shared_memory_at_home_has_room_for_the_blocks_of_two_workers():
+    units = max_stored_units(choose_pools(ResourcesConfig(), "cpu", Machine(num_cpus=4, num_gpus=0, node_cpus=2)))
+    text = (CLUSTER / "compose.yaml").read_text()
+    assert f"in the two workers {units} units at most" in text
+    (store_bytes,) = {int(size) for size in re.findall(r"--object-store-memory=(\d+)", text)}
+    assert units * MAX_BLOCK_BYTES / 2 < SPILLING_AT * store_bytes
 
 
 def test_published_rates_follow_from_the_published_seconds():
