@@ -12,6 +12,7 @@ from typing import Any
 import duckdb
 
 from imgbatch.core import storage
+from imgbatch.report.summary import UNLABELLED
 
 _IDENTITY = "image_id, uri, run_id, row_id"
 _PACKED = "struct_pack(image_id, uri, run_id, row_id, label, probability, top_k)"
@@ -81,10 +82,10 @@ def pick_least_certain(connection: duckdb.DuckDBPyConnection, limit: int, *, is_
 
 
 def pick_failed(connection: duckdb.DuckDBPyConnection, limit: int, each: int) -> tuple[Pick, ...]:
-    """At most ``each`` failed images of every status, the commonest status first, ``limit`` in all."""
+    """At most ``each`` images without a label of every status, the commonest status first, ``limit`` in all."""
     rows = connection.execute(
-        f"select status, arg_min(struct_pack({_IDENTITY}, error_message), hash(image_id), ?) from errors "
-        "group by status order by count(*) desc, status",
+        f"select status, arg_min(struct_pack({_IDENTITY}, error_message), hash(image_id), ?) "
+        f"from {UNLABELLED} group by status order by count(*) desc, status",
         [each],
     ).fetchall()
     picks = [_failed(status, entry) for status, entries in rows for entry in entries]

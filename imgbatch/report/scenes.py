@@ -18,6 +18,7 @@ from PIL import Image, ImageColor
 
 from imgbatch.core.bands import RASTER_SUFFIXES
 from imgbatch.core.palette import class_colour
+from imgbatch.report.summary import UNLABELLED
 from imgbatch.schema import WINDOW
 
 FAILED_COLOUR = "#d55e00"
@@ -26,6 +27,8 @@ _LABELS_IN_LEGEND = 12
 _MAP_PX = 320
 """Longer side of a map."""
 _LABELS_NAMED = 3
+_IS_PLACED = " and ".join(f'"{WINDOW}".{side}' for side in ("col_off >= 0", "row_off >= 0", "width > 0", "height > 0"))
+"""Of a tile that can be drawn; the windows of rows that failed may be anything, null included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def summarise_scenes(connection: duckdb.DuckDBPyConnection) -> Scenes | None:
     tiles = f'select uri, "{WINDOW}", label from predictions where "{WINDOW}" is not null'
     unopened: list[Scene] = []
     if _has_windows(connection, "errors"):
-        tiles += f' union all select uri, "{WINDOW}", null from errors where "{WINDOW}" is not null'
+        tiles += f' union all select uri, "{WINDOW}", null from {UNLABELLED} where "{WINDOW}" is not null'
         unopened = _unopened(connection, tiles)
     opened = connection.sql(
         f"""select uri, count(*), count(*) filter (label is null) from ({tiles})
@@ -108,7 +111,7 @@ def _unopened(connection: duckdb.DuckDBPyConnection, tiles: str) -> list[Scene]:
     """Files that look like rasters and failed as a whole: tiling makes one row without a window of such a scene."""
     suffixes = " or ".join(f"lower(uri) like '%{suffix}'" for suffix in RASTER_SUFFIXES)
     rows = connection.sql(
-        f"""select uri, count(*), min(status) from errors where "{WINDOW}" is null and ({suffixes})
+        f"""select uri, count(*), min(status) from {UNLABELLED} where "{WINDOW}" is null and ({suffixes})
             and uri not in (select uri from ({tiles}) where uri is not null) group by uri order by 2 desc, uri"""
     ).fetchall()
     return [Scene(uri, 0, num_errors, (), None, status) for uri, num_errors, status in rows]
@@ -122,9 +125,12 @@ def _labels_of(connection: duckdb.DuckDBPyConnection, uri: str) -> tuple[tuple[s
 
 def _draw(
     connection: duckdb.DuckDBPyConnection, tiles: str, uri: str, colours: Mapping[str, tuple[int, int, int]]
-) -> str:
+) -> str | None:
     """Tiles as they lie in the file, first row on top; where they overlap, the later one shows."""
-    placed = connection.execute(f'select "{WINDOW}", label from ({tiles}) where uri = ?', [uri]).fetchall()
+    query = f'select "{WINDOW}", label from ({tiles}) where uri = ? and {_IS_PLACED}'
+    placed = connection.execute(query, [uri]).fetchall()
+    if not placed:
+        return None
     width = max(window["col_off"] + window["width"] for window, _ in placed)
     height = max(window["row_off"] + window["height"] for window, _ in placed)
     scale = _MAP_PX / max(width, height)

@@ -18,6 +18,9 @@ from imgbatch.core.runs import RunEntry, list_runs
 
 NUM_BINS = 20
 """Of the confidence histogram, equal in width."""
+UNLABELLED = "(from errors anti join predictions using (image_id))"
+"""The failed rows whose image has no label: the views hold an image that an older run labelled and a newer one did not
+on both sides."""
 MESSAGES_SHOWN = 3
 """Different messages of one status."""
 STAGES = ("fetch", "decode", "classify", "commit")
@@ -71,6 +74,7 @@ class Summary:
 
     num_predictions: int
     num_errors: int
+    """Images without a label."""
     labels: tuple[LabelCount, ...]
     """The commonest first; multi-label rows count once for each of their labels."""
     confidence_bins: tuple[int, ...]
@@ -162,7 +166,7 @@ def summarise(
     confidence_bins = tuple(bins[index] for index in range(NUM_BINS))
     return Summary(
         num_predictions=counts.total(),
-        num_errors=connection.execute("select count(*) from errors").fetchall()[0][0],
+        num_errors=connection.execute(f"select count(*) from {UNLABELLED}").fetchall()[0][0],
         labels=tuple(sorted(labels, key=lambda each: (-each.count, each.label))),
         confidence_bins=confidence_bins,
         median_confidence=_median(confidence_bins),
@@ -192,9 +196,9 @@ def _median(bins: Sequence[int]) -> float | None:
 
 def _failures(connection: duckdb.DuckDBPyConnection) -> tuple[FailureReason, ...]:
     groups = connection.execute(
-        """
+        f"""
         with messages as (
-            select status, mode(error_stage) as stage, error_message, count(*) as num from errors group by all
+            select status, mode(error_stage) as stage, error_message, count(*) as num from {UNLABELLED} group by all
         )
         select status, mode(stage), sum(num)::bigint as total,
             arg_max(struct_pack(message := error_message, num := num), num, ?), count(*)

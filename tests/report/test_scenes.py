@@ -21,6 +21,8 @@ from imgbatch.runtime.job import classify
 from imgbatch.schema import WINDOW_TYPE
 from tests.rasters import noise, write_raster
 
+from .conftest import Page
+
 
 @pytest.fixture
 def out(tmp_path: Path, tiny_model: ModelBundle, photos: list[Path]) -> str:
@@ -85,6 +87,46 @@ def test_the_page_shows_them_with_their_names_as_text(out: str) -> None:
     assert page.count("Labels of the tiles of") == 2
     assert "3 scenes, 1 could not be opened" in page
     assert "could not be opened: NOT_FOUND" in page
+
+
+def place(*corners: tuple[int | None, int], size: int = 32) -> pa.Array:
+    windows = [{"col_off": x, "row_off": y, "width": size, "height": size} for x, y in corners]
+    return pa.array(windows, WINDOW_TYPE)
+
+
+def test_a_tile_that_an_older_run_labelled_counts_once(store_run: Callable[..., Path]) -> None:
+    probs_NK = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
+    columns = {"uri": ["/a.tif"] * 2, "window": place((0, 0), (32, 0))}
+    out = str(store_run(("field", "water"), probs_NK, columns=columns, image_ids=["0", "1"]))
+    failed = {"image_id": ["1", "2"], "uri": ["/a.tif"] * 2, "window": place((32, 0), (64, 0))}
+    failed["status"] = ["FETCH_FAILED"] * 2
+    later = {"run_id": "r000000000002", "predicted_at": "2026-01-03T00:00:00.000000+00:00"}
+    store_run(("field", "water"), probs_NK[:0], failed=failed, columns={"window": place()}, **later)
+    with open_views(out) as connection:
+        scenes = summarise_scenes(connection)
+    assert scenes is not None
+    (scene,) = scenes.listed
+    assert (scene.num_tiles, scene.num_errors) == (3, 1)
+    middle = [tuple(pixels_of(scene.picture)[50, column]) for column in (50, 160, 270)]
+    assert middle == [class_colour(0), class_colour(1), ImageColor.getrgb(FAILED_COLOUR)]
+
+
+def test_a_scene_without_a_sound_window_is_listed_and_not_drawn(
+    store_run: Callable[..., Path], read_page: Callable[[str], Page]
+) -> None:
+    columns = {"uri": ["/sound.tif"], "window": place((0, 0))}
+    windows = pa.chunked_array([place((-32, 0), (None, 0), (0, -1), (0, 0)), place((0, 0), size=0)])
+    uris = [*["/odd.tif"] * 3, "/sound.tif", "/empty.tif"]
+    failed = {"image_id": list("abcde"), "uri": uris, "window": windows, "status": ["BAD_WINDOW"] * 5}
+    out = str(store_run(("field", "water"), np.array([[0.9, 0.1]], np.float32), columns=columns, failed=failed))
+    with open_views(out) as connection:
+        scenes = summarise_scenes(connection)
+    assert scenes is not None
+    found = {scene.uri: (scene.num_tiles, scene.num_errors, scene.picture is None) for scene in scenes.listed}
+    assert found == {"/odd.tif": (3, 3, True), "/sound.tif": (2, 1, False), "/empty.tif": (1, 1, True)}
+    page = read_page(write_report(out, max_thumbnails=0))
+    assert "odd.tif" in page.text
+    assert len(page.pictures) == 1
 
 
 def test_photographs_have_no_scenes(photo_run: Callable[..., Path]) -> None:

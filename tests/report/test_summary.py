@@ -75,6 +75,19 @@ def test_rows_of_a_retry_count_once(store_run):
     assert (summary.num_predictions, summary.num_errors) == (6, 1)
 
 
+def test_an_image_that_an_older_run_labelled_is_no_failure_of_a_newer_one(store_run):
+    out = str(store_run(("cat", "dog"), PROBS))
+    later = {"run_id": "r000000000002", "predicted_at": "2026-01-03T00:00:00.000000+00:00"}
+    failed = {"image_id": ["image-0", "image-1", "new"], "status": ["FETCH_FAILED", "FETCH_FAILED", "EMPTY"]}
+    store_run(("cat", "dog"), PROBS[:0], failed=failed, **later)
+    with contextlib.closing(open_views(out)) as connection:
+        summary = summarise(connection, out, is_multilabel=False)
+        shown = picks.pick_failed(connection, limit=9, each=9)
+    assert (summary.num_predictions, summary.num_errors, summary.num_rows) == (5, 1, 6)
+    assert [(each.status, each.count) for each in summary.failures] == [("EMPTY", 1)]
+    assert [each.image_id for each in shown] == ["new"]
+
+
 def test_the_least_certain_come_first_and_name_the_runner_up(run):
     with contextlib.closing(open_views(run)) as connection:
         found = picks.pick_least_certain(connection, 2, is_multilabel=False)
