@@ -26,7 +26,7 @@ def explain(
     ] = None,
     manifest: Annotated[
         str | None,
-        typer.Option("--manifest", help="Manifest with the images; default: the one that was classified into OUT."),
+        typer.Option("--manifest", help="Manifest with the images; default: the one classified last into OUT."),
     ] = None,
     directory: Annotated[
         str | None,

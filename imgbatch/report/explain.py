@@ -6,9 +6,11 @@ choose images -> decode as the model sees them -> draw heat maps -> write
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import pyarrow as pa
 
 from imgbatch.config import Config
 from imgbatch.core import storage
@@ -19,7 +21,7 @@ from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.pictures import load_pictures
 from imgbatch.core.runs import RunPaths
-from imgbatch.core.scored import open_scored
+from imgbatch.core.scored import Scored, open_scored
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, UsageError
 from imgbatch.report.explanations import LEGEND, TITLE, Explanation, Explanations, read_explanations, write_list
@@ -94,7 +96,8 @@ def explain_output(
 
     Args:
         model: the bundle; none: where the newest run found it.
-        manifest: with the images and their targets; none: the one that the newest run classified.
+        manifest: with the images and their targets; none: the one that the newest run classified, and no mistakes but
+            those among its images.
         directory: where to write; none: the newest run's own, where the report finds it.
         config: how images are fetched and decoded, unless the newest run's command said; none: as it said.
 
@@ -115,9 +118,12 @@ def explain_output(
             raise UsageError(
                 f"model {bundle.path} is {model_id}; {out} was labelled by {', '.join(labeller.model_ids)}"
             )
+        if manifest is None and not image_ids:
+            _leave_out_other_manifests(scored, out, plan)
         chosen = list(image_ids) or find_mistakes(scored, limit)
     if not chosen:
-        raise UsageError(f"{out}: no mistakes there; --image-id names images to explain")
+        where = "there" if manifest else "among the images of its newest manifest"
+        raise UsageError(f"{out}: no mistakes {where}; --image-id names images to explain")
     if plan["fields"].get("preprocess"):
         bundle = replace(bundle, preprocess=PreprocessSpec.from_dict(plan["fields"]["preprocess"]))
     manifest = manifest or _configured(plan, "input", "manifest")
@@ -126,6 +132,16 @@ def explain_output(
     config = config or Config()
     config = config.model_copy(update={"fetch": fetch_settings(plan, config.fetch)})
     return _write(directory or paths.explanations, _Source(bundle, model_id, manifest, chosen, config))
+
+
+def _leave_out_other_manifests(scored: Scored, out: str, newest: Mapping[str, Any]) -> None:
+    """Narrow ``scored`` to the newest run and those over the same manifest, as its retries: its pictures are drawn."""
+    plans = {run_id: storage.read_json(RunPaths(out, run_id).plan) for run_id in scored.labeller.run_ids}
+    identity = newest["fields"].get("manifest")
+    same = [run_id for run_id, plan in plans.items() if plan["fields"].get("manifest") == identity]
+    scored.connection.register("runs_of_manifest", pa.table({"run_id": same}))
+    scored.connection.execute("alter view scored rename to scored_in_all")
+    scored.connection.execute("create temp view scored as from scored_in_all semi join runs_of_manifest using (run_id)")
 
 
 def _bundle_of_run(out: str, plan: dict[str, Any], model: str | None) -> ModelBundle:

@@ -13,6 +13,7 @@ from PIL import Image
 from imgbatch.cli import run
 from imgbatch.core.runs import RunPaths
 from imgbatch.runtime.job import classify
+from tests.conftest import changed
 
 pytest.importorskip("captum", reason="the explain extra is not installed")
 
@@ -103,6 +104,19 @@ def test_an_output_without_mistakes_says_so(store_run, of_manifest, tiny_model, 
     out = store_run(tiny_model.class_names, probs, image_ids=ids, columns=columns, model_id=tiny_model.model_id)
     assert run([*of_manifest, str(out)]) == 2
     assert "no mistakes there; --image-id names images to explain" in capsys.readouterr().err
+
+
+def test_mistakes_are_those_among_the_images_of_the_newest_manifest(photo_config, photo_manifest, photos, tmp_path):
+    """Nights of several manifests share an output, and images are looked up in one."""
+    rows = pq.read_table(photo_manifest)
+    for night in range(2):
+        manifest = tmp_path / f"{night}.parquet"
+        pq.write_table(rows.slice(12 * night, 12), manifest)
+        out = classify(changed(photo_config, input__manifest=str(manifest))).out
+    assert run(["explain", out, "--limit", "24", "-o", str(tmp_path / "x")]) == 0
+    explained = {image["image_id"] for image in listed_in(tmp_path / "x")}
+    assert explained
+    assert explained <= {str(photo) for photo in photos[12:24]}
 
 
 def test_both_sides_of_a_multi_label_mistake(make_bundle, photos, store_run, tmp_path):
