@@ -79,6 +79,10 @@ def _of_run(paths: RunPaths, picks: Sequence[Pick], access: FetchConfig) -> Iter
     except UsageError as error:
         yield from [row_error(Status.NOT_FOUND, Stage.FETCH, error)] * len(picks)
         return
+    if embedded is not None and embedded.content_identity() != plan["fields"].get("manifest"):
+        changed = row_error(Status.CHANGED, Stage.FETCH, f"{embedded.path}: is not the manifest that was classified")
+        yield from [changed] * len(picks)
+        return
     rows = pa.table({ROW_ID: [pick.row_id for pick in picks], URI: pa.array([pick.uri for pick in picks], pa.string())})
     if _RASTER_FIELD in plan["fields"]:
         rows = _read_rows(paths, rows[ROW_ID].combine_chunks())

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from imgbatch.core import storage
+from imgbatch.core.manifest import open_manifest
 from imgbatch.core.runs import RunPaths
 from imgbatch.errors import RowError, Status
 from imgbatch.report.picks import Pick
@@ -63,12 +64,18 @@ def test_an_image_in_two_galleries_is_made_once(out, tmp_path):
     assert len(make_thumbnails(out, [pick(0, str(tmp_path / "red.png"))] * 3)) == 1
 
 
+def plan_embedded(tmp_path: Path, manifest: Path) -> None:
+    """A run over the manifest as it is now."""
+    fields = {"manifest": open_manifest(str(manifest)).content_identity()}
+    plan = {"fields": fields, "has_bytes": True, "config": {"input": {"manifest": str(manifest)}}}
+    storage.write_json(RunPaths(str(tmp_path / "out"), RUN).plan, plan)
+
+
 def test_embedded_images_come_from_the_manifest(tmp_path):
     manifest = tmp_path / "manifest.parquet"
     cells = [solid("#c00000"), None, solid("#0000c0"), b"junk"]
     pq.write_table(pa.table({"bytes": pa.array(cells, pa.binary())}), manifest, row_group_size=2)
-    plan = {"fields": {}, "has_bytes": True, "config": {"input": {"manifest": str(manifest)}}}
-    storage.write_json(RunPaths(str(tmp_path / "out"), RUN).plan, plan)
+    plan_embedded(tmp_path, manifest)
     made = make_thumbnails(str(tmp_path / "out"), [pick(row) for row in (2, 0, 1, 3)])
     assert decoded(made[RUN, 2])[0, 0, 2] > 180
     assert decoded(made[RUN, 0])[0, 0, 0] > 180
@@ -79,3 +86,12 @@ def test_embedded_images_come_from_the_manifest(tmp_path):
     gone = make_thumbnails(str(tmp_path / "out"), [pick(0)])[RUN, 0]
     assert isinstance(gone, RowError)
     assert gone.status == Status.NOT_FOUND
+
+
+def test_images_of_a_manifest_that_was_replaced_are_not_shown(tmp_path):
+    manifest = tmp_path / "manifest.parquet"
+    pq.write_table(pa.table({"bytes": [solid("#c00000"), solid("#00c000")]}), manifest)
+    plan_embedded(tmp_path, manifest)
+    pq.write_table(pa.table({"bytes": [solid("#0000c0")]}), manifest)
+    made = make_thumbnails(str(tmp_path / "out"), [pick(row) for row in range(2)])
+    assert [each.status for each in made.values() if isinstance(each, RowError)] == [Status.CHANGED] * 2
