@@ -203,6 +203,26 @@ def test_speed_and_cost_are_those_of_the_sessions(photo_run, read_page):
     assert "4 in all for 30 min" in text
 
 
+@pytest.mark.parametrize(("rows", "rate"), [(60, "25,000 per million images"), (0, None)])
+def test_the_cost_per_million_is_that_of_the_rows_which_the_sessions_classified(photo_run, read_page, rows, rate):
+    out = photo_run()
+    session = {
+        "pools": None,
+        "started_at": "2026-01-02T03:00:00+00:00",
+        "engine_ready_at": "2026-01-02T03:20:00+00:00",
+        "finished_at": "2026-01-02T03:30:00+00:00",
+        "rows": rows,
+        "images_per_s": rows / 600 or None,
+        "stage_seconds": {},
+        "config": {"report": {"price_per_hour": 3.0}},
+    }
+    record = {"machine": {"cpus": 2, "gpus": 0}, "sessions": [session]}
+    storage.write_json(RunPaths(str(out), "r000000000001").run_json, record)
+    text = " ".join(read_page(write_report(str(out), max_thumbnails=0)).text.split())
+    assert "1.5 in all for 30 min" in text
+    assert rate in text if rate else "per million images" not in text
+
+
 def test_an_output_without_one_prediction_has_a_page(store_run, read_page):
     failed = {"image_id": ["a", "b"], "status": ["EMPTY", "NOT_FOUND"], "error_stage": ["decode", "fetch"]}
     out = store_run(("a", "b"), np.zeros((0, 2), np.float32), failed=failed)
