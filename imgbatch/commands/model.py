@@ -124,19 +124,20 @@ def optimize(
         typer.Option("-o", "--output", metavar="NEW", help="A copy of MODEL to put it into.", show_default="MODEL"),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many images, spread over the manifest.")] = 1000,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list: an entry for each variant.")] = False,
 ) -> None:
     """Make a faster variant of a model and measure how far it agrees with the original; classify then uses it."""
     from imgbatch.core.optimize import optimize_bundle
     from imgbatch.core.variants import TARGETS, directory_of
 
+    made: list[dict[str, Any]] = []
     for each in (name for name in TARGETS if _Target(name) in target):
         bundle, variant = optimize_bundle(
             model, target=each, calibration=calibration, output=output, limit=limit, config=config
         )
         model = bundle.path  # where the next one goes too
         if as_json:
-            print_json({"variant_id": variant.variant_id, **variant.model_dump(mode="json")})
+            made.append({"variant_id": variant.variant_id, **variant.model_dump(mode="json")})
             continue
         console.print(f"{directory_of(bundle.path, each)}: variant_id {variant.variant_id}", markup=False)
         console.print(f"agreement  {variant.agreement.describe()}", markup=False)
@@ -154,6 +155,8 @@ def optimize(
             )
         elif doubt := variant.doubt(floor):
             console.print(f"sample     {doubt}", markup=False)
+    if as_json:
+        print_json(made)
 
 
 @app.command()

@@ -103,3 +103,15 @@ def test_inspect_as_json(make_bundle: Callable[..., ModelBundle], capsys: pytest
 def test_inspect_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["model", "inspect", str(tmp_path)]) == 2
     assert "there is no model; make one with imgbatch model init" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("openvino")
+def test_optimize_as_json_is_one_list(
+    make_bundle: Callable[..., ModelBundle], photo_manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = make_bundle()
+    targets = ["--target", "torch-bf16", "--target", "openvino-fp32"]
+    assert run(["model", "optimize", bundle.path, *targets, "--calibration", str(photo_manifest), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert {variant["target"] for variant in made} == {"torch-bf16", "openvino-fp32"}
+    assert len({variant["variant_id"] for variant in made}) == 2
