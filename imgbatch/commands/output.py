@@ -197,11 +197,24 @@ def _write_csv(columns: list[str], rows: Iterator[tuple[Any, ...]], file: IO[str
 
 
 def _write_json(columns: list[str], rows: Iterator[tuple[Any, ...]], file: IO[str]) -> None:
+    from imgbatch.core.plain import to_plain
+
+    names = _unique(columns)
     separator = "[\n  "
     for row in rows:
-        file.write(separator + json.dumps(dict(zip(columns, row, strict=True)), default=str, ensure_ascii=False))
+        record = to_plain(dict(zip(names, row, strict=True)))
+        file.write(separator + json.dumps(record, default=str, ensure_ascii=False))
         separator = ",\n  "
     file.write("[]\n" if separator.startswith("[") else "\n]\n")
+
+
+def _unique(names: list[str]) -> list[str]:
+    """``a, a_1`` of ``a, a``, as DuckDB does it in a subquery."""
+    unique: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        unique.append(name if name not in unique else next(each for each in numbered if each not in unique))
+    return unique
 
 
 _WRITERS = {"table": _write_table, "csv": _write_csv, "json": _write_json}

@@ -72,6 +72,7 @@ def test_a_query_prints_a_table_with_every_value_whole(out, capsys):
     header, *rows = printed(capsys, "query", out, LABELS_SQL).splitlines()
     assert header.split() == ["image_id", "label", "probability"]
     assert [" ".join(row.split()) for row in rows] == ["one cat 0.7500", 'zwei ü a "big" dog, really 0.8750']
+    assert ":id: [red]" in printed(capsys, "query", out, "select ':id: [red]' as label")
     long_value = "x" * 400
     assert long_value in printed(capsys, "query", out, f"select '{long_value}' long")
 
@@ -97,6 +98,25 @@ def test_json_keeps_nulls_lists_and_structs(out, capsys):
         }
     ]
     assert json.loads(printed(capsys, "query", out, "from predictions where false", "--format", "json")) == []
+
+
+def test_json_is_json_whatever_the_query_gives(out, capsys):
+    sql = (
+        "select 'nan'::float as share, [1, '-inf'::double] as shares, 1.5 as price, 1 as a, 2 as a, "
+        "map {date '2026-01-02': 0.25} as by_day, map {7: 'x'} as by_number"
+    )
+    found = printed(capsys, "query", out, sql, "--format", "json")
+    assert json.loads(found, parse_constant=pytest.fail) == [
+        {
+            "share": None,
+            "shares": [1, None],
+            "price": 1.5,
+            "a": 1,
+            "a_1": 2,
+            "by_day": {"2026-01-02": 0.25},
+            "by_number": {"7": "x"},
+        }
+    ]
 
 
 @pytest.mark.parametrize("output_format", ["csv", "json", "table"])
