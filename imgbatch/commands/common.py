@@ -26,10 +26,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _UNBOUNDED_WIDTH = 1000
 
-console = Console(highlight=False, soft_wrap=True)
+# A class may be called :id:, which is an emoji to rich.
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 """For results: standard output."""
 
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 """For everything that is not the result: standard error."""
 
 
@@ -75,6 +76,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], file: IO[
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
+    table_console(file).print(table)
+
+
+def table_console(file: IO[str] | None = None) -> Console:
+    """What tables are printed on, of text as it is: as wide as they need to be where the output is no terminal."""
     file = file or sys.stdout
     width = None if file.isatty() else _UNBOUNDED_WIDTH
-    Console(file=file, highlight=False, markup=False, width=width).print(table)
+    return Console(file=file, highlight=False, markup=False, emoji=False, width=width)

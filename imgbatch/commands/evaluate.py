@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imgbatch.commands.common import AsJson, console, messages, print_json
+from imgbatch.commands.common import AsJson, console, messages, print_json, table_console
 from imgbatch.config import Config
 from imgbatch.errors import UsageError
 
@@ -221,19 +221,21 @@ def _print_figures(metrics: Mapping[str, Any]) -> None:
 def _print_table(
     title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, limit: int = SHOWN
 ) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     if not rows:
         return
     columns = columns or list(rows[0])
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in columns:
-        numeric = not any(isinstance(row[column], str) for row in rows)
-        table.add_column(column.replace("_", " "), justify="right" if numeric else "left", no_wrap=True)
+        heading = column.replace("_", " ")
+        if any(isinstance(row[column], str) for row in rows):
+            table.add_column(heading, overflow="fold")
+        else:  # on a narrow terminal, text makes room for numbers
+            table.add_column(heading, justify="right", no_wrap=True)
     for row in rows[:limit]:
-        table.add_row(*(escape(_text(row[column])) for column in columns))
-    console.print(table)
+        table.add_row(*(_text(row[column]) for column in columns))
+    table_console().print(table)
 
 
 def _text(value: Any) -> str:

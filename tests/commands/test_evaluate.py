@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +39,34 @@ def test_evaluate_prints_a_summary_and_writes_the_figures(output, tmp_path, caps
     for text in ("301 rows with a target", "1 EMPTY", "violet (1)", "top1", "Worst of 2 values of site", "mistakes"):
         assert text in printed
     assert (tmp_path / "eval" / "metrics.json").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_names_and_numbers_are_whole_in_a_pipe_and_on_a_narrow_terminal(store_run, monkeypatch, capsys):
+    names = ("ž" * 90, ":id:", "[red]")
+    targets = [names[k % 3] for k in range(27)] + [names[2], names[0], ":cat:"]
+    probs = (np.tile(np.eye(3), (10, 1)) * 0.7 + 0.1).astype(np.float32)
+    out = str(store_run(names, probs, columns={"target": targets}))
+    numbers = r" +\d\.\d{4} +\d\.\d{4} +\d\.\d{4} +\d+"
+    assert run(["evaluate", out]) == 0
+    printed = capsys.readouterr().out
+    assert "targets unknown to the model: :cat: (1)" in printed
+    for name in names:
+        assert re.search(f"^{re.escape(name)}{numbers} *$", printed, re.MULTILINE), name
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert run(["evaluate", out]) == 0
+    shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
+    assert re.search(f"^ž+{numbers} *$", shown, re.MULTILINE)
+    assert "…" not in shown
+    assert shown.count("ž") == printed.count("ž")
 
 
 def test_rows_that_the_model_was_trained_on_are_pointed_out(store_run, tiny_model, tmp_path, capsys):
