@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from imgbatch.commands.common import console
 from imgbatch.config import Config
+from imgbatch.errors import UsageError
 
 _MAX_SHOWN = 10
 
@@ -30,10 +32,15 @@ def mosaic(
     from imgbatch.core.mosaic import write_mosaics
 
     tally = write_mosaics(out, directory, class_name=class_name, config=config)
-    for path in tally.files[:_MAX_SHOWN]:
-        console.print(path, markup=False)
-    if len(tally.files) > _MAX_SHOWN:
-        console.print(f"and {len(tally.files) - _MAX_SHOWN:,} more")
+    _print_some(tally.files)
     console.print(f"{len(tally.files):,} rasters of {tally.num_tiles:,} tiles")
-    for failure in tally.failed[:_MAX_SHOWN]:
-        console.print(f"left out: {failure}", markup=False)
+    _print_some([f"left out: {failure}" for failure in tally.failed])
+    if not tally.files:
+        raise UsageError(f"{out}: no raster was written; {len(tally.failed):,} scenes were left out")
+
+
+def _print_some(lines: Sequence[str]) -> None:
+    for line in lines[:_MAX_SHOWN]:
+        console.print(line, markup=False)
+    if len(lines) > _MAX_SHOWN:
+        console.print(f"and {len(lines) - _MAX_SHOWN:,} more")

@@ -53,6 +53,7 @@ class MosaicTally:
 
     files: list[str] = field(default_factory=list)
     num_tiles: int = 0
+    """Those that are in the files."""
     failed: list[str] = field(default_factory=list)
     """Scenes that are not there any more, or not as large as their tiles say, and why."""
 
@@ -127,11 +128,11 @@ def write_mosaics(
         if "window" not in columns:
             raise UsageError(f"{out}: its images are no tiles of scenes (there is no column 'window')")
         for tiles in _by_scene(views.sql(_TILES).to_arrow_reader()):
-            tally.num_tiles += len(tiles.windows_N4)
             try:
                 target = _target(storage.local_path(directory), tiles, class_name, tally.files)
                 _write(tiles, target, class_names, class_name, access)
                 tally.files.append(str(target))
+                tally.num_tiles += len(tiles.windows_N4)
             except (RasterRejected, _Unplaced) as error:
                 tally.failed.append(f"{tiles.uri}: {error}")
     return tally

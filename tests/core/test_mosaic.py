@@ -78,6 +78,7 @@ def test_a_scene_that_is_gone_or_has_shrunk_is_said(tmp_path, scene, store_run):
     out = stored(store_run, scene, {(0, 590): [1, 0, 0]})
     tally = write_mosaics(out, str(tmp_path / "maps"))
     assert tally.failed == [f"{scene}: is 40 x 600 px now, less than its tiles"]
+    assert (tally.files, tally.num_tiles) == ([], 0)
     scene.unlink()
     assert "No such file" in write_mosaics(out, str(tmp_path / "maps")).failed[0]
 
@@ -110,6 +111,18 @@ def test_the_command_names_the_files(tmp_path, scene, store_run, capsys):
     printed = "".join(capsys.readouterr().out.split("\n"))
     assert "a.water.tif" in printed
     assert "1 rasters of 1 tiles" in printed
+
+
+def test_the_command_fails_where_no_raster_was_written_and_counts_what_it_does_not_list(tmp_path, store_run, capsys):
+    uris = [str(tmp_path / f"{n:02d}.tif") for n in range(12)]
+    columns = {"window": [tile(0, 0)] * 12, "uri": uris}
+    out = str(store_run(CLASSES, np.tile(np.float32([1, 0, 0]), (12, 1)), columns=columns))
+    assert run(["mosaic", out, "-o", str(tmp_path / "maps")]) == 2
+    printed = capsys.readouterr()
+    assert "0 rasters of 0 tiles" in printed.out
+    assert printed.out.count("left out: ") == 10
+    assert printed.out.endswith("and 2 more\n")
+    assert "no raster was written; 12 scenes were left out" in printed.err
 
 
 def test_scenes_of_one_name_get_files_of_their_own(tmp_path, store_run):
