@@ -264,7 +264,8 @@ def _print_tally(tally: Tally) -> None:
         counts = [*(tally.by_target[target, split] for split in splits), rows]
         table.add_row(Text(target or "(none)"), *(f"{count:,}" for count in counts))
     if len(targets) > _MAX_TARGETS_SHOWN:
-        table.add_row(f"and {len(targets) - _MAX_TARGETS_SHOWN:,} more classes")
+        at_least = "at least " if tally.num_not_listed else ""
+        table.add_row(f"and {at_least}{len(targets) - _MAX_TARGETS_SHOWN:,} more classes")
     table.add_row("images", *(f"{count:,}" for count in [*(tally.by_split[split] for split in splits), tally.num_rows]))
     console.print(table)
 

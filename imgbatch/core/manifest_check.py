@@ -60,7 +60,7 @@ class CheckResult:
     sample: list[SampledRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON; ``targets_not_listed`` are the rows of further targets."""
         return {
             "path": self.path,
             "num_files": self.num_files,
@@ -72,6 +72,7 @@ class CheckResult:
             "duplicates": self.duplicates,
             "splits": [{"split": split, "num_rows": self.tally.by_split[split]} for split in self.tally.splits()],
             "targets": [{"target": target, "num_rows": rows} for target, rows in self.tally.targets().items()],
+            "targets_not_listed": self.tally.num_not_listed,
             "sample": [_row_dict(row) for row in self.sample],
         }
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from imgbatch.schema import SPLIT, TARGET, TARGETS
 
 MAX_TARGETS = 10_000
-"""Targets beyond so many different ones are counted as rows only."""
+"""Targets beyond so many different ones are not told apart."""
 
 
 class Tally:
@@ -21,6 +21,8 @@ class Tally:
         self.by_split: Counter[str | None] = Counter()
         self.by_target: Counter[tuple[str | None, str | None]] = Counter()
         self.has_targets = False
+        self.num_not_listed = 0
+        """Rows of targets that :attr:`by_target` leaves out; with several targets, for each such target."""
         self._targets: set[str | None] = set()
 
     def add(self, table: pa.Table) -> None:
@@ -54,3 +56,5 @@ class Tally:
             if target in self._targets or len(self._targets) < MAX_TARGETS:
                 self._targets.add(target)
                 self.by_target[target, pair["split"]] += pair["count_all"]
+            else:
+                self.num_not_listed += pair["count_all"]

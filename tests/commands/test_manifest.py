@@ -123,6 +123,20 @@ def test_check_shows_and_ends_with_its_code(tmp_path: Path, photos: Path, capsys
     assert [row["status"] for row in report["sample"]] == ["NOT_AN_IMAGE", "OK", "OK"]
 
 
+def test_check_says_that_it_did_not_list_every_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("imgbatch.core.tally.MAX_TARGETS", 40)
+    rows = {"uri": [f"{n}.jpg" for n in range(50)], "target": [f"class {n}" for n in range(50)]}
+    pq.write_table(pa.table(rows), tmp_path / "m.parquet")
+    check = ["manifest", "check", str(tmp_path / "m.parquet"), "--sample", "0"]
+    assert run(check) == 0
+    assert "and at least 10 more classes" in capsys.readouterr().out
+    assert run([*check, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (len(report["targets"]), report["targets_not_listed"]) == (40, 10)
+
+
 def test_check_of_nothing_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["manifest", "check", str(tmp_path / "m.parquet")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

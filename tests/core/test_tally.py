@@ -36,5 +36,7 @@ def test_the_number_of_targets_is_bounded(monkeypatch) -> None:
     monkeypatch.setattr(tally_module, "MAX_TARGETS", 2)
     tally = Tally()
     tally.add(pa.table({"target": ["a", "b", "c", "a"]}))
+    tally.add(pa.table({"target": ["d", "a", "d"]}))
     assert len(tally.targets()) == 2
-    assert tally.num_rows == 4
+    assert tally.num_rows == 7
+    assert tally.num_not_listed == 7 - sum(tally.targets().values()) >= 3
