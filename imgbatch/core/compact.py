@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,12 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgbatch.core import current, storage
+from imgbatch.core.current import CurrentRun
 from imgbatch.core.database import spilling
+from imgbatch.core.geoparquet import METADATA_KEY, FileGeometry
+from imgbatch.core.parquet import open_parquet
 from imgbatch.core.views import view_statements
 from imgbatch.schema import IMAGE_ID, SCHEMA_VERSION, to_plain
 
 _MEMORY_MB = 2000
 _BATCH_ROWS = 65_536
+_FOLDER = "compacted"
 _FILE_NAME = "part-{:05d}.parquet"
 
 
@@ -25,7 +29,7 @@ class CompactResult:
     """A compacted dataset."""
 
     path: str
-    """The directory of its files; nothing else lies in it."""
+    """The directory of its files, absolute; nothing else lies in it."""
     runs: list[str]
     """run_ids whose labels are in it, oldest first."""
     num_rows: int
@@ -49,19 +53,25 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
     """
     runs = current.load(out)
     statements = view_statements(out, runs)
+    out = storage.absolute(out)
     run_ids = [run.run_id for run in runs]
-    compacted = storage.join(storage.absolute(out), "compacted")
     name = "c" + hashlib.sha256(" ".join([*run_ids, str(target_file_mb)]).encode()).hexdigest()[:12]
-    record = storage.join(compacted, f"{name}.json")
-    if storage.exists(record):
-        return CompactResult(**{**storage.read_json(record), "already_there": True})
-    directory = storage.join(compacted, name)
+    # An output may be moved or copied: the record names nothing but what lies in it.
+    relative = f"{_FOLDER}/{name}"
+    directory = storage.join(out, relative)
+    record = f"{directory}.json"
+    written = storage.read_json(record) if storage.exists(record) else {}
+    if written.get("path") == relative:
+        return CompactResult(**{**written, "path": directory, "already_there": True})
     storage.remove(directory)
     with spilling(out, memory_mb=_MEMORY_MB) as connection:
         for statement in statements:
             connection.execute(statement)
         reader = connection.sql(f"from predictions order by {IMAGE_ID}").to_arrow_reader(_BATCH_ROWS)
-        files = list(_write(reader, directory, target_file_mb * 10**6))
+        files = [
+            {**file, "path": f"{relative}/{file['path']}"}
+            for file in _write(reader, directory, target_file_mb * 10**6, _geo_of(out, runs))
+        ]
     result = CompactResult(
         directory,
         run_ids,
@@ -69,7 +79,8 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
         files,
         already_there=False,
     )
-    storage.write_json(record, asdict(result))
+    storage.write_json(record, {**asdict(result), "path": relative})
+    compacted = storage.join(out, _FOLDER)
     prefix = storage.listing_prefix(compacted)
     for entry in {info.uri.removeprefix(prefix).split("/")[0] for info in storage.list_files(compacted)}:
         if entry.removesuffix(".json") != name:
@@ -77,24 +88,43 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
     return result
 
 
-def _write(reader: pa.RecordBatchReader, directory: str, target_bytes: int) -> Iterator[dict[str, Any]]:
-    """Files of about ``target_bytes`` each, at least one."""
+def _geo_of(out: str, runs: Sequence[CurrentRun]) -> bytes | None:
+    """What the runs' files say of their geometry, but for what depends on the rows; none where they do not agree."""
+    said: set[bytes | None] = set()
+    for run in runs:
+        for path in run.predictions[:1]:
+            with open_parquet(storage.join(out, path)) as file:
+                geo = (file.metadata.metadata or {}).get(METADATA_KEY)
+            said.add(geo and FileGeometry(geo).metadata())
+    return said.pop() if len(said) == 1 else None
+
+
+def _write(
+    reader: pa.RecordBatchReader, directory: str, target_bytes: int, geo: bytes | None = None
+) -> Iterator[dict[str, Any]]:
+    """Files of about ``target_bytes`` each, at least one, with what ``geo`` makes of their rows."""
     schema = to_plain(reader.schema.empty_table()).schema
     schema = schema.with_metadata({"imgbatch.schema_version": SCHEMA_VERSION})
     batches = iter(reader)
     batch = next(batches, None)
     index = 0
     while batch is not None or index == 0:
-        path = storage.join(directory, _FILE_NAME.format(index))
-        with storage.staged_file(path) as staged:
+        name = _FILE_NAME.format(index)
+        with storage.staged_file(storage.join(directory, name)) as staged:
             rows = 0
+            geometry = FileGeometry(geo) if geo is not None else None
             with pq.ParquetWriter(staged, schema, compression="zstd") as writer:
                 while batch is not None and staged.stat().st_size < target_bytes:
-                    writer.write_table(to_plain(pa.Table.from_batches([batch])).cast(schema))
+                    table = to_plain(pa.Table.from_batches([batch])).cast(schema)
+                    writer.write_table(table)
+                    if geometry is not None:
+                        geometry.add(table)
                     rows += batch.num_rows
                     batch = next(batches, None)
+                if geometry is not None:
+                    writer.add_key_value_metadata({METADATA_KEY: geometry.metadata()})
             entry = {
-                "path": path,
+                "path": name,
                 "rows": rows,
                 "bytes": staged.stat().st_size,
                 "sha256": storage.sha256(str(staged)),

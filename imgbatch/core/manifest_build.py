@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgbatch.core import storage
-from imgbatch.core.manifest import schema_problems
-from imgbatch.core.manifest_sources import Source, SourceRows, TableOptions, open_sources
-from imgbatch.core.parquet import BATCH_ROWS, rechunk
+from imgbatch.core.geoparquet import METADATA_KEY, FileGeometry, carried_metadata
+from imgbatch.core.manifest import Manifest, schema_problems
+from imgbatch.core.manifest_sources import ParquetTable, Source, SourceRows, TableOptions, open_sources
+from imgbatch.core.parquet import BATCH_ROWS, open_dataset, rechunk
 from imgbatch.core.tally import Tally
 from imgbatch.errors import UsageError, normalise_message
 from imgbatch.schema import BYTES, IMAGE_ID, SPLIT, TARGET, TARGETS, TILE_ID, URI, WINDOW
@@ -71,7 +72,8 @@ def build_manifest(sources: Sequence[str], output: str, options: BuildOptions, *
     opened = open_sources(sources, options.table, leave_out=output)
     schema = _manifest_schema(opened, options)
     try:
-        return _write(output, schema, _iter_tables(opened, schema, options), ", ".join(sources))
+        tables = _iter_tables(opened, schema, options)
+        return _write(output, schema, tables, _geometry(opened, schema), ", ".join(sources))
     except OSError as error:
         raise UsageError(
             f"output {output}: cannot be written ({normalise_message(error.strerror or error)})"
@@ -114,15 +116,32 @@ def draw_split(key: str, shares: dict[str, float], seed: int) -> str:
     return names[min(index, len(names) - 1)]  # shares that add up to a little under 1
 
 
-def _write(output: str, schema: pa.Schema, tables: Iterator[pa.Table], sources: str) -> Tally:
+def _geometry(sources: Sequence[Source], schema: pa.Schema) -> FileGeometry | None:
+    """What Parquet sources say of their geometry; none where they do not all say the same."""
+    said: set[bytes | None] = set()
+    for source in sources:
+        data = open_dataset(source.path) if isinstance(source, ParquetTable) else None
+        geo = carried_metadata(Manifest(data, schema)).get(METADATA_KEY) if data else None
+        said.add(geo and FileGeometry(geo).metadata())  # without what depends on the rows
+    geo = said.pop() if len(said) == 1 else None
+    return FileGeometry(geo) if geo else None
+
+
+def _write(
+    output: str, schema: pa.Schema, tables: Iterator[pa.Table], geometry: FileGeometry | None, sources: str
+) -> Tally:
     tally = Tally()
     with storage.staged_file(output) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
         max_bytes = _ROW_GROUP_BYTES if BYTES in schema.names else None
         for table in rechunk(tables, BATCH_ROWS, max_bytes):
             writer.write_table(table, row_group_size=table.num_rows)
             tally.add(table)
+            if geometry is not None:
+                geometry.add(table)
         if tally.num_rows == 0:
             raise UsageError(f"{sources}: no image found")
+        if geometry is not None:
+            writer.add_key_value_metadata({METADATA_KEY: geometry.metadata()})
     return tally
 
 

@@ -16,7 +16,10 @@ import pytest
 from rasterio.transform import from_origin
 
 from imgbatch.config import load_config
+from imgbatch.core.compact import compact
 from imgbatch.core.geoparquet import BBOX_TYPE, FileGeometry, geo_metadata, quadrilaterals
+from imgbatch.core.manifest_build import BuildOptions, build_manifest
+from imgbatch.core.manifest_sources import TableOptions
 from imgbatch.core.tiling import TileOptions, tile_scenes
 from imgbatch.runtime.job import classify
 from tests.rasters import noise, write_raster
@@ -71,6 +74,25 @@ def test_every_output_file_says_where_its_own_rows_lie(tmp_path, out):
         said = geo_of(path)
         assert "bbox" not in said
         assert said["geometry_types"] == []
+
+
+def test_a_compacted_file_says_where_its_rows_lie(out):
+    (entry,) = compact(str(out), target_file_mb=128).files
+    said = geo_of(out / entry["path"])
+    tiles = geopandas.read_parquet(out / entry["path"])
+    assert (len(tiles), tiles.crs, said["geometry_types"]) == (9, "OGC:CRS84", [])
+    np.testing.assert_allclose(said["bbox"], tiles.total_bounds)
+
+
+def test_a_manifest_built_from_tiles_says_what_they_do_unless_the_column_has_another_name(tmp_path):
+    scene = write_raster(tmp_path / "a.tif", noise(3, 64, 64), transform=from_origin(600_000, 5_000_000, 10, 10))
+    tiles, built, renamed = (tmp_path / f"{name}.parquet" for name in ("tiles", "built", "renamed"))
+    tile_scenes([str(scene)], str(tiles), TileOptions(size=32))
+    build_manifest([str(tiles)], str(built), BuildOptions(split_shares={"train": 1.0}))
+    assert geo_of(built)["bbox"] == geo_of(tiles)["bbox"]
+    assert len(geopandas.read_parquet(built)) == 4
+    build_manifest([str(tiles)], str(renamed), BuildOptions(table=TableOptions(columns={"outline": "geometry"})))
+    assert b"geo" not in pq.read_metadata(renamed).metadata
 
 
 def test_duckdb_reads_the_boxes_and_the_geometry(out):
