@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
-from imgbatch.core.compact import compact
+from imgbatch.core import storage
+from imgbatch.core.compact import _write, compact
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
@@ -58,12 +61,34 @@ def test_compacting_again_does_nothing_until_another_run_has_finished(
     assert left == {Path(after.path).name, f"{Path(after.path).name}.json"}
 
 
-def test_files_are_cut_at_the_target_size(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
-    result = classify(night(photo_config, tmp_path / "1.parquet", photos))
-    whole = compact(result.out, target_file_mb=1)
-    rows = duckdb.sql(f"select count(*) from '{whole.path}/*.parquet'").fetchall()
-    assert rows == [(114,)]
-    assert sum(file["rows"] for file in whole.files) == 114
+def test_a_moved_output_is_known_by_what_lies_in_it(store_run: Callable[..., Path], tmp_path: Path) -> None:
+    out = store_run(("cat", "dog"), np.array([[0.75, 0.25]], np.float32))
+    before = compact(str(out), target_file_mb=128)
+    moved = out.rename(tmp_path / "moved")
+    after = compact(str(moved), target_file_mb=128)
+    assert after.already_there
+    assert Path(after.path).parent == moved / "compacted"
+    assert after.files == before.files
+    assert [(moved / file["path"]).stat().st_size for file in after.files] == [file["bytes"] for file in after.files]
+
+
+def test_a_record_of_a_former_version_is_made_anew(store_run: Callable[..., Path]) -> None:
+    """It held absolute paths, which may be those of another place."""
+    out = str(store_run(("cat", "dog"), np.array([[0.75, 0.25]], np.float32)))
+    result = compact(out, target_file_mb=128)
+    storage.write_json(f"{result.path}.json", asdict(result))
+    assert not compact(out, target_file_mb=128).already_there
+    assert compact(out, target_file_mb=128).already_there
+
+
+def test_files_are_cut_at_the_target_size(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).random((4, 500))
+    schema = pa.schema([("number", pa.float64())])
+    batches = [pa.record_batch([pa.array(row)], schema=schema) for row in numbers]
+    files = list(_write(pa.RecordBatchReader.from_batches(schema, batches), str(tmp_path), 7_000))
+    assert [file["rows"] for file in files] == [1000, 1000]
+    read = [pq.read_table(tmp_path / file["path"])["number"].to_numpy() for file in files]
+    np.testing.assert_array_equal(np.concatenate(read), numbers.ravel())
 
 
 def test_there_must_be_a_run(tmp_path: Path) -> None:
