@@ -20,7 +20,7 @@ from imgbatch.core import storage
 from imgbatch.core.database import bounded_memory
 from imgbatch.core.model import load_bundle
 from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
-from imgbatch.core.scored import Labeller, read_labeller
+from imgbatch.core.scored import Labeller, read_labeller, told_label_thresholds
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.schema import IMAGE_ID, TARGET, TARGETS, URI
@@ -37,6 +37,9 @@ CHOICES, IMAGE = "choices", "image"
 """Names of the control and of the image in Label Studio's labelling interface."""
 
 _ROWS_AT_ONCE = 10_000
+_ALL_LABELS = (
+    "select labels, unnest(names) as label, unnest(probabilities) as probability from predictions, label_names"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,8 @@ def export_review(
     Args:
         per_class: at most so many images of each label (multi-label: of each label that is closest to its threshold).
         limit: at most so many images in all.
-        model: multi-label: the bundle that made the predictions, for its thresholds; none: 0.5 for every label.
+        model: multi-label: the bundle that made the predictions, for its thresholds; none: those that the predictions
+            tell, see :func:`imgbatch.core.scored.told_label_thresholds`.
 
     Raises:
         UsageError: ``path`` is there already, no finished run, runs of models with different classes, or ``model`` is
@@ -74,7 +78,7 @@ def export_review(
     out = storage.absolute(out)
     with open_views(out) as connection, bounded_memory(connection):
         labeller = read_labeller(connection, out)
-        thresholds = _label_thresholds(labeller, model)
+        thresholds = _label_thresholds(connection, labeller, model)
         names = {row[0] for row in connection.execute("describe predictions").fetchall()}
         truth = TARGETS if labeller.is_multilabel else TARGET
         columns = _columns(labeller, truth if truth in names else None)
@@ -111,7 +115,7 @@ def join_labels(labels: Iterable[str]) -> str:
     return SEPARATOR.join(labels) if plain else json.dumps(labels, ensure_ascii=False)
 
 
-def _label_thresholds(labeller: Labeller, model: str | None) -> list[float]:
+def _label_thresholds(connection: duckdb.DuckDBPyConnection, labeller: Labeller, model: str | None) -> list[float]:
     stated: Mapping[str, float] = {}
     if model is not None:
         bundle = load_bundle(model)
@@ -120,6 +124,11 @@ def _label_thresholds(labeller: Labeller, model: str | None) -> list[float]:
                 f"model {model}: is {bundle.model_id}, but the predictions come from {', '.join(labeller.model_ids)}"
             )
         stated = (bundle.thresholds or {}).get("labels", {})
+    elif labeller.is_multilabel and labeller.has_probabilities:
+        connection.register("label_names", pa.table({"names": [list(labeller.class_names)]}))
+        stated = told_label_thresholds(connection, _ALL_LABELS)
+    elif labeller.is_multilabel:
+        stated = told_label_thresholds(connection)
     return [stated.get(name, DEFAULT_LABEL_THRESHOLD) for name in labeller.class_names]
 
 

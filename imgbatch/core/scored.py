@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 from imgbatch.core import storage
 from imgbatch.core.database import bounded_memory
 from imgbatch.core.manifest import Manifest, open_manifest
+from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.training.labelled import SPLIT_NAMES, TRAIN
 from imgbatch.core.views import open_views
@@ -160,6 +161,30 @@ def read_labeller(connection: duckdb.DuckDBPyConnection, out: str) -> Labeller:
     task, class_names = known.pop()
     has_probabilities = all(storage.read_json(run.plan)["probabilities"] == "all" for run in runs)
     return Labeller(task, class_names, tuple(dict.fromkeys(row[1] for row in rows)), run_ids, has_probabilities)
+
+
+LISTED_LABELS = (
+    "select labels, entry.label as label, entry.probability as probability from "
+    "(select labels, unnest(coalesce(top_k, [{label: label, probability: probability}])) as entry from predictions)"
+)
+"""SQL, multi-label: each prediction's ``labels`` beside each entry of its ``top_k``, or its ``label`` without one."""
+
+
+def told_label_thresholds(connection: duckdb.DuckDBPyConnection, cells: str = LISTED_LABELS) -> dict[str, float]:
+    """Multi-label: from which probability each label applies, as far as what the current predictions say tells.
+
+    That is half way between the highest probability at which a label was left out and the lowest at which it was
+    given; 0.5, which nobody had to choose, where that explains the same labels.
+
+    Args:
+        cells: SQL for rows of ``labels``, ``label`` and ``probability``.
+    """
+    ends = connection.execute(
+        "select label, coalesce(max(probability) filter (not list_contains(labels, label)), 0), "
+        f"coalesce(min(probability) filter (list_contains(labels, label)), 1) from ({cells}) group by label"
+    ).fetchall()
+    half = DEFAULT_LABEL_THRESHOLD
+    return {label: half if below < half <= above else (below + above) / 2 for label, below, above in ends}
 
 
 @dataclass(frozen=True, slots=True)

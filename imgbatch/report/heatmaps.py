@@ -16,14 +16,13 @@ from imgbatch.core.bands import visible_rgb
 from imgbatch.core.explain import Explainer
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.pictures import Pictures
+from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
 from imgbatch.report.explanations import Claim
 
 PANEL_PX = 224
 """Least side of a panel: smaller crops are enlarged by a whole factor, each pixel as it is."""
 _HEAT_SHARE = 0.55
 """Of the overlay, where the heat is strongest."""
-_SAID = 0.5
-"""The probability from which a multi-label model is taken to say a label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +41,12 @@ def draw_heat_maps(explainer: Explainer, bundle: ModelBundle, pictures: Pictures
     images_NHWC, shown_NHWC = pictures.images_NHWC, visible_rgb(pictures.images_NHWC)
     probs_NK = explainer.probabilities(images_NHWC)
     known = {name: index for index, name in enumerate(bundle.class_names)}
+    stated = (bundle.thresholds or {}).get("labels", {})
+    needed_K = np.array([stated.get(name, DEFAULT_LABEL_THRESHOLD) for name in bundle.class_names])
     asked = []
     for probs_K, names in zip(probs_NK, pictures.targets, strict=True):
         true = None if names is None else {known[name] for name in names if name in known}
-        asked.append(_ask(probs_K, true, is_multilabel=bundle.task == "multilabel"))
+        asked.append(_ask_of_labels(probs_K, true, needed_K) if bundle.task == "multilabel" else _ask(probs_K, true))
     first_N, last_N = (np.array([classes[at] for classes in asked]) for at in (0, -1))
     heats = explainer.heat(images_NHWC, first_N), explainer.heat(images_NHWC, last_N)
     for row, image_id in enumerate(pictures.image_ids):
@@ -81,24 +82,23 @@ def encode_png(picture_HWC: np.ndarray) -> bytes:
     return encoded.getvalue()
 
 
-def _ask(probs_K: np.ndarray, true: Collection[int] | None, *, is_multilabel: bool) -> list[int]:
-    """The classes to ask about: the label, and the target where it is another one.
-
-    Multi-label: the wrong label that is the most probable, then the target that is the least probable, as far as the
-    model is wrong about them.
-    """
+def _ask(probs_K: np.ndarray, true: Collection[int] | None) -> list[int]:
+    """The classes to ask about: the label, and the target where it is another one."""
     label = int(probs_K.argmax())
-    if not true and not (is_multilabel and true is not None):
-        return [label]
-    assert true is not None
-    if not is_multilabel:
-        return [label] if label in true else [label, min(true)]
-    others = [k for k in range(len(probs_K)) if k not in true]
-    wrong = max(others, key=lambda k: probs_K[k], default=None)
-    missed = min(true, key=lambda k: probs_K[k], default=None)
-    asked = [wrong] if wrong is not None and probs_K[wrong] >= _SAID else []
-    asked += [missed] if missed is not None and probs_K[missed] < _SAID else []
-    return asked or [label]
+    return [label] if not true or label in true else [label, min(true)]
+
+
+def _ask_of_labels(probs_K: np.ndarray, true: Collection[int] | None, needed_K: np.ndarray) -> list[int]:
+    """Multi-label: of the labels said that are wrong the most probable, then of the targets missed the least probable.
+
+    Args:
+        needed_K: the probability from which each label is said.
+    """
+    wrong = [] if true is None else [k for k in range(len(probs_K)) if k not in true and probs_K[k] >= needed_K[k]]
+    missed = [k for k in true or () if probs_K[k] < needed_K[k]]
+    asked = [max(wrong, key=lambda k: probs_K[k])] if wrong else []
+    asked += [min(missed, key=lambda k: probs_K[k])] if missed else []
+    return asked or [int(probs_K.argmax())]
 
 
 def _enlarge(values: np.ndarray, how: Image.Resampling) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 import duckdb
 
 from imgbatch.core import storage
+from imgbatch.core.scored import told_label_thresholds
 from imgbatch.report.summary import UNLABELLED
 
 _IDENTITY = "image_id, uri, run_id, row_id"
@@ -66,19 +67,37 @@ def pick_per_label(
 def pick_least_certain(connection: duckdb.DuckDBPyConnection, limit: int, *, is_multilabel: bool) -> tuple[Pick, ...]:
     """The images between whose two best classes the model could hardly decide; the smallest margin first.
 
-    Multi-label rows have no margin: those with a label closest to one half come first, or where probabilities were
-    not stored, those whose best label is. They are shown with that label.
+    Multi-label rows have no margin: of the best labels, or the best one where only that was stored, each row's closest
+    to the probability from which it applies counts. The row is shown with it.
     """
     if is_multilabel:
-        order = "coalesce(list_min([abs(p - 0.5) for p in probabilities]), abs(probability - 0.5))"
-    else:
-        order = "margin"
+        return _pick_undecided(connection, limit)
     rows = _fetch(
         connection,
         f"select {_IDENTITY}, label, probability, top_k from predictions "
-        f"order by {order} nulls last, image_id limit {int(limit)}",
+        f"order by margin nulls last, image_id limit {int(limit)}",
     )
-    return tuple(_undecided(row) if is_multilabel else _labelled(row, runner_up=True) for row in rows)
+    return tuple(_labelled(row, runner_up=True) for row in rows)
+
+
+def _pick_undecided(connection: duckdb.DuckDBPyConnection, limit: int) -> tuple[Pick, ...]:
+    needed = told_label_thresholds(connection)
+    distance = "abs(e.probability - thresholds[list_position(names, e.label)])"
+    rows = _fetch(
+        connection,
+        f"""
+        with rules as (select $names::varchar[] as names, $thresholds::double[] as thresholds), closest as (
+            select {_IDENTITY}, list_min(list_transform(
+                coalesce(top_k, [{{label: label, probability: probability}}]),
+                lambda e: {{distance: {distance}, label: e.label, probability: e.probability}}
+            )) as entry from predictions, rules
+        )
+        select {_IDENTITY}, entry.label as label, entry.probability as probability from closest
+        order by entry.distance nulls last, image_id limit {int(limit)}
+        """,
+        {"names": list(needed), "thresholds": list(needed.values())},
+    )
+    return tuple(_labelled(row) for row in rows)
 
 
 def pick_failed(connection: duckdb.DuckDBPyConnection, limit: int, each: int) -> tuple[Pick, ...]:
@@ -108,13 +127,6 @@ def _labelled(row: dict[str, Any], *, runner_up: bool = False) -> Pick:
         second = row["top_k"][1]
         note = f"or {second['label']} {second['probability']:.2f}"
     return _pick(row, row["label"], row["probability"], note)
-
-
-def _undecided(row: dict[str, Any]) -> Pick:
-    """Of a multi-label row, the label closest to one half."""
-    best = {"label": row["label"], "probability": row["probability"]}
-    closest = min([best, *(row["top_k"] or ())], key=lambda entry: abs(entry["probability"] - 0.5))
-    return _pick(row, closest["label"], closest["probability"], "")
 
 
 def _failed(status: str, row: dict[str, Any]) -> Pick:

@@ -112,6 +112,21 @@ def test_multi_label_thresholds_come_from_the_bundle(store_run, make_bundle, tmp
         export_review(out, str(tmp_path / "other.csv"), model=make_bundle("other", class_names=CLASSES).path)
 
 
+@pytest.mark.parametrize("keep", ["all", "top_k"])
+def test_without_the_bundle_the_labels_tell_the_thresholds(store_run, tmp_path, keep):
+    """Of a model whose labels apply from 0.2 and from 0.8 on."""
+    probs = np.array([[0.25, 0.5, 0.01], [0.01, 0.77, 0.01], [0.9, 0.95, 0.01]], np.float32)
+    columns = {"margin": pa.nulls(3, pa.float32()), "labels": [["red"], [], ["red", "green"]]}
+    out = str(store_run(CLASSES, probs, task="multilabel", columns=columns, keep=keep))
+    export_review(out, str(tmp_path / "review.csv"))
+    rows = {row["image_id"]: (row["nearest_label"], row["margin"]) for row in _read(tmp_path / "review.csv")}
+    assert rows == {
+        "image-0": ("red", "0.120000"),
+        "image-1": ("green", "0.090000"),
+        "image-2": ("green", "0.090000"),
+    }
+
+
 def test_a_cell_of_labels_survives_names_with_the_separator():
     assert join_labels(["a", "b"]) == "a|b"
     assert json.loads(join_labels(["a|b", "c"])) == ["a|b", "c"]

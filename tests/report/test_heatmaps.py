@@ -64,6 +64,17 @@ def test_several_labels_are_asked_about_the_worst_on_either_side(make_bundle, ta
     assert [(claim.class_name, claim.is_true) for claim in heat_map.claims] == said
 
 
+def test_a_label_is_said_from_its_own_threshold(make_bundle):
+    bundle = make_bundle(task="multilabel", thresholds={"labels": {"cat": 0.9, "owl": 0.2}})
+    for targets, said in (
+        (["cat"], [("dog", False), ("cat", True)]),
+        (["dog"], [("owl", False)]),
+        (["dog", "owl"], [("cat", False)]),
+    ):
+        heat_map = drawn(bundle, [0.875, 0.75, 0.25], targets)
+        assert [(claim.class_name, claim.is_true) for claim in heat_map.claims] == said
+
+
 def test_panels_stand_side_by_side_and_small_images_are_enlarged(make_bundle):
     picture_HWC = drawn(make_bundle(), [0.125, 0.75, 0.125], ["owl"]).picture_HWC
     side = 8 * SIDE

@@ -56,6 +56,17 @@ def test_multi_label_rows_count_for_each_of_their_labels(store_run):
     ]
 
 
+def test_least_certain_is_closest_to_the_threshold_that_the_labels_tell(store_run):
+    """Of a model whose labels apply from 0.2 and from 0.8 on."""
+    probs = np.array([[0.25, 0.5], [0.01, 0.75], [0.9, 0.95]], np.float32)
+    out = str(store_run(("cat", "dog"), probs, task="multilabel", columns={"labels": [["cat"], [], ["cat", "dog"]]}))
+    with contextlib.closing(open_views(out)) as connection:
+        uncertain = picks.pick_least_certain(connection, 3, is_multilabel=True)
+    assert [each.title for each in uncertain] == ["dog", "dog", "cat"]
+    assert uncertain[2].image_id == "image-0"
+    assert uncertain[2].probability == 0.25
+
+
 def test_a_label_whose_probability_was_not_stored_has_no_mean(store_run):
     out = str(store_run(("cat", "dog"), np.array([[0.9, 0.8]], np.float32), task="multilabel", keep="none"))
     with contextlib.closing(open_views(out)) as connection:
