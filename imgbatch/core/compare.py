@@ -187,16 +187,16 @@ def _difference(a: Any, b: Any, drawn_R: np.ndarray) -> dict[str, Any]:
 
 
 def _class_differences(paired: _Paired, is_multilabel: bool) -> dict[str, Any]:
-    def macro_f1(counts: ClassCounts) -> np.ndarray:
-        return confusion.averages(counts, all_classes=is_multilabel)["macro"]["f1"]
+    def macro_f1(counts: ClassCounts, drawn_from: ClassCounts | None = None) -> np.ndarray:
+        return confusion.averages(counts, all_classes=is_multilabel, drawn_from=drawn_from)["macro"]["f1"]
 
-    measures = {"macro_f1": macro_f1}
+    a, b = map(macro_f1, paired.counts)
+    drawn_a_R, drawn_b_R = map(macro_f1, paired.replicates, paired.counts)
+    differences = {"macro_f1": _difference(a, b, drawn_b_R - drawn_a_R)}
     if not is_multilabel:
-        measures["balanced_accuracy"] = confusion.balanced_accuracy
-    differences = {}
-    for name, measure in measures.items():
-        (a, b), (drawn_a_R, drawn_b_R) = map(measure, paired.counts), map(measure, paired.replicates)
-        differences[name] = _difference(a, b, drawn_b_R - drawn_a_R)
+        a, b = map(confusion.balanced_accuracy, paired.counts)
+        drawn_a_R, drawn_b_R = map(confusion.balanced_accuracy, paired.replicates)
+        differences["balanced_accuracy"] = _difference(a, b, drawn_b_R - drawn_a_R)
     return differences
 
 
@@ -237,15 +237,15 @@ def _pair_classes(scored: Scored, names: Sequence[str], rng: np.random.Generator
     rows_M = cells["rows"].to_numpy()
 
     def both(count_M: np.ndarray) -> tuple[ClassCounts, ClassCounts]:
-        a, b = (_known(intervals.counts_from_cells(target_M, said_M, count_M, unknown + 1)) for said_M in (a_M, b_M))
+        a, b = (_known(confusion.counts_from_cells(target_M, said_M, count_M, unknown + 1)) for said_M in (a_M, b_M))
         return a, b
 
-    drawn = intervals.bootstrap_cells(rows_M, intervals.affordable_replicates(len(rows_M)), rng)
+    drawn = intervals.bootstrap_cells(rows_M, intervals.affordable_replicates(len(rows_M), unknown), rng)
     replicates_a, replicates_b = zip(*(both(count_M) for count_M in drawn), strict=True)
     only_a_M, only_b_M = (a_M == target_M) & (b_M != target_M), (b_M == target_M) & (a_M != target_M)
     return _Paired(
         both(rows_M),
-        (intervals.stack_counts(list(replicates_a)), intervals.stack_counts(list(replicates_b))),
+        (intervals.stack_counts(replicates_a, unknown), intervals.stack_counts(replicates_b, unknown)),
         *(
             np.bincount(target_M[only], rows_M[only], unknown + 1)[:unknown].astype(int)
             for only in (only_a_M, only_b_M)
@@ -267,7 +267,8 @@ def _pair_labels(scored: Scored, names: Sequence[str], rng: np.random.Generator)
         kind_NK = 4 * truth_NK.astype(np.int64) + 2 * a_NK + b_NK
         kinds_K8 += np.stack([(kind_NK == kind).sum(axis=0) for kind in range(8)], axis=1)
     num_rows = int(kinds_K8[0].sum())
-    drawn_RK8 = rng.multinomial(num_rows, kinds_K8 / num_rows, size=(_ROW_REPLICATES, len(names)))
+    num_replicates = intervals.affordable_replicates(len(names), len(names))
+    drawn_RK8 = rng.multinomial(num_rows, kinds_K8 / num_rows, size=(num_replicates, len(names)))
     return _Paired(
         _counts_of_kinds(kinds_K8), _counts_of_kinds(drawn_RK8), only_a_K=kinds_K8[:, 6], only_b_K=kinds_K8[:, 5]
     )

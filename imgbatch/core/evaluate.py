@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgbatch.core import multi_label, single_label, storage
+from imgbatch.core.metrics.confusion import Cells
 from imgbatch.core.plain import to_plain
 from imgbatch.core.rank_sample import RankSample
 from imgbatch.core.runs import RunPaths
@@ -160,7 +160,7 @@ def _unknown_names(scored: Scored, relation: str) -> dict[str, int]:
 def _measure_single_label(scored: Scored, sample: RankSample, directory: str) -> dict[str, Any]:
     sums = single_label.collect(scored, sample)
     metrics = single_label.summarise(scored, sums)
-    _write_confusion(scored, sums.confusion_KK, directory)
+    _write_confusion(scored, sums.cells, directory)
     columns = f"{', '.join(IDENTITY)}, truth as target, label, probability"
     mistakes = scored.connection.sql(_mistakes_sql(columns, MAX_LISTED)).to_arrow_table()
     metrics["mistakes"] = _write(directory, "mistakes", mistakes)
@@ -181,12 +181,10 @@ def _measure_multi_label(scored: Scored, sample: RankSample, directory: str, tar
     return metrics
 
 
-def _write_confusion(scored: Scored, confusion_KK: np.ndarray, directory: str) -> None:
+def _write_confusion(scored: Scored, cells: Cells, directory: str) -> None:
     names = pa.array(scored.labeller.class_names)
-    target, label = np.nonzero(confusion_KK)
-    counts = pa.array(confusion_KK[target, label])
-    table = pa.table({"target": names.take(pa.array(target)), "label": names.take(pa.array(label)), "count": counts})
-    _write(directory, "confusion", table)
+    target, label = (names.take(pa.array(index_M)) for index_M in (cells.target_M, cells.predicted_M))
+    _write(directory, "confusion", pa.table({"target": target, "label": label, "count": cells.count_M}))
 
 
 def _write_first(

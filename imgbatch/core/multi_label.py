@@ -18,9 +18,7 @@ from imgbatch.core.metrics.calibration import ReliabilityBins, risk_coverage
 from imgbatch.core.metrics.label_errors import SelfConfidence, suspects
 from imgbatch.core.rank_sample import RankSample, rank_metrics
 from imgbatch.core.scored import IDENTITY, Scored
-from imgbatch.core.single_label import NO_ROWS, NOT_STORED, SCORES, describe_classes, thinned
-
-_REPLICATES = 1000
+from imgbatch.core.single_label import NO_ROWS, NOT_STORED, describe_classes, thinned
 
 
 @dataclass(slots=True)
@@ -63,20 +61,27 @@ def collect(scored: Scored, sample: RankSample) -> Sums:
         np.add(sums.counts.predicted, said_NK.sum(axis=0), out=sums.counts.predicted)
         if labeller.has_probabilities:
             probs_NK = scored.probabilities(batch["probabilities"])
-            _add_probabilities(sums, probs_NK, truth_NK, exact_N)
+            _add_probabilities(sums, probs_NK, truth_NK, said_NK, exact_N)
             sample.add(batch["lot"].to_numpy(), probs_NK, truth_NK)
     return sums
 
 
-def _add_probabilities(sums: Sums, probs_NK: np.ndarray, truth_NK: np.ndarray, exact_N: np.ndarray) -> None:
+def _add_probabilities(
+    sums: Sums, probs_NK: np.ndarray, truth_NK: np.ndarray, said_NK: np.ndarray, exact_N: np.ndarray
+) -> None:
     sums.log_loss_K += probability.binary_log_loss_sum(probs_NK, truth_NK)
     sums.brier_K += probability.binary_brier_sum(probs_NK, truth_NK)
     sums.reliability.add(probs_NK.ravel(), truth_NK.ravel())
     for k, self_confidence in enumerate(sums.self_confidence):
         self_confidence.add(_two_classes(probs_NK[:, k]), truth_NK[:, k].astype(np.int64))
     # A row's answer is as sure as its least sure label.
-    sums.confidence_parts.append(np.maximum(probs_NK, 1 - probs_NK).min(axis=1))
+    sums.confidence_parts.append(_confidence(probs_NK, said_NK).min(axis=1))
     sums.right_parts.append(exact_N)
+
+
+def _confidence(probs_NK: np.ndarray, said_NK: np.ndarray) -> np.ndarray:
+    """The probability of what the model said: of the label, or of its absence; thresholds need not be one half."""
+    return np.where(said_NK, probs_NK, 1 - probs_NK)
 
 
 def _two_classes(probs_N: np.ndarray) -> np.ndarray:
@@ -91,7 +96,8 @@ def summarise(scored: Scored, sums: Sums, *, target_precision: float) -> dict[st
     """
     labeller = scored.labeller
     rng = np.random.default_rng(sums.sample.seed)
-    replicates = intervals.bootstrap_labels(sums.counts, sums.num_rows, _REPLICATES, rng)
+    num_replicates = intervals.affordable_replicates(labeller.num_classes, labeller.num_classes)
+    replicates = intervals.bootstrap_labels(sums.counts, sums.num_rows, num_replicates, rng)
     per_class = describe_classes(labeller.class_names, sums.counts, replicates)
     cells = max(sums.num_rows * labeller.num_classes, 1)
     stored = labeller.has_probabilities and sums.num_rows > 0
@@ -122,31 +128,31 @@ def _risk_coverage(sums: Sums) -> dict[str, Any]:
 
 
 def _intervals(sums: Sums, replicates: confusion.ClassCounts) -> dict[str, Any]:
-    averages = confusion.averages(replicates, all_classes=True)
-    named = {f"{kind}_{score}": averages[kind][score] for kind in averages for score in SCORES}
+    averages = confusion.averages(replicates, all_classes=True, drawn_from=sums.counts)
+    named = {f"{kind}_{score}": averages[kind][score] for kind in averages for score in confusion.SCORES}
     return {
         "exact_match": intervals.wilson_interval(sums.num_exact, sums.num_rows),
         **{name: intervals.percentile_interval(values_R) for name, values_R in named.items()},
-        "method": f"95%, percentiles of {_REPLICATES} resamples of each label's counts, labels taken as independent; "
-        "exact_match: Wilson",
+        "method": f"95%, percentiles of {len(replicates.target)} resamples of each label's counts, labels taken as "
+        "independent; exact_match, and precision and recall of a label: Wilson",
     }
 
 
-def iter_mistakes(scored: Scored, least_probability: float = 0.5) -> Iterator[pa.Table]:
-    """Labels that the model was sure of and wrong about, one row each: said and not so, or so and not said.
+def iter_mistakes(scored: Scored) -> Iterator[pa.Table]:
+    """Labels that the model was wrong about, one row each: said and not so, or so and not said.
 
     ``probability`` is the model's in what it said: of the label, or of its absence.
     """
-    for rows, probs_NK, truth_NK in _iter_probabilities(scored):
-        against_NK = np.where(truth_NK, 1 - probs_NK, probs_NK)
-        row, k = np.nonzero(against_NK > least_probability)
+    for rows, probs_NK, truth_NK, said_NK in _iter_probabilities(scored):
+        row, k = np.nonzero(said_NK != truth_NK)
         if row.size:
-            yield _cells(scored, rows, row, k, truth_NK).append_column("probability", pa.array(against_NK[row, k]))
+            probability_M = _confidence(probs_NK, said_NK)[row, k]
+            yield _cells(scored, rows, row, k, truth_NK).append_column("probability", pa.array(probability_M))
 
 
 def iter_suspects(scored: Scored, self_confidence: list[SelfConfidence]) -> Iterator[pa.Table]:
     """Labels of rows that confident learning finds wrong, each label taken as a question of two classes."""
-    for rows, probs_NK, truth_NK in _iter_probabilities(scored):
+    for rows, probs_NK, truth_NK, _ in _iter_probabilities(scored):
         wrong_NK, margin_NK = np.zeros(truth_NK.shape, bool), np.zeros(probs_NK.shape, np.float32)
         for k, each in enumerate(self_confidence):
             found = suspects(_two_classes(probs_NK[:, k]), truth_NK[:, k].astype(np.int64), each.thresholds())
@@ -159,9 +165,11 @@ def iter_suspects(scored: Scored, self_confidence: list[SelfConfidence]) -> Iter
             yield table.append_column("margin", pa.array(margin_NK[row, column]))
 
 
-def _iter_probabilities(scored: Scored) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
-    for batch in scored.iter_batches([*IDENTITY, "truth", "probabilities"]):
-        yield batch, scored.probabilities(batch["probabilities"]), scored.membership(batch["truth"])
+def _iter_probabilities(scored: Scored) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray, np.ndarray]]:
+    """Batches with their probabilities, what is true, and what the model said."""
+    for batch in scored.iter_batches([*IDENTITY, "truth", "labels", "probabilities"]):
+        truth_NK, said_NK = scored.membership(batch["truth"]), scored.membership(batch["labels"])
+        yield batch, scored.probabilities(batch["probabilities"]), truth_NK, said_NK
 
 
 def _cells(scored: Scored, rows: pa.RecordBatch, row: np.ndarray, k: np.ndarray, truth_NK: np.ndarray) -> pa.Table:

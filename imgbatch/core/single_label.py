@@ -24,7 +24,6 @@ MAX_CURVE_POINTS = 200
 MAX_PAIRS = 50
 _TOP = 5
 _KNOWN = "is_known"
-SCORES = ("precision", "recall", "f1")
 NO_ROWS = "no row has both a prediction and a target that the model knows"
 NOT_STORED = "needs every class's probability, and the run stored only the best few (output.probabilities)"
 
@@ -33,7 +32,7 @@ NOT_STORED = "needs every class's probability, and the run stored only the best 
 class Sums:
     """What one pass adds up; memory is 5 bytes a row beside what depends on the number of classes."""
 
-    confusion_KK: np.ndarray
+    cells: confusion.Cells
     self_confidence: SelfConfidence
     sample: RankSample
     top5_hits: int = 0
@@ -49,7 +48,7 @@ class Sums:
 def collect(scored: Scored, sample: RankSample) -> Sums:
     """One pass over the rows whose target the model knows."""
     num_classes = scored.labeller.num_classes
-    sums = Sums(np.zeros((num_classes, num_classes), np.int64), SelfConfidence.empty(num_classes), sample)
+    sums = Sums(_count_cells(scored), SelfConfidence.empty(num_classes), sample)
     columns = ["target_index", "label_index", "probability"]
     if scored.labeller.has_probabilities:
         columns += ["probabilities", f"hash(image_id, {sample.seed}) as lot"]
@@ -59,7 +58,6 @@ def collect(scored: Scored, sample: RankSample) -> Sums:
         targets_N, predicted_N = batch["target_index"].to_numpy(), batch["label_index"].to_numpy()
         confidence_N = batch["probability"].to_numpy()
         right_N = targets_N == predicted_N
-        sums.confusion_KK += confusion.confusion_matrix(targets_N, predicted_N, num_classes)
         sums.reliability.add(confidence_N, right_N)
         sums.confidence_parts.append(confidence_N.copy())
         sums.right_parts.append(right_N)
@@ -68,6 +66,13 @@ def collect(scored: Scored, sample: RankSample) -> Sums:
         else:
             _add_listed(sums, batch)
     return sums
+
+
+def _count_cells(scored: Scored) -> confusion.Cells:
+    table = scored.connection.sql(
+        f"select target_index, label_index, count(*) as num from scored where {_KNOWN} group by all order by all"
+    ).to_arrow_table()
+    return confusion.Cells(*(column.to_numpy() for column in table.columns), scored.labeller.num_classes)
 
 
 def _add_probabilities(sums: Sums, probs_NK: np.ndarray, targets_N: np.ndarray, lots_N: np.ndarray) -> None:
@@ -87,8 +92,8 @@ def _add_listed(sums: Sums, batch: pa.RecordBatch) -> None:
 def summarise(scored: Scored, sums: Sums) -> dict[str, Any]:
     """The metrics as plain values and arrays; what could not be computed is none, its reason under ``unavailable``."""
     labeller = scored.labeller
-    counts = confusion.counts_from_confusion(sums.confusion_KK)
-    replicates = _replicates(sums.confusion_KK, sums.sample.seed)
+    counts = sums.cells.counts()
+    replicates = _replicates(sums.cells, sums.sample.seed)
     per_class = describe_classes(labeller.class_names, counts, replicates)
     curve = risk_coverage(_joined(sums.confidence_parts, np.float32), _joined(sums.right_parts, bool))
     metrics = {
@@ -100,10 +105,10 @@ def summarise(scored: Scored, sums: Sums) -> dict[str, Any]:
         "rank": rank_metrics(sums.sample, per_class, binary=labeller.task == "binary")
         if labeller.has_probabilities and sums.confidence_parts
         else None,
-        "intervals": _intervals(replicates),
+        "intervals": _intervals(counts, replicates),
         "per_class": per_class,
-        "confusion": sums.confusion_KK if labeller.num_classes <= MAX_MATRIX_CLASSES else None,
-        "confused_pairs": confusion.confused_pairs(sums.confusion_KK, labeller.class_names, MAX_PAIRS),
+        "confusion": sums.cells.matrix() if labeller.num_classes <= MAX_MATRIX_CLASSES else None,
+        "confused_pairs": confusion.confused_pairs(sums.cells, labeller.class_names, MAX_PAIRS),
         "reliability": sums.reliability.rows(),
         "risk_coverage": thinned(curve),
     }
@@ -113,20 +118,33 @@ def summarise(scored: Scored, sums: Sums) -> dict[str, Any]:
 def describe_classes(
     class_names: tuple[str, ...], counts: confusion.ClassCounts, replicates: confusion.ClassCounts
 ) -> list[dict[str, Any]]:
-    """One mapping per class: its counts, its scores and their intervals."""
+    """One mapping per class: its counts, its scores and their intervals.
+
+    Precision and recall are shares of rows and have Wilson's interval, which is honest for a few rows; F1 has that of
+    the replicates that hold the class.
+    """
     scores = confusion.class_scores(counts)
-    drawn = confusion.class_scores(replicates) if len(replicates.target) else None
-    ends = {name: np.percentile(getattr(drawn, name), [2.5, 97.5], axis=0).T for name in SCORES} if drawn else {}
+    f1_KR = _drawn_f1(replicates).T
     return [
         {
             "class_name": class_name,
             "support": int(counts.target[k]),
             "predicted": int(counts.predicted[k]),
-            **{name: getattr(scores, name)[k] for name in SCORES},
-            "intervals": {name: ends[name][k] for name in ends},
+            **{name: getattr(scores, name)[k] for name in confusion.SCORES},
+            "intervals": {
+                "precision": intervals.wilson_interval(int(counts.right[k]), int(counts.predicted[k])),
+                "recall": intervals.wilson_interval(int(counts.right[k]), int(counts.target[k])),
+                "f1": intervals.percentile_interval(f1_KR[k]),
+            },
         }
         for k, class_name in enumerate(class_names)
     ]
+
+
+def _drawn_f1(replicates: confusion.ClassCounts) -> np.ndarray:
+    """float64 (R, K), NaN where a replicate does not hold the class."""
+    occurs_RK = replicates.target + replicates.predicted > 0
+    return np.where(occurs_RK, confusion.class_scores(replicates).f1, np.nan)
 
 
 def thinned(curve: RiskCoverage) -> dict[str, Any]:
@@ -168,22 +186,23 @@ def _unavailable(metrics: dict[str, Any], sums: Sums, labeller: Labeller) -> dic
     return reasons
 
 
-def _replicates(confusion_KK: np.ndarray, seed: int) -> confusion.ClassCounts:
-    num_replicates = intervals.affordable_replicates(int(np.count_nonzero(confusion_KK)))
-    return intervals.bootstrap_confusion(confusion_KK, num_replicates, np.random.default_rng(seed))
+def _replicates(cells: confusion.Cells, seed: int) -> confusion.ClassCounts:
+    num_replicates = intervals.affordable_replicates(len(cells.count_M), cells.num_classes)
+    return intervals.bootstrap_confusion(cells, num_replicates, np.random.default_rng(seed))
 
 
-def _intervals(replicates: confusion.ClassCounts) -> dict[str, Any]:
-    averages = confusion.averages(replicates)
+def _intervals(counts: confusion.ClassCounts, replicates: confusion.ClassCounts) -> dict[str, Any]:
+    averages = confusion.averages(replicates, drawn_from=counts)
     drawn = {
-        "top1": confusion.accuracy(replicates),
         "balanced_accuracy": confusion.balanced_accuracy(replicates),
-        **{f"macro_{name}": averages["macro"][name] for name in SCORES},
-        **{f"weighted_{name}": averages["weighted"][name] for name in SCORES},
+        **{f"macro_{name}": averages["macro"][name] for name in confusion.SCORES},
+        **{f"weighted_{name}": averages["weighted"][name] for name in confusion.SCORES},
     }
     return {
+        "top1": intervals.wilson_interval(int(counts.right.sum()), int(counts.target.sum())),
         **{name: intervals.percentile_interval(values_R) for name, values_R in drawn.items()},
-        "method": f"95%, percentiles of {len(replicates.target)} resamples of the confusion counts",
+        "method": f"95%, percentiles of {len(replicates.target)} resamples of the confusion counts; top1, and "
+        "precision and recall of a class: Wilson",
     }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from imgbatch.core.metrics.intervals import wilson_interval
 from imgbatch.core.scored import Scored
 
@@ -22,13 +20,14 @@ def describe_slices(scored: Scored) -> list[dict[str, Any]]:
     """
     described = []
     for i, column in enumerate(scored.slice_by):
-        values = [_describe(row) for row in _query(scored, f"slice_{i}")]
-        values.sort(key=lambda entry: (np.inf if entry["accuracy"] is None else entry["accuracy"], -entry["rows"]))
-        described.append({"column": column, "num_values": len(values), "values": values[:MAX_VALUES]})
+        rows = _query(scored, f"slice_{i}")
+        num_values = rows[0][-1] if rows else 0
+        described.append({"column": column, "num_values": num_values, "values": [_describe(row) for row in rows]})
     return described
 
 
 def _query(scored: Scored, name: str) -> list[tuple[Any, ...]]:
+    """What :func:`_describe` takes of the values that are listed; last, how many values there are."""
     target = "null" if scored.labeller.is_multilabel else "target_index"
     return scored.connection.execute(
         f"""
@@ -41,17 +40,22 @@ def _query(scored: Scored, name: str) -> list[tuple[Any, ...]]:
             select value, sum(predicted) as predicted, sum(measured) as measured, sum("right") as "right",
                 sum(confidence) as confidence, avg("right" / measured) filter (target_index is not null) as balanced
             from cells group by value
-        ), unpredicted_by_value as (select {name} as value, count(*) as missing from unpredicted group by all)
-        select coalesce(p.value, u.value), coalesce(predicted, 0), coalesce(measured, 0), coalesce("right", 0),
-            confidence, balanced, coalesce(missing, 0)
-        from predicted p full join unpredicted_by_value u on p.value is not distinct from u.value
-        order by 1
+        ), unpredicted_by_value as (
+            select {name} as value, count(*) as missing from unpredicted group by all
+        ), by_value as (
+            select coalesce(p.value, u.value) as value, coalesce(predicted, 0) as predicted,
+                coalesce(measured, 0) as measured, coalesce("right", 0) as "right", confidence, balanced,
+                coalesce(missing, 0) as missing
+            from predicted p full join unpredicted_by_value u on p.value is not distinct from u.value
+        )
+        select *, count(*) over () as num_values from by_value
+        order by "right" / nullif(measured, 0) nulls last, predicted + missing desc, value limit {MAX_VALUES}
         """
     ).fetchall()
 
 
 def _describe(row: tuple[Any, ...]) -> dict[str, Any]:
-    value, predicted, measured, right, confidence, balanced, missing = row
+    value, predicted, measured, right, confidence, balanced, missing, _ = row
     measured, right = int(measured), int(right)
     return {
         "value": value,

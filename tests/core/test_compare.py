@@ -113,6 +113,19 @@ def test_multi_label_is_compared_label_by_label(store_run):
         assert entry["only_a_right"] == (truth & said_a & ~said_b)[:, k].sum()
 
 
+def test_labels_that_a_resample_does_not_hold_do_not_narrow_a_difference(store_run):
+    truth = np.eye(100, 4, dtype=bool)
+    lists = pa.array([[CLASSES[k] for k in np.flatnonzero(row)] for row in truth], pa.list_(pa.string()))
+    a, b = np.where(truth, 0.9, 0.1).astype(np.float32), np.full((100, 4), 0.1, np.float32)
+    outs = [
+        str(store_run(CLASSES, probs, task="multilabel", columns={"targets": lists}, out=name))
+        for name, probs in (("a", a), ("b", b))
+    ]
+    macro_f1 = compare(*outs).figures["macro_f1"]
+    assert macro_f1["difference"] == -1
+    assert macro_f1["interval"] == [-1, -1]
+
+
 def test_without_targets_agreement_is_told(store_run, targets):
     probs = [make_probs(targets, 1.5, seed) for seed in (1, 2)]
     outs = [str(store_run(CLASSES, p, out=name)) for name, p in zip("ab", probs, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn import metrics as oracle
 
 from imgbatch.core import rank_sample
 from imgbatch.core.evaluate import evaluate
+from imgbatch.core.metrics.intervals import wilson_interval
 from imgbatch.errors import UsageError
 
 CLASSES = ("ash", "birch", "cedar", "elm")
@@ -114,6 +116,73 @@ def test_multi_label_metrics_equal_the_oracle(store_run):
     assert metrics["label_errors"]["found"] > 0
 
 
+def test_multi_label_mistakes_are_what_the_stored_labels_have_wrong(store_run, tmp_path):
+    """Of a model whose labels apply from 0.2 and from 0.8 on."""
+    probs = np.array([[0.3, 0.7], [0.25, 0.7], [0.1, 0.9]], np.float32)
+    said, true = [["ash"], ["ash"], ["birch"]], [["ash"], ["birch"], ["birch"]]
+    out = store_run(CLASSES[:2], probs, task="multilabel", columns={"labels": said, "targets": true})
+    metrics = evaluate(str(out), directory=str(tmp_path / "eval")).metrics
+    assert metrics["exact_match"] == pytest.approx(2 / 3)
+    assert metrics["mistakes"]["found"] == 2
+    mistakes = pq.read_table(tmp_path / "eval" / "mistakes.parquet").to_pylist()
+    assert [(row["image_id"], row["class_name"], row["in_targets"]) for row in mistakes] == [
+        ("image-1", "birch", True),
+        ("image-1", "ash", False),
+    ]
+    assert [row["probability"] for row in mistakes] == pytest.approx([0.3, 0.25])
+    assert metrics["risk_coverage"]["threshold"] == pytest.approx([0.9, 0.3, 0.25])
+    assert metrics["risk_coverage"]["risk"] == pytest.approx([0, 0, 1 / 3])
+
+
+def test_labels_of_one_image_each_have_honest_intervals(store_run):
+    truth = np.eye(100, 4, dtype=bool)
+    lists = [named(np.flatnonzero(row)) for row in truth]
+    probs = np.where(truth, 0.9, 0.1).astype(np.float32)
+    out = store_run(CLASSES, probs, task="multilabel", columns={"targets": pa.array(lists, pa.list_(pa.string()))})
+    metrics = evaluate(str(out)).metrics
+    assert metrics["macro"]["f1"] == 1
+    assert metrics["intervals"]["macro_f1"] == metrics["intervals"]["macro_precision"] == [1, 1]
+    for entry in metrics["per_class"]:
+        assert entry["intervals"]["recall"] == pytest.approx(wilson_interval(1, 1))
+        assert entry["intervals"]["precision"] == pytest.approx(wilson_interval(1, 1))
+        assert entry["intervals"]["f1"] == [1, 1]
+
+
+def test_a_few_rows_that_are_all_right_prove_little(store_run):
+    targets = np.array([0] * 20 + [1] * 3)
+    probs = np.full((23, 4), 0.01, np.float32)
+    probs[np.arange(23), targets] = 0.97
+    metrics = evaluate(str(store_run(CLASSES, probs, columns={"target": named(targets)}))).metrics
+    assert metrics["intervals"]["top1"] == pytest.approx(wilson_interval(23, 23))
+    _, birch, cedar, _ = metrics["per_class"]
+    assert birch["intervals"]["recall"] == pytest.approx(wilson_interval(3, 3))
+    assert birch["intervals"]["precision"] == pytest.approx(wilson_interval(3, 3))
+    assert birch["intervals"]["f1"] == [1, 1]
+    assert cedar["intervals"] == {score: [None, None] for score in ("precision", "recall", "f1")}
+
+
+def test_memory_does_not_grow_with_the_square_of_the_classes(store_run):
+    classes = [f"class {k}" for k in range(20_000)]
+    targets = np.random.default_rng(0).integers(0, 20_000, 30)
+    probs = np.zeros((30, 20_000), np.float32)
+    probs[np.arange(30), targets] = 0.9
+    names = [classes[k] for k in targets]
+    names[0] = "class 0"
+    out = str(store_run(classes, probs, columns={"target": names}, keep="top_k"))
+    tracemalloc.start()
+    try:
+        result = evaluate(out)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert result.metrics["top1"] == pytest.approx(29 / 30)
+    pair = {"target": "class 0", "label": classes[targets[0]], "count": 1, "share": 1.0}
+    assert result.metrics["confused_pairs"] == [pair]
+    pairs = pq.read_table(Path(result.directory, "confusion.parquet"))
+    assert sum(pairs["count"].to_pylist()) == 30
+    assert peak_bytes < 400e6  # the matrix of all pairs is 3.2 GB
+
+
 def test_rows_without_a_prediction_and_unknown_targets_are_counted(store_run, targets):
     probs = make_probs(targets, 4)
     names = named(targets)
@@ -191,6 +260,18 @@ def test_slices_come_worst_first(store_run, targets):
         assert entry["balanced_accuracy"] == pytest.approx(right[of_year].mean())
         low, high = entry["interval"]
         assert low < entry["accuracy"] < high
+
+
+def test_of_a_column_of_many_values_the_worst_are_listed_and_all_are_counted(store_run, targets):
+    probs = make_probs(targets, 4)
+    right = probs.argmax(axis=1) == targets
+    sites = [f"site {i:03d}" for i in range(500)]
+    failed = {"image_id": ["bad"], "status": ["EMPTY"], "target": ["ash"], "site": ["nowhere"]}
+    out = str(store_run(CLASSES, probs, columns={"target": named(targets), "site": sites}, failed=failed))
+    (by_site,) = evaluate(out, slice_by=["site"]).metrics["slices"]
+    assert by_site["num_values"] == 501
+    expected = [*np.flatnonzero(~right), *np.flatnonzero(right)][:200]
+    assert [entry["value"] for entry in by_site["values"]] == [sites[i] for i in expected]
 
 
 def test_only_rows_of_the_split_count(store_run, targets):

@@ -48,6 +48,11 @@ def multi_label(draw):
     return rng.random((num_rows, num_labels)) < rates, probs.astype(np.float32)
 
 
+def cells_of(confusion_KK: np.ndarray) -> confusion.Cells:
+    at = np.nonzero(confusion_KK)
+    return confusion.Cells(*at, confusion_KK[at], len(confusion_KK))
+
+
 @pytest.fixture(autouse=True)
 def _quiet_oracle():
     with warnings.catch_warnings():
@@ -65,9 +70,14 @@ def _quiet_oracle():
 def test_scores_of_the_confusion_matrix_equal_the_oracle(case):
     targets, predicted, probs = case
     classes = range(probs.shape[1])
-    matrix = confusion.confusion_matrix(targets, predicted, len(classes))
-    np.testing.assert_array_equal(matrix, oracle.confusion_matrix(targets, predicted, labels=classes))
-    counts = confusion.counts_from_confusion(matrix)
+    matrix = oracle.confusion_matrix(targets, predicted, labels=classes)
+    cells = cells_of(matrix)
+    np.testing.assert_array_equal(cells.matrix(), matrix)
+    counts = cells.counts()
+    of_rows = confusion.counts_from_cells(targets, predicted, np.ones(len(targets), np.int64), len(classes))
+    for name, expected in (("right", matrix.diagonal()), ("target", matrix.sum(axis=1)), ("predicted", matrix.sum(0))):
+        np.testing.assert_array_equal(getattr(counts, name), expected)
+        np.testing.assert_array_equal(getattr(of_rows, name), expected)
     assert confusion.accuracy(counts) == pytest.approx(oracle.accuracy_score(targets, predicted), abs=TOLERANCE)
     assert confusion.balanced_accuracy(counts) == pytest.approx(
         oracle.balanced_accuracy_score(targets, predicted), abs=TOLERANCE
@@ -217,8 +227,8 @@ def test_risk_at_each_coverage_equals_counting(case):
 
 
 def test_without_rows_everything_is_undefined_and_nothing_fails():
-    none = np.zeros(0, np.int64)
-    counts = confusion.counts_from_confusion(confusion.confusion_matrix(none, none, 3))
+    empty = cells_of(np.zeros((3, 3), np.int64))
+    counts = empty.counts()
     assert np.isnan(confusion.accuracy(counts))
     assert np.isnan(confusion.balanced_accuracy(counts))
     assert np.isnan(confusion.averages(counts)["macro"]["f1"])
@@ -227,13 +237,17 @@ def test_without_rows_everything_is_undefined_and_nothing_fails():
     assert np.isnan(ranking.roc_auc(np.zeros(0, bool), np.zeros(0)))
     assert ranking.best_f1_point(ranking.threshold_counts(np.zeros(0, bool), np.zeros(0))) is None
     assert np.isnan(intervals.wilson_interval(0, 0)).all()
-    replicates = intervals.bootstrap_confusion(np.zeros((3, 3), np.int64), 10, np.random.default_rng(0))
-    assert np.isnan(intervals.percentile_interval(confusion.accuracy(replicates))).all()
+    rng = np.random.default_rng(0)
+    for replicates in (intervals.bootstrap_confusion(empty, 10, rng), intervals.bootstrap_labels(counts, 0, 10, rng)):
+        assert replicates.target.shape == (0, 3)
+        averages = confusion.averages(replicates, drawn_from=counts)
+        assert np.isnan(intervals.percentile_interval(confusion.accuracy(replicates))).all()
+        assert np.isnan(intervals.percentile_interval(averages["macro"]["f1"])).all()
 
 
 def test_the_bootstrap_over_cells_has_the_spread_of_the_binomial():
     matrix = np.array([[80, 20], [10, 90]])
-    replicates = intervals.bootstrap_confusion(matrix, 2000, np.random.default_rng(1))
+    replicates = intervals.bootstrap_confusion(cells_of(matrix), 2000, np.random.default_rng(1))
     assert (replicates.target.sum(axis=1) == 200).all()
     spread = confusion.accuracy(replicates).std()
     assert spread == pytest.approx(np.sqrt(0.85 * 0.15 / 200), rel=0.1)
@@ -247,6 +261,26 @@ def test_the_bootstrap_over_labels_keeps_the_number_of_rows():
     assert replicates.right.mean(axis=0) == pytest.approx([30, 0], rel=0.05)
     assert (replicates.target[:, 1] == 0).all()
     assert (replicates.right <= np.minimum(replicates.target, replicates.predicted)).all()
+
+
+def test_what_a_replicate_holds_no_row_of_stays_out_of_its_macro_averages():
+    counts = confusion.ClassCounts(np.array([1, 1, 1, 0]), np.array([1, 1, 1, 60]), np.array([1, 1, 1, 0]))
+    replicates = intervals.bootstrap_labels(counts, 100, 1000, np.random.default_rng(1))
+    averages = confusion.averages(replicates, all_classes=True, drawn_from=counts)
+    num_drawn_R = (replicates.target[:, :3] > 0).sum(axis=1)
+    # Of the last label, which is always missed, there are rows in every replicate; it is never said in the data.
+    np.testing.assert_allclose(averages["macro"]["f1"], num_drawn_R / (num_drawn_R + 1))
+    np.testing.assert_allclose(averages["macro"]["recall"], num_drawn_R / (num_drawn_R + 1))
+    np.testing.assert_allclose(averages["macro"]["precision"], num_drawn_R / (num_drawn_R + 1))
+    assert (confusion.averages(replicates, all_classes=True)["macro"]["f1"] == num_drawn_R / 4).all()
+
+
+@pytest.mark.parametrize(
+    ("num_cells", "num_classes", "expected"),
+    [(100, 10, 1000), (200_000, 1000, 500), (500, 5000, 200), (10, 20_000, 100), (0, 1, 1000)],
+)
+def test_many_cells_or_many_classes_are_resampled_less_often(num_cells, num_classes, expected):
+    assert intervals.affordable_replicates(num_cells, num_classes) == expected
 
 
 @pytest.mark.parametrize(("right", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (9, 10, 0.5958, 0.9821)])
@@ -294,7 +328,7 @@ def test_suspects_follow_the_paper(case):
 
 def test_confused_pairs_come_most_frequent_first():
     matrix = np.array([[5, 3, 0], [1, 5, 4], [0, 0, 0]])
-    assert confusion.confused_pairs(matrix, ("a", "b", "c"), 2) == [
+    assert confusion.confused_pairs(cells_of(matrix), ("a", "b", "c"), 2) == [
         {"target": "b", "label": "c", "count": 4, "share": 0.4},
         {"target": "a", "label": "b", "count": 3, "share": 0.375},
     ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from imgbatch.core.metrics.confusion import ClassCounts
+from imgbatch.core.metrics.confusion import Cells, ClassCounts, counts_from_cells
 
 Interval = tuple[float, float]
 """Lower and upper end of a 95% interval."""
@@ -17,6 +17,8 @@ _Z95 = 1.959963984540054
 EXACT_UP_TO = 1000
 """Discordant pairs up to which McNemar's test is the exact binomial one."""
 _DRAWS_BUDGET = 100_000_000
+_CLASS_COST = 100
+"""Of a class in draws: its three counts and what is computed from them stand in memory for every replicate."""
 
 
 def wilson_interval(right: int, total: int) -> Interval:
@@ -38,9 +40,9 @@ def percentile_interval(replicates_R: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
-def affordable_replicates(num_cells: int, wanted: int = 1000, least: int = 100) -> int:
-    """How many bootstrap replicates to draw so that a large, full matrix still takes seconds."""
-    return int(np.clip(_DRAWS_BUDGET // max(num_cells, 1), least, wanted))
+def affordable_replicates(num_cells: int, num_classes: int, wanted: int = 1000, least: int = 100) -> int:
+    """How many bootstrap replicates to draw so that a large, full matrix still takes seconds and little memory."""
+    return int(np.clip(_DRAWS_BUDGET // max(num_cells, _CLASS_COST * num_classes, 1), least, wanted))
 
 
 def bootstrap_cells(counts_M: np.ndarray, num_replicates: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -53,34 +55,17 @@ def bootstrap_cells(counts_M: np.ndarray, num_replicates: int, rng: np.random.Ge
         yield rng.multinomial(total, counts_M / total)
 
 
-def bootstrap_confusion(confusion_KK: np.ndarray, num_replicates: int, rng: np.random.Generator) -> ClassCounts:
+def bootstrap_confusion(cells: Cells, num_replicates: int, rng: np.random.Generator) -> ClassCounts:
     """Counts per class, int64 (R, K), of confusion matrices drawn by :func:`bootstrap_cells`."""
-    target_M, predicted_M = np.nonzero(confusion_KK)
-    cells = bootstrap_cells(confusion_KK[target_M, predicted_M], num_replicates, rng)
-    return stack_counts([counts_from_cells(target_M, predicted_M, drawn_M, len(confusion_KK)) for drawn_M in cells])
+    drawn = bootstrap_cells(cells.count_M, num_replicates, rng)
+    replicates = [counts_from_cells(cells.target_M, cells.predicted_M, each_M, cells.num_classes) for each_M in drawn]
+    return stack_counts(replicates, cells.num_classes)
 
 
-def counts_from_cells(
-    target_M: np.ndarray, predicted_M: np.ndarray, count_M: np.ndarray, num_classes: int
-) -> ClassCounts:
-    """The three counts per class, int64 (K,), of ``count_M`` rows of each pair (target, predicted)."""
-
-    def per_class(classes_M: np.ndarray, weights_M: np.ndarray) -> np.ndarray:
-        return np.bincount(classes_M, weights_M, num_classes).astype(np.int64)
-
-    on = target_M == predicted_M
-    return ClassCounts(
-        right=per_class(target_M[on], count_M[on]),
-        target=per_class(target_M, count_M),
-        predicted=per_class(predicted_M, count_M),
-    )
-
-
-def stack_counts(replicates: list[ClassCounts]) -> ClassCounts:
-    """Replicates of (K,) as one (R, K); (0, 0) if there is none."""
-    if not replicates:
-        return ClassCounts(*(np.zeros((0, 0), np.int64) for _ in range(3)))
-    return ClassCounts(*(np.stack([getattr(r, name) for r in replicates]) for name in ("right", "target", "predicted")))
+def stack_counts(replicates: Sequence[ClassCounts], num_classes: int) -> ClassCounts:
+    """Replicates of (K,) as one, int64 (R, K)."""
+    parts = ([getattr(each, name) for each in replicates] for name in ("right", "target", "predicted"))
+    return ClassCounts(*(np.array(part, np.int64).reshape(-1, num_classes) for part in parts))
 
 
 def bootstrap_labels(counts: ClassCounts, num_rows: int, num_replicates: int, rng: np.random.Generator) -> ClassCounts:
@@ -89,7 +74,7 @@ def bootstrap_labels(counts: ClassCounts, num_rows: int, num_replicates: int, rn
     Labels are drawn independently of each other, so intervals of averages over labels leave their correlation out.
     """
     if not num_rows:
-        return stack_counts([])
+        return stack_counts([], len(counts.target))
     missed_K, false_K = counts.target - counts.right, counts.predicted - counts.right
     outcomes_K4 = np.stack([counts.right, missed_K, false_K, num_rows - counts.right - missed_K - false_K], axis=-1)
     drawn_RK4 = rng.multinomial(num_rows, outcomes_K4 / num_rows, size=(num_replicates, len(outcomes_K4)))

@@ -75,8 +75,8 @@ def _single_label(
     num_classes = len(class_names)
     predicted_N = probs_NK.argmax(axis=1)
     right = int((predicted_N == targets_N).sum())
-    confusion_KK = confusion.confusion_matrix(targets_N, predicted_N, num_classes)
-    counts = confusion.counts_from_confusion(confusion_KK)
+    one_each_N = np.ones(len(targets_N), np.int64)
+    counts = confusion.counts_from_cells(targets_N, predicted_N, one_each_N, num_classes)
     interval = intervals.wilson_interval(right, len(targets_N))
     metrics: dict[str, Any] = {
         "loss": _number(probability.log_loss_sum(probs_NK, targets_N) / len(targets_N)),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn import metrics as reference
@@ -23,6 +25,22 @@ def test_single_label_agrees_with_scikit_learn():
     assert measured["per_class"]["a"]["images"] == (targets_N == 0).sum()
     low, high = measured["top1_interval_95"]
     assert low < measured["top1"] < high
+
+
+def test_memory_does_not_grow_with_the_square_of_the_classes():
+    names = tuple(f"class {k}" for k in range(20_000))
+    targets_N = np.array([3, 7, 19_999])
+    probs_NK = np.zeros((3, 20_000), np.float32)
+    probs_NK[np.arange(3), [3, 8, 19_999]] = 1
+    tracemalloc.start()
+    try:
+        measured = measure(probs_NK, targets_N, task="multiclass", class_names=names)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert measured["top1"] == measured["balanced_accuracy"] == pytest.approx(2 / 3)
+    assert measured["macro_f1"] == pytest.approx(2 / 4)
+    assert peak_bytes < 50e6  # the matrix of all pairs is 3.2 GB
 
 
 def test_multilabel_agrees_with_scikit_learn():
