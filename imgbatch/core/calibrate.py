@@ -1,8 +1,9 @@
 """A better calibrated bundle from stored predictions: temperature, and thresholds for accept or review.
 
 Temperature scaling does not change which class of a softmax is the most probable one; it changes how sure it is said
-to be. See :mod:`imgbatch.core.metrics.temperature` for why stored probabilities suffice. Legend of the shape suffixes:
-``N`` rows, ``K`` classes.
+to be. Nor does it change which of several labels apply: their thresholds are taken to the new temperature. See
+:mod:`imgbatch.core.metrics.temperature` for why stored probabilities suffice. Legend of the shape suffixes: ``N`` rows,
+``K`` classes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from imgbatch.core.model import ModelBundle, load_bundle, load_metrics, recalibr
 from imgbatch.core.plain import to_plain
 from imgbatch.core.rank_sample import RankSample
 from imgbatch.core.scored import Scored, open_scored
+from imgbatch.core.variants import load_variants, read_files, save_variant
 from imgbatch.errors import UsageError
 
 _SEED = 0
@@ -47,8 +49,9 @@ def calibrate(
 ) -> Calibration:
     """Write ``model`` to ``new_model`` with a temperature and thresholds that fit the predictions of ``out``.
 
-    Without either goal only the temperature is fitted, and thresholds of the old bundle, which spoke of probabilities
-    at the old temperature, are left out.
+    Without either goal only the temperature is fitted. Multi-label: the probabilities from which labels apply become
+    those of the new temperature, so that the same labels do; ``target_precision`` chooses them anew. Thresholds for
+    review are left out unless a goal chooses them. Variants come along.
 
     Args:
         model: the bundle that made the predictions.
@@ -74,11 +77,20 @@ def calibrate(
         if not num_rows:
             raise UsageError(f"{out}: no row has both a prediction and a target that the model knows")
         sample, factor_K, report = _fit(scored, num_rows)
-        thresholds: dict[str, dict[str, float]] = {}
+        moved = _moved_labels(bundle, factor_K)
+        thresholds = dict(moved)
         if target_precision is not None or review_budget is not None:
             thresholds["accept"], report["accept"] = _choose_accept(scored, factor_K, target_precision, review_budget)
         if scored.labeller.is_multilabel and target_precision is not None and sample is not None:
             thresholds["labels"] = _choose_labels(scored, sample, factor_K, target_precision)
+    variants = load_variants(bundle)
+    if variants:
+        report["variants"] = {"copied": [variant.target for variant in variants], "note": None}
+        if thresholds.get("labels") != moved.get("labels"):
+            report["variants"]["note"] = (
+                f"how well they agree was measured with the label thresholds of {bundle.model_id}; "
+                f"`imgbatch model optimize` measures it anew"
+            )
     report |= {
         "target_precision": target_precision,
         "review_budget": review_budget,
@@ -98,6 +110,8 @@ def calibrate(
         provenance=bundle.provenance | {"calibration": {name: report[name] for name in decided}},
         metrics=load_metrics(bundle.path) | {"calibration": report},
     )
+    for variant in variants:
+        save_variant(calibrated, variant, read_files(bundle, variant))
     return Calibration(calibrated, report)
 
 
@@ -105,6 +119,15 @@ def _combined(old: float | tuple[float, ...], factor_K: np.ndarray) -> float | t
     """The temperature of the logits: stored probabilities were already at ``old``."""
     product_K = np.asarray(old) * factor_K
     return float(product_K) if product_K.ndim == 0 else tuple(product_K.tolist())
+
+
+def _moved_labels(bundle: ModelBundle, factor_K: np.ndarray) -> dict[str, dict[str, float]]:
+    """``{"labels": ...}`` of the bundle, if it has them, for probabilities whose logits are divided by ``factor_K``."""
+    stated = (bundle.thresholds or {}).get("labels")
+    if stated is None or bundle.task != "multilabel":
+        return {}
+    factors = dict(zip(bundle.class_names, np.broadcast_to(factor_K, bundle.num_classes).tolist(), strict=True))
+    return {"labels": {name: scaling.scale_threshold(limit, factors[name]) for name, limit in stated.items()}}
 
 
 def _fit(scored: Scored, num_rows: int) -> tuple[RankSample | None, np.ndarray, dict[str, Any]]:

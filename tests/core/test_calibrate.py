@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from imgbatch.core.calibrate import calibrate
 from imgbatch.core.metrics import temperature, thresholds
 from imgbatch.core.model import ModelBundle, load_bundle, save_bundle
 from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.variants import Agreement, Variant, load_variants, read_files, save_variant
 from imgbatch.errors import UsageError
 
 CLASSES = ("ash", "birch", "cedar", "elm")
@@ -28,9 +30,18 @@ def overconfident(seed: int = 0, num_rows: int = 4000) -> tuple[np.ndarray, np.n
     return 3 * honest, softmax(3 * honest, axis=1).astype(np.float32), targets
 
 
+def several_labels() -> tuple[np.ndarray, dict[str, pa.Array]]:
+    """Probabilities float32 of logits three times too large for the labels that are drawn from them; ``targets``."""
+    rng = np.random.default_rng(4)
+    honest = 2 * rng.normal(size=(2000, 4))
+    truth = rng.random(honest.shape) < expit(honest)
+    lists = [[CLASSES[k] for k in np.flatnonzero(row)] for row in truth]
+    return expit(3 * honest).astype(np.float32), {"targets": pa.array(lists, pa.list_(pa.string()))}
+
+
 @pytest.fixture
 def make_model(tmp_path: Path):
-    def make(task="multiclass", class_names=CLASSES, factor=1.0) -> ModelBundle:
+    def make(task="multiclass", class_names=CLASSES, factor=1.0, thresholds=None) -> ModelBundle:
         import torch
 
         from imgbatch.core.simple_cnn import SimpleCNN
@@ -44,7 +55,7 @@ def make_model(tmp_path: Path):
             preprocess=PreprocessSpec(resize_size=16, crop_size=16),
             state_dict=SimpleCNN(num_classes=len(class_names)).state_dict(),
             temperature=factor,
-            thresholds={"accept": {class_names[0]: 0.5}},
+            thresholds=thresholds or {"accept": {class_names[0]: 0.5}},
             provenance={"made_by": "a test"},
             metrics={"top1": 0.5},
         )
@@ -97,6 +108,15 @@ def test_temperatures_stay_within_their_limits():
     saturated = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
     assert np.isfinite(temperature.fit_softmax_temperature(saturated, ~right))
     assert np.isfinite(temperature.scale_softmax(saturated, 2.0)).all()
+
+
+@pytest.mark.parametrize("factor", [0.05, 0.5, 1.0, 3.0, 20.0])
+def test_a_threshold_is_taken_to_another_temperature(factor):
+    for threshold in (0.0, 0.2, 0.5, 0.93, 1.0):
+        moved = temperature.scale_threshold(threshold, factor)
+        assert moved == pytest.approx(expit(logit(threshold) / factor), abs=1e-9)
+        if factor == 1 or threshold in (0.0, 0.5, 1.0):
+            assert moved == threshold
 
 
 def test_thresholds_for_precision_and_for_a_budget():
@@ -155,12 +175,8 @@ def test_a_review_budget_is_kept(store_run, make_model, tmp_path):
 
 def test_multi_label_thresholds_say_when_a_label_applies(store_run, make_model, tmp_path):
     bundle = make_model(task="multilabel")
-    rng = np.random.default_rng(4)
-    honest = 2 * rng.normal(size=(2000, 4))
-    truth = rng.random(honest.shape) < expit(honest)
-    lists = [[CLASSES[k] for k in np.flatnonzero(row)] for row in truth]
-    columns = {"targets": pa.array(lists, pa.list_(pa.string()))}
-    probs = expit(3 * honest).astype(np.float32)
+    probs, columns = several_labels()
+    truth = np.array([[name in names for name in CLASSES] for names in columns["targets"].to_pylist()])
     out = store_run(CLASSES, probs, task="multilabel", columns=columns, model_id=bundle.model_id)
     result = calibrate(str(out), model=bundle.path, new_model=str(tmp_path / "new"), target_precision=0.9)
     assert result.bundle.temperature == pytest.approx((3, 3, 3, 3), rel=0.2)
@@ -169,6 +185,64 @@ def test_multi_label_thresholds_say_when_a_label_applies(store_run, make_model, 
     for k, name in enumerate(CLASSES):
         assert truth[scaled[:, k] >= applies[name], k].mean() >= 0.9
     assert result.report["accept"]["precision"] >= 0.9
+
+
+@pytest.mark.parametrize("goal", [{}, {"review_budget": 0.1}], ids=["temperature only", "a review budget"])
+def test_the_same_labels_apply_at_the_new_temperature(store_run, make_model, tmp_path, goal):
+    stated = {"ash": 0.2, "birch": 0.8, "cedar": 0.5}
+    bundle = make_model(task="multilabel", thresholds={"labels": stated, "accept": {"ash": 0.5}})
+    probs, columns = several_labels()
+    out = store_run(CLASSES, probs, task="multilabel", columns=columns, model_id=bundle.model_id)
+    result = calibrate(str(out), model=bundle.path, new_model=str(tmp_path / "new"), **goal)
+    moved = result.bundle.thresholds["labels"]
+    assert moved.keys() == stated.keys()
+    assert moved["cedar"] == 0.5
+    assert moved["ash"] > 0.3
+    assert moved["birch"] < 0.7
+    scaled = temperature.scale_sigmoid(probs, np.array(result.bundle.temperature))
+    for k, name in enumerate(stated):
+        np.testing.assert_array_equal(scaled[:, k] >= moved[name], probs[:, k] >= stated[name])
+    assert result.bundle.thresholds.get("accept") != {"ash": 0.5}
+
+
+def test_labels_keep_their_thresholds_where_the_temperature_stays(store_run, make_model, tmp_path):
+    stated = {"ash": 0.2, "birch": 0.8}
+    bundle = make_model(task="multilabel", thresholds={"labels": stated})
+    probs, columns = several_labels()
+    out = store_run(CLASSES, probs, task="multilabel", columns=columns, model_id=bundle.model_id, keep="top_k")
+    result = calibrate(str(out), model=bundle.path, new_model=str(tmp_path / "new"))
+    assert result.bundle.thresholds == {"labels": stated}
+
+
+@pytest.mark.parametrize("target_precision", [None, 0.9])
+def test_variants_come_along(store_run, make_model, tmp_path, target_precision):
+    bundle = make_model(task="multilabel", thresholds={"labels": {"ash": 0.2}})
+    agreement = {"images": 9, "labels": 1, "largest_difference": 0, "mean_difference": 0, "images_with_target": 0}
+    contents = {"model.xml": b"<net/>", "model.bin": b"\0\1"}
+    variant = Variant(
+        target="openvino-fp32",
+        device="cpu",
+        weights_sha256=bundle.weights_sha256,
+        crop_size=16,
+        mean=bundle.preprocess.mean,
+        std=bundle.preprocess.std,
+        files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        batch_size=4,
+        images_per_s={"original": 1.0, "variant": 2.0},
+        agreement=Agreement(**agreement),
+        provenance={},
+    )
+    save_variant(bundle, variant, contents)
+    probs, columns = several_labels()
+    out = store_run(CLASSES, probs, task="multilabel", columns=columns, model_id=bundle.model_id)
+    new = str(tmp_path / "new")
+    result = calibrate(str(out), model=bundle.path, new_model=new, target_precision=target_precision)
+    assert load_variants(load_bundle(new)) == [variant]
+    assert read_files(load_bundle(new), variant) == contents
+    told = result.report["variants"]
+    assert told["copied"] == ["openvino-fp32"]
+    assert (told["note"] is None) == (target_precision is None)
+    assert target_precision is None or bundle.model_id in told["note"]
 
 
 def test_from_the_best_classes_only_thresholds_are_chosen(store_run, make_model, tmp_path):

@@ -9,6 +9,7 @@ Legend of the shape suffixes: ``N`` rows, ``K`` classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -70,6 +71,14 @@ def scale_softmax(probs_NK: np.ndarray, temperature: float) -> np.ndarray:
 def scale_sigmoid(probs_NK: np.ndarray, temperature_K: np.ndarray) -> np.ndarray:
     """Probabilities at other temperatures, float32 (N, K)."""
     return _sigmoid(_logits(probs_NK) / temperature_K).astype(np.float32)
+
+
+def scale_threshold(threshold: float, temperature: float) -> float:
+    """The probability of a sigmoid at another temperature that divides the same rows; 0 and 1 stay what they are."""
+    if not 0 < threshold < 1 or temperature == 1:
+        return threshold
+    # As a hyperbolic tangent the sigmoid does not overflow.
+    return (1 + math.tanh((math.log(threshold) - math.log1p(-threshold)) / temperature / 2)) / 2
 
 
 def _bisect(slope: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
