@@ -6,7 +6,7 @@ Nothing here knows where the data comes from or goes to.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
@@ -117,12 +117,18 @@ def plain_type(arrow_type: pa.DataType) -> pa.DataType:
         return pa.string()
     if t.is_large_binary(arrow_type) or t.is_binary_view(arrow_type) or t.is_fixed_size_binary(arrow_type):
         return pa.binary()
+    return convert_nested(arrow_type, plain_type)
+
+
+def convert_nested(arrow_type: pa.DataType, convert: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """The type with ``convert`` applied inside lists, structs and maps; any other as it is."""
+    t = pa.types
     if t.is_list(arrow_type) or t.is_large_list(arrow_type) or t.is_fixed_size_list(arrow_type):
-        return pa.list_(plain_type(arrow_type.value_type))
+        return pa.list_(convert(arrow_type.value_type))
     if t.is_struct(arrow_type):
-        return pa.struct([pa.field(f.name, plain_type(f.type), f.nullable) for f in arrow_type])
+        return pa.struct([pa.field(f.name, convert(f.type), f.nullable) for f in arrow_type])
     if t.is_map(arrow_type):
-        return pa.map_(plain_type(arrow_type.key_type), plain_type(arrow_type.item_type))
+        return pa.map_(convert(arrow_type.key_type), convert(arrow_type.item_type))
     return arrow_type
 
 
@@ -142,9 +148,18 @@ def _cast(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
     if isinstance(column.type, pa.BaseExtensionType):
         column = pa.chunked_array([c.storage for c in column.chunks], type=column.type.storage_type)
         return _cast(column, target)
-    if pa.types.is_time(column.type) or pa.types.is_duration(column.type):
-        us = pa.time64("us") if pa.types.is_time(column.type) else pa.duration("us")
-        return column.cast(us, safe=False).cast(pa.int64())
     if pa.types.is_dictionary(column.type):
         return _cast(column.cast(column.type.value_type), target)
+    in_us = _with_times_in_us(column.type)
+    if in_us != column.type:
+        column = column.cast(in_us, safe=False)
     return column.cast(target, safe=False)
+
+
+def _with_times_in_us(arrow_type: pa.DataType) -> pa.DataType:
+    """What the type is to be before its times and durations, at whatever depth, become their counts."""
+    if pa.types.is_time(arrow_type):
+        return pa.time64("us")
+    if pa.types.is_duration(arrow_type):
+        return pa.duration("us")
+    return convert_nested(arrow_type, _with_times_in_us)

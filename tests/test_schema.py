@@ -65,6 +65,29 @@ def test_columns_keep_their_values_when_brought_to_plain_types():
     assert plain.schema.metadata is None
 
 
+def test_times_keep_their_values_wherever_they_are_nested():
+    clock, took = datetime.time(0, 0, 1), datetime.timedelta(seconds=2)
+    both = pa.struct([("clock", pa.time32("s")), ("took", pa.duration("ns"))])
+    table = pa.table(
+        {
+            "clock": pa.array([clock, None], pa.time32("ms")),
+            "list": pa.array([[clock], None], pa.list_(pa.time64("ns"))),
+            "struct": pa.array([{"clock": clock, "took": took}, None], both),
+            "map": pa.array([[("a", took)], None], pa.map_(pa.string(), pa.duration("ms"))),
+            "deep": pa.array([[{"clock": clock, "took": None}], None], pa.large_list(both)),
+        }
+    )
+    plain = schema.to_plain(table)
+    assert plain.to_pydict() == {
+        "clock": [1_000_000, None],
+        "list": [[1_000_000], None],
+        "struct": [{"clock": 1_000_000, "took": 2_000_000}, None],
+        "map": [[("a", 2_000_000)], None],
+        "deep": [[{"clock": 1_000_000, "took": None}], None],
+    }
+    assert all(field.type == schema.plain_type(field.type) for field in plain.schema)
+
+
 def test_the_schema_of_units_is_plain_already():
     assert all(field.type == schema.plain_type(field.type) for field in schema.UNIT_SCHEMA)
     outcome = {*schema.PREDICTION_COLUMNS, *schema.ERROR_COLUMNS, *schema.EMBEDDING_COLUMNS}

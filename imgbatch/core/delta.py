@@ -20,13 +20,19 @@ from imgbatch.core.regions import bucket_region
 from imgbatch.core.runs import find_run
 from imgbatch.core.views import view_statements
 from imgbatch.errors import UsageError, normalise_message
-from imgbatch.schema import to_plain
+from imgbatch.schema import convert_nested, to_plain
 
 _MEMORY_MB = 2000
 _BATCH_ROWS = 65_536
 _APP_VERSION = 1
 """Of a run's only transaction; its rows never change."""
 _RUN_ID = "run_id"
+_WIDER = {
+    pa.uint8(): pa.int16(),
+    pa.uint16(): pa.int32(),
+    pa.uint32(): pa.int64(),
+    pa.uint64(): pa.decimal128(20, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -118,17 +124,23 @@ def _open(table: str, schema: pa.Schema | None, options: dict[str, str] | None) 
 
 
 def _read(connection: Any, out: str, run: CurrentRun) -> pa.RecordBatchReader:
-    """The run's predictions with its run_id and its partition columns, plain types."""
+    """The run's predictions with its run_id and its partition columns, plain types without unsigned ones."""
     for statement in view_statements(out, [run]):
         connection.execute(statement)
     reader = connection.sql("from all_predictions").to_arrow_reader(_BATCH_ROWS)
-    schema = to_plain(reader.schema.empty_table()).schema
+    plain = to_plain(reader.schema.empty_table()).schema
+    schema = pa.schema([pa.field(field.name, _signed(field.type)) for field in plain])
 
     def batches() -> Iterator[pa.RecordBatch]:
         for batch in reader:
             yield from to_plain(pa.Table.from_batches([batch])).cast(schema).to_batches()
 
     return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def _signed(arrow_type: pa.DataType) -> pa.DataType:
+    """Delta knows signed numbers only: the next wider one that holds every value."""
+    return _WIDER.get(arrow_type) or convert_nested(arrow_type, _signed)
 
 
 def storage_options(table: str) -> dict[str, str] | None:

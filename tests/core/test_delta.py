@@ -92,6 +92,19 @@ def test_columns_that_the_table_has_otherwise_are_one_line(
     assert deltalake.DeltaTable(table).version() == 2
 
 
+def test_unsigned_columns_become_the_next_wider_signed_ones(store_run: Callable[..., Path], tmp_path: Path) -> None:
+    types = {"u8": pa.uint8(), "u16": pa.uint16(), "u32": pa.uint32(), "u64": pa.uint64()}
+    values: dict[str, list[Any]] = {name: [2**each.bit_width - 1, 0, None] for name, each in types.items()}
+    values["nested"] = [[{"x": 2**64 - 1}], [], None]
+    columns = {name: pa.array(values[name], each) for name, each in types.items()}
+    columns["nested"] = pa.array(values["nested"], pa.list_(pa.struct([("x", pa.uint64())])))
+    out, table = str(store_run(CLASSES, PROBS_NK, columns=columns)), str(tmp_path / "table")
+    assert [entry.num_rows for entry in publish(out, table)] == [3]
+    assert [entry.already_there for entry in publish(out, table)] == [True]
+    found = rows_of(table).sort_by("row_id").select(list(values))
+    assert found.to_pydict() == values
+
+
 def test_a_run_without_a_prediction_leaves_no_trace(store_run: Callable[..., Path], tmp_path: Path) -> None:
     failed = {"image_id": ["a"], "status": ["NOT_FOUND"]}
     out = store_run(CLASSES, PROBS_NK[:0], failed=failed)
