@@ -5,7 +5,7 @@ Legend of the shape suffixes: ``N`` images, ``H`` height, ``W`` width, ``C`` cha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,30 +72,63 @@ def load_pictures(
 def _choose(
     manifest: Manifest, limit: int | None, image_ids: Sequence[str] | None, known_targets: Collection[str] | None
 ) -> pa.Table:
-    """row_id, image_id, uri and targets (a list of names, or null) of the rows wanted."""
-    wanted = None if image_ids is None else pa.array(image_ids, pa.string())
-    first_row = 0
+    """row_id, image_id, uri and targets (a list of names, or null) of the rows wanted; never the whole manifest."""
+    known = None if known_targets is None else frozenset(known_targets)
+    if image_ids is not None:
+        return _find(manifest, pa.array(image_ids, pa.string()), known).slice(0, limit)
+    known_N = None if known is None else _known_row_ids(manifest, known)
+    num_rows = manifest.num_rows if known_N is None else len(known_N)
+    if num_rows == 0:
+        raise UsageError(f"manifest {manifest.path}: no row has a target that the model knows ({TARGET} or {TARGETS})")
+    count = min(limit or num_rows, num_rows)
+    chosen = np.linspace(0, num_rows - 1, count).round().astype(np.int64)
+    return _take(manifest, chosen if known_N is None else known_N[chosen])
+
+
+def _find(manifest: Manifest, wanted: pa.Array, known: frozenset[str] | None) -> pa.Table:
+    """The rows of these image_ids, in this order; of those with a known target where ``known`` is given."""
     candidates = []
-    for batch in manifest.iter_batches([name for name in _COLUMNS if name in manifest.schema.names]):
-        table = _slim(manifest.with_image_id(batch, first_row), first_row)
-        first_row += batch.num_rows
-        if wanted is not None:
-            table = table.filter(pc.is_in(table[IMAGE_ID], value_set=wanted))
-        if known_targets is not None:
-            known = [names is not None and set(names) <= set(known_targets) for names in table[TARGETS].to_pylist()]
-            table = table.filter(pa.array(known, pa.bool_()))
+    for table in _iter_slim(manifest):
+        table = table.filter(pc.is_in(table[IMAGE_ID], value_set=wanted))
+        if known is not None:
+            table = table.filter(pa.array(_is_known(table[TARGETS], known), pa.bool_()))
         candidates.append(table)
     rows = pa.concat_tables(candidates)
-    if wanted is not None:
-        found = pc.index_in(wanted, value_set=rows[IMAGE_ID].combine_chunks())
-        if found.null_count and known_targets is None:
-            missing = wanted[pc.index(found.is_null(), True).as_py()]
-            raise UsageError(f"manifest {manifest.path}: no image_id {missing.as_py()!r} there")
-        return rows.take(found.drop_null()).slice(0, limit)
-    if rows.num_rows == 0:
-        raise UsageError(f"manifest {manifest.path}: no row has a target that the model knows ({TARGET} or {TARGETS})")
-    count = min(limit or rows.num_rows, rows.num_rows)
-    return rows.take(np.linspace(0, rows.num_rows - 1, count).round().astype(np.int64))
+    found = pc.index_in(wanted, value_set=rows[IMAGE_ID].combine_chunks())
+    if found.null_count and known is None:
+        missing = wanted[pc.index(found.is_null(), True).as_py()]
+        raise UsageError(f"manifest {manifest.path}: no image_id {missing.as_py()!r} there")
+    return rows.take(found.drop_null())
+
+
+def _known_row_ids(manifest: Manifest, known: frozenset[str]) -> np.ndarray:
+    """int64, ascending: the rows that have a target, all of these classes."""
+    names = [name for name in (TARGETS, TARGET) if name in manifest.schema.names][:1]
+    flags = [_is_known(batch[name], known) for name in names for batch in manifest.iter_batches([name])]
+    return np.flatnonzero(np.concatenate(flags)) if flags else np.zeros(0, np.int64)
+
+
+def _is_known(targets: pa.ChunkedArray, known: frozenset[str]) -> np.ndarray:
+    """bool per row, of a column of names or of lists of them."""
+    lists = ([names] if isinstance(names, str) else names for names in targets.to_pylist())
+    return np.fromiter((names is not None and known.issuperset(names) for names in lists), bool, len(targets))
+
+
+def _take(manifest: Manifest, row_ids: np.ndarray) -> pa.Table:
+    """The rows of these ids, which ascend."""
+    taken = []
+    for table in _iter_slim(manifest):
+        first_row = table[ROW_ID][0].as_py()
+        start, stop = np.searchsorted(row_ids, (first_row, first_row + table.num_rows))
+        taken.append(table.take(row_ids[start:stop] - first_row))
+    return pa.concat_tables(taken)
+
+
+def _iter_slim(manifest: Manifest) -> Iterator[pa.Table]:
+    first_row = 0
+    for batch in manifest.iter_batches([name for name in _COLUMNS if name in manifest.schema.names]):
+        yield _slim(manifest.with_image_id(batch, first_row), first_row)
+        first_row += batch.num_rows
 
 
 _COLUMNS = (URI, IMAGE_ID, WINDOW, BANDS, TARGET, TARGETS)
