@@ -163,19 +163,21 @@ def precision_recall(per_class: Sequence[dict[str, Any]]) -> str:
     return _svg(draw, _THIRD, "Precision and recall of each class")
 
 
-def confusion_matrix(class_names: Sequence[str], confusion_KK: np.ndarray) -> str:
-    """Targets in rows, labels in columns; shade is the share of the row: right in blue, wrong in red.
+def confusion_matrix(class_names: Sequence[str], confusion_KK: np.ndarray, rows_K: np.ndarray | None = None) -> str:
+    """Targets in rows, labels in columns; shade is the share of the target: right in blue, wrong in red.
 
     Every cell that is not empty can be seen, and up to 16 classes show their counts. Names stay legible at 100
     classes: the figure grows with them.
 
     Args:
         confusion_KK: counts, targets in rows.
+        rows_K: rows of each target, where some of their labels are not among the classes shown; none: the sums.
     """
     num_classes = len(class_names)
     is_large = num_classes > _LARGE_MATRIX
     names = [shorten(name, 20 if is_large else _MAX_NAME_CHARS) for name in class_names]
-    share_KK = confusion_KK / np.maximum(confusion_KK.sum(axis=1, keepdims=True), 1)
+    total_K = confusion_KK.sum(axis=1) if rows_K is None else rows_K
+    share_KK = confusion_KK / np.maximum(total_K[:, None], 1)
     rgba_KK4 = np.zeros((num_classes, num_classes, 4))
     rgba_KK4[..., :3] = _BAD_RGB
     rgba_KK4[np.arange(num_classes), np.arange(num_classes), :3] = _ACCENT_RGB

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 import duckdb
@@ -99,10 +101,16 @@ def _describe(connection: duckdb.DuckDBPyConnection, evaluation: Evaluation, spl
         headline=(name, metrics[name], metrics["intervals"].get(name)),
         figures=tuple(_draw_figures(metrics)),
         matrix=_draw_matrix(connection, evaluation) if name == "top1" else None,
-        classes=tuple(sorted(measured, key=lambda entry: (entry["f1"] or 0, -entry["support"]))),
+        classes=tuple(sorted(map(_with_thresholds, measured), key=lambda e: (e["f1"] or 0, -e["support"]))),
         missing=_missing(metrics["unavailable"]),
         includes_training=split is None and metrics["rows"]["of_train_split"] > 0,
     )
+
+
+def _with_thresholds(entry: dict[str, Any]) -> dict[str, Any]:
+    """A class with the thresholds of its operating points as text too, under ``shown``."""
+    points = {name: entry[name] for name in ("best_f1", "at_precision") if entry.get(name)}
+    return entry | {name: {**point, "shown": round_up(point["threshold"])} for name, point in points.items()}
 
 
 def _missing(unavailable: dict[str, str]) -> tuple[tuple[str, str], ...]:
@@ -159,19 +167,30 @@ def _advice(curve: dict[str, Any]) -> str:
         within = [index for index, each in enumerate(curve["risk"]) if each <= risk]
         if within:
             threshold, coverage = curve["threshold"][within[-1]], curve["coverage"][within[-1]]
-            return f"From {threshold:.2f} up, {coverage:.0%} are accepted and at most {risk:.0%} of them wrong."
+            return f"From {round_up(threshold)} up, {coverage:.0%} are accepted and at most {risk:.0%} of them wrong."
     return "At no threshold are 95% of them right."
+
+
+def round_up(threshold: float) -> str:
+    """A threshold from 0 to 1 in digits that accept no row below it: four, or as many as tell it from 1."""
+    if threshold >= 1:
+        return "1"
+    digits = max(4, 1 - math.floor(math.log10(1 - threshold)))
+    return str(Decimal(threshold).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING))
 
 
 def _draw_matrix(connection: duckdb.DuckDBPyConnection, evaluation: Evaluation) -> Figure:
     names = [entry["class_name"] for entry in evaluation.metrics["per_class"]]
-    text = "Targets in rows, labels in columns; the shade is the share of the row, blue right and red wrong."
+    text = "Targets in rows, labels in columns; the shade is the share of the target, blue right and red wrong."
+    rows_K = None
     if evaluation.metrics["confusion"] is not None:
         confusion_KK = np.array(evaluation.metrics["confusion"])
     else:
+        rows = {entry["class_name"]: entry["support"] for entry in evaluation.metrics["per_class"]}
         names, confusion_KK = _most_confused(connection, evaluation.directory)
+        rows_K = np.array([rows[name] for name in names])
         text += f" The {len(names)} classes with the most mistakes; all pairs are in confusion.parquet."
-    return Figure("Confusion", text, figures.confusion_matrix(names, confusion_KK))
+    return Figure("Confusion", text, figures.confusion_matrix(names, confusion_KK, rows_K))
 
 
 def _most_confused(connection: duckdb.DuckDBPyConnection, directory: str) -> tuple[list[str], np.ndarray]:

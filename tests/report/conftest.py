@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 VOID = {"meta", "img", "link", "input", "br", "wbr"}
 
@@ -57,6 +61,13 @@ def read_page() -> Callable[[str | Path], Page]:
         return page
 
     return read
+
+
+def alpha_of(svg: str) -> np.ndarray:
+    """0 to 1, of each pixel of a figure's picture."""
+    encoded = re.search(r'base64,\s*([^"]+)"', svg)
+    assert encoded
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))))[..., 3] / 255
 
 
 def softmax(logits_NK: np.ndarray) -> np.ndarray:

@@ -9,6 +9,8 @@ pytest.importorskip("matplotlib", reason="the report extra is not installed")
 
 from imgbatch.report import figures
 
+from .conftest import alpha_of
+
 NAMES = ["$\\frac{1}$", "<b>&amp;", "_private", "猫", "a" * 60]
 
 
@@ -45,6 +47,14 @@ def test_small_matrices_show_their_counts():
     shown = texts(figures.confusion_matrix(["a", "b"], np.array([[12_345, 0], [7, 20]])))
     assert {"12.3k", "7", "20"} <= set(shown)
     assert "0" not in shown
+
+
+def test_the_shade_is_the_share_of_all_rows_of_the_target_also_of_those_left_out():
+    confusion_KK = np.array([[10, 0], [0, 5]])
+    of_sums = alpha_of(figures.confusion_matrix(["a", "b"], confusion_KK))
+    of_all = alpha_of(figures.confusion_matrix(["a", "b"], confusion_KK, np.array([40, 5])))
+    assert of_sums == pytest.approx(np.diag([0.8, 0.8]), abs=0.01)
+    assert of_all == pytest.approx(np.diag([0.12 + 0.68 * 0.5, 0.8]), abs=0.01)
 
 
 def test_the_worst_curves_are_named():

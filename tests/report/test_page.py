@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +13,13 @@ from PIL import Image
 
 from imgbatch.core import storage
 from imgbatch.core.runs import RunPaths
+from imgbatch.core.scored import read_labeller
+from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.report.page import write_report
+from imgbatch.report.quality import Quality, measure, round_up
 
-from .conftest import softmax
+from .conftest import alpha_of, softmax
 
 pytest.importorskip("jinja2", reason="the report extra is not installed")
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
@@ -128,6 +133,37 @@ def test_many_classes_with_top_k_only(store_run, read_page):
     page = read_page(write_report(str(out), max_thumbnails=0))
     assert "The 40 classes with the most mistakes" in page.text
     assert "log loss, brier, rank, label errors (needs every class's probability" in page.text
+
+
+def test_the_matrix_of_a_part_of_the_classes_keeps_the_shares_of_all_rows(store_run):
+    """Class 0 is right in 10 rows of 40; its mistakes are spread over classes that the part leaves out."""
+    wrong = [(0, k) for k in range(60, 90)] + [(k, k + 1) for k in range(1, 40, 2) for _ in range(3)]
+    pairs = [(0, 0)] * 10 + wrong
+    names = [f"class {k:03d}" for k in range(101)]
+    probs = np.full((len(pairs), 101), 0.001, np.float32)
+    probs[np.arange(len(pairs)), [label for _, label in pairs]] = 0.9
+    out = str(store_run(names, probs, keep="top_k", columns={"target": [names[target] for target, _ in pairs]}))
+    with contextlib.closing(open_views(out)) as connection:
+        labeller = read_labeller(connection, out)
+        found = measure(connection, out, labeller, manifest=None, split=None, slice_by=())
+    assert isinstance(found, Quality)
+    assert found.matrix is not None
+    assert alpha_of(found.matrix.svg)[0, 0] == pytest.approx(0.12 + 0.68 * 0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "shown"),
+    [(0.0, "0.0000"), (0.5, "0.5000"), (0.99725, "0.9973"), (1 - 2**-15, "0.999970"), (1.0, "1")],
+)
+def test_a_threshold_is_rounded_so_that_no_row_below_it_is_accepted(threshold, shown):
+    assert round_up(threshold) == shown
+
+
+def test_the_threshold_advised_is_one_that_the_advice_is_true_of(store_run, read_page):
+    probs = np.array([[0.99731, 0.00269]] * 50 + [[0.9, 0.1]] * 50, np.float32)
+    out = store_run(("a", "b"), probs, columns={"target": ["a"] * 50 + ["b"] * 50})
+    page = read_page(write_report(str(out), max_thumbnails=0))
+    assert "From 0.9974 up, 50% are accepted and at most 1% of them wrong." in page.text
 
 
 def test_without_targets_it_says_why_nothing_was_measured(photo_run, read_page):
