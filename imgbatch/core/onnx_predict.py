@@ -50,8 +50,8 @@ class OnnxGraph:
             _load_tensorrt(runtime)
             index = self._device.index or 0
             # TensorRT leaves to CUDA what it cannot do.
-            on_gpu = [(_TENSORRT, _tensorrt_options(model, index)), ("CUDAExecutionProvider", {"device_id": index})]
-            providers = [*on_gpu, *providers]
+            tensorrt = (_TENSORRT, _tensorrt_options(model, index, batch_size))
+            providers = [tensorrt, ("CUDAExecutionProvider", {"device_id": index}), *providers]
         self._session = runtime.InferenceSession(model, options, providers=providers)
         if self._device.type == "cuda" and _TENSORRT not in self._session.get_providers():
             raise UsageError("TensorRT could not be loaded; pip install 'imgbatch[tensorrt]', in place of onnxruntime")
@@ -94,9 +94,10 @@ def _load_tensorrt(runtime: Any) -> None:
     runtime.preload_dlls()
 
 
-def _tensorrt_options(model: bytes, index: int) -> dict[str, Any]:
+def _tensorrt_options(model: bytes, index: int, batch_size: int) -> dict[str, Any]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "imgbatch", "tensorrt")
-    engines = cache / hashlib.sha256(model).hexdigest()[:16]
+    # ONNX Runtime names an engine after the graph alone, and would load one that was built for other batches.
+    engines = cache / f"{hashlib.sha256(model).hexdigest()[:16]}-{batch_size}"
     engines.mkdir(parents=True, exist_ok=True)
     return {
         "device_id": index,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from imgbatch.config import Config
-from imgbatch.core import onnx_build
+from imgbatch.core import onnx_build, onnx_predict
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle
@@ -113,6 +113,16 @@ def test_a_gpu_needs_tensorrt(float_graph: bytes, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(UsageError, match=r"tensorrt is not installed; pip install 'imgbatch\[tensorrt\]'"):
         OnnxGraph(float_graph, device="cuda", batch_size=8, num_threads=None)
+
+
+def test_engines_for_other_batches_lie_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = [onnx_predict._tensorrt_options(*built_for) for built_for in ((b"a", 0, 8), (b"a", 0, 1), (b"b", 0, 8))]
+    engines = {each["trt_engine_cache_path"] for each in options}
+    assert len(engines) == 3
+    assert all(Path(path).is_dir() for path in engines)
+    # How long each layer took is true for all of them.
+    assert {each["trt_timing_cache_path"] for each in options} == {str(tmp_path / "imgbatch" / "tensorrt")}
 
 
 def test_without_the_package_one_line_says_what_to_install(
