@@ -5,6 +5,7 @@ Shape suffixes: B image of the batch, H height, W width, C channel, K class, D f
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from imgbatch.core.architectures import forward_with_features
+from imgbatch.core.architectures import head_module_name
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.model import ModelBundle, load_network
 from imgbatch.core.predictions import BatchedPredictor, BatchOutput
-from imgbatch.errors import Status
+from imgbatch.errors import Status, UsageError, normalise_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,16 @@ class Predictor(BatchedPredictor):
         device: ``cpu`` or ``cuda`` (``cuda:1`` for another than the first).
         batch_size: images per forward pass, at most; halved for good when a GPU has not enough memory.
         features: give ``features_ND`` too, of the same forward pass.
-        num_threads: of the CPU for one forward pass, or none to leave it. Several threads may call at once.
+        num_threads: of the CPU for one forward pass, or none to leave it. Several threads may call at once; on a GPU
+            each has a stream of its own.
         compiled: by ``torch.compile``, for batches of exactly ``batch_size``: smaller ones are filled up; no features.
-        reduced: convolutions and products of matrices in bfloat16 (``torch.autocast``), the rest in float32.
+        reduced: convolutions and products of matrices in 16 bits (``torch.autocast``), the rest in float32: bfloat16,
+            or float16 on a GPU that only emulates that.
         graph: what runs instead of the bundle's network: uint8 ``images_BHWC`` on the device in, float32 ``logits_BK``
             out, for batches of exactly ``batch_size``, as when compiled; no features.
 
     Raises:
-        UsageError: the bundle's weights are not those it describes.
+        UsageError: the bundle's weights are not those it describes; what is compiled, or the graph, does not run here.
     """
 
     def __init__(
@@ -73,20 +76,45 @@ class Predictor(BatchedPredictor):
         self._of_thread = threading.local()
         self._settle_threads()
         # Another size would be compiled anew, or refused; fewer images are filled up to it.
-        self._fixed_size = batch_size if compiled or graph is not None else None
-        self._reduced = reduced
+        self._fills_up = compiled or graph is not None
         self.device = torch.device(device)
-        # Pixels cross to a GPU on a stream of their own, while it computes the batch before.
-        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._reduced, self._reduced_to = reduced, _reduced_type(self.device)
         self._graph = graph
         if graph is None:
             network = load_network(bundle).requires_grad_(False)
             network = network.to(self.device).to(memory_format=torch.channels_last)
+            if features:
+                # Once: threads that each put a hook of their own there would see each other's images.
+                network.get_submodule(head_module_name(bundle.arch)).register_forward_pre_hook(self._keep_head_input)
             self._network: nn.Module = torch.compile(network, dynamic=False) if compiled else network  # type: ignore[assignment]
             std_C = 255.0 * torch.tensor(bundle.preprocess.std)
             self._scale_C11 = std_C.reciprocal().view(-1, 1, 1).to(self.device)
             self._shift_C11 = (-255.0 * torch.tensor(bundle.preprocess.mean) / std_C).view(-1, 1, 1).to(self.device)
         self._temperature_K = torch.tensor(bundle.temperature, device=self.device)
+        if self.device.type == "cuda":
+            # The streams of other threads do not wait for this one's.
+            torch.cuda.synchronize(self.device)
+        if self._fills_up:
+            self._try_out()
+
+    def _try_out(self) -> None:
+        """A batch of zeros, which is compiled for: that a network cannot be is no fault of an image."""
+        spec = self.bundle.preprocess
+        while True:
+            shape = (self.batch_size, spec.crop_size, spec.crop_size, spec.num_channels)
+            try:
+                self._collect(self._forward(np.zeros(shape, np.uint8)))
+                return
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                out_of_memory = isinstance(error, torch.OutOfMemoryError)
+                if out_of_memory and self._graph is None and self._shrink(self.batch_size):
+                    continue
+                raise UsageError(
+                    f"{self.bundle.path}: the network does not run on {self.device} in batches of {self.batch_size} "
+                    f"({normalise_message(error)}); set classify.backend to torch"
+                ) from error
 
     def _settle_threads(self) -> None:
         """Once in each thread that calls: OpenMP keeps the number for each of them."""
@@ -94,15 +122,25 @@ class Predictor(BatchedPredictor):
             torch.set_num_threads(self._num_threads)
             self._of_thread.settled = True
 
+    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
+        """On a GPU, the calling thread's own, so that it waits for its own results only."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        mine = self._of_thread
+        if not hasattr(mine, "computing"):
+            mine.computing, mine.copying = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        return torch.cuda.stream(mine.computing)
+
     @torch.inference_mode()
     def _forward(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
         self._settle_threads()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._reduced):
+        with self._on_stream(), torch.autocast(self.device.type, self._reduced_to, enabled=self._reduced):
             return self._run(images_BHWC)
 
     def _run(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
         # A copy, because what Ray hands out is read-only, and because only pinned memory is copied in the background.
-        num_staged = self._fixed_size or len(images_BHWC)
+        # Another thread may have made batches smaller since this one was cut.
+        num_staged = max(len(images_BHWC), self.batch_size) if self._fills_up else len(images_BHWC)
         shape = (num_staged, *images_BHWC.shape[1:])
         staged_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         staged_BHWC.numpy()[: len(images_BHWC)] = images_BHWC
@@ -119,31 +157,53 @@ class Predictor(BatchedPredictor):
         # NHWC seen as NCHW is what channels_last means, so no pixel moves.
         pixels_BCHW = images_BHWC.permute(0, 3, 1, 2)
         inputs_BCHW = torch.addcmul(self._shift_C11, pixels_BCHW.float(), self._scale_C11)
+        logits_BK = self._network(inputs_BCHW)
         if not self._with_features:
-            return self._network(inputs_BCHW), None
-        logits_BK, features_BD = forward_with_features(self._network, self.bundle.arch, inputs_BCHW)
-        return logits_BK, features_BD.float()
+            return logits_BK, None
+        features = self._of_thread.head_input
+        return logits_BK, (features.mean(dim=(2, 3)) if features.ndim == 4 else features).float()
+
+    def _keep_head_input(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._of_thread.head_input = inputs[0]
 
     def _to_device(self, staged: Tensor) -> Tensor:
-        if self._copying is None:
+        if self.device.type != "cuda":
             return staged.to(self.device)
-        with torch.cuda.stream(self._copying):
+        # Pixels cross to a GPU on a stream of their own, while it computes the batch before.
+        copying, computing = self._of_thread.copying, torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(copying):
             pixels = staged.to(self.device, non_blocking=True)
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self._copying)
+        computing.wait_stream(copying)
         # The allocator must not hand the memory to the next copy before the computation is through with it.
         pixels.record_stream(computing)
         return pixels
 
     def _collect(self, output: _Output) -> BatchOutput:
-        features_BD = output.features_BD.cpu().numpy() if output.features_BD is not None else None
-        return BatchOutput(output.probs_BK.cpu().numpy(), output.finite_B.cpu().numpy(), features_BD)
+        with self._on_stream():
+            features_BD = output.features_BD.cpu().numpy() if output.features_BD is not None else None
+            return BatchOutput(output.probs_BK.cpu().numpy(), output.finite_B.cpu().numpy(), features_BD)
+
+    def _shrink(self, num_images: int) -> bool:
+        return super()._shrink(max(num_images, self.batch_size) if self._fills_up else num_images)
 
     def _status_of(self, error: Exception) -> Status:
-        """Raises ``torch.AcceleratorError`` again: the GPU is in a state that only a new process cures."""
-        if isinstance(error, torch.AcceleratorError):
+        """Raises again what is no image's fault.
+
+        After a ``torch.AcceleratorError`` the GPU is in a state that only a new process cures, of which ONNX Runtime
+        tells in errors of its own; and where a graph's batch does not fit, no smaller one can be tried.
+        """
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        of_graph = self._graph is not None and (out_of_memory or self.device.type == "cuda")
+        if of_graph or isinstance(error, torch.AcceleratorError):
             raise error
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not out_of_memory:
             return Status.CLASSIFY_FAILED
         torch.cuda.empty_cache()
         return Status.OUT_OF_MEMORY
+
+
+def _reduced_type(device: torch.device) -> torch.dtype:
+    """GPUs before Ampere have no bfloat16, and emulate it slower than they compute in float32."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16

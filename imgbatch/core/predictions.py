@@ -79,16 +79,16 @@ class BatchedPredictor(ABC):
         pending = [(0, num_images)]
         outputs: list[tuple[int, int, BatchOutput]] = []
 
-        def try_halves(start: int, stop: int, error: Exception) -> None:
-            """Down to the single images at fault."""
+        def try_again(start: int, stop: int, error: Exception) -> None:
+            """In smaller batches where memory was short, else in halves: down to the single images at fault."""
             status = self._status_of(error)
-            if stop - start == 1:
+            if status == Status.OUT_OF_MEMORY and self._shrink(stop - start):
+                pending.append((start, stop))
+            elif stop - start == 1:
                 errors[start] = row_error(status, Stage.CLASSIFY, error)
-                return
-            middle = (start + stop) // 2
-            pending.extend([(middle, stop), (start, middle)])
-            if status == Status.OUT_OF_MEMORY:
-                self.batch_size = middle - start
+            else:
+                middle = (start + stop) // 2
+                pending.extend([(middle, stop), (start, middle)])
 
         while pending:
             on_their_way: list[tuple[int, int, Any]] = []
@@ -100,13 +100,13 @@ class BatchedPredictor(ABC):
                     try:
                         on_their_way.append((start, stop, self._forward(images_NHWC[start:stop])))
                     except Exception as error:
-                        try_halves(start, stop, error)
+                        try_again(start, stop, error)
             # Only now: until here the CPU may have been ahead of the device.
             for start, stop, output in on_their_way:
                 try:
                     outputs.append((start, stop, self._collect(output)))
                 except Exception as error:
-                    try_halves(start, stop, error)
+                    try_again(start, stop, error)
         num_features = next((o.features_BD.shape[1] for *_, o in outputs if o.features_BD is not None), 0)
         features_ND = np.zeros((num_images, num_features), dtype=np.float32) if self._with_features else None
         for start, stop, output in outputs:
@@ -119,6 +119,12 @@ class BatchedPredictor(ABC):
                 message = "the model's output holds NaN or infinity"
                 errors[index] = row_error(Status.NON_FINITE, Stage.CLASSIFY, message)
         return Predictions(probs_NK, finite_N, errors, features_ND)
+
+    def _shrink(self, num_images: int) -> bool:
+        """Halve the batches, of which one of ``num_images`` did not fit; false: it was of one image already."""
+        # Another thread may have done so since that one was begun.
+        self.batch_size = min(self.batch_size, max(1, num_images // 2))
+        return num_images > 1
 
     @abstractmethod
     def _forward(self, images_BHWC: npt.NDArray[np.uint8]) -> Any:

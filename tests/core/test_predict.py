@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from imgbatch.core import predict
 from imgbatch.core.architectures import build_network, head_module_name
 from imgbatch.core.model import ModelBundle, count_features, init_bundle, load_network
 from imgbatch.core.predict import Predictor
-from imgbatch.errors import Stage, Status
+from imgbatch.errors import Stage, Status, UsageError
 
 MakeBundle = Callable[..., ModelBundle]
 
@@ -90,7 +91,10 @@ class Fussy(nn.Module):
         super().__init__()
         self.network, self.error, self.largest_batch = network, error, largest_batch
 
+        self.batches: list[int] = []
+
     def forward(self, inputs_BCHW: torch.Tensor) -> torch.Tensor:
+        self.batches.append(len(inputs_BCHW))
         if len(inputs_BCHW) > self.largest_batch:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if (inputs_BCHW.amin(dim=(1, 2, 3)) > 2).any():
@@ -131,6 +135,87 @@ def test_a_device_out_of_memory_gets_smaller_batches(make_bundle: MakeBundle, im
 def test_an_image_too_large_for_the_device_alone(make_bundle: MakeBundle, images_NHWC: np.ndarray):
     predictions = fussy_predictor(make_bundle(), largest_batch=0).predict(images_NHWC)
     assert {error.status for error in predictions.errors} == {Status.OUT_OF_MEMORY}
+
+
+@pytest.fixture(name="compiles_nothing")
+def leave_networks_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes a minute; what is made of batches of one size is the same without."""
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+
+
+@pytest.mark.usefixtures("compiles_nothing")
+def test_batches_of_one_size_become_smaller_ones_of_one_size(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    bundle = make_bundle()
+    predictor = Predictor(bundle, batch_size=8, compiled=True)
+    predictor._network = Fussy(predictor._network, RuntimeError, largest_batch=3)
+    predictions = predictor.predict(images_NHWC)
+    assert predictions.errors == [None] * 11
+    assert predictor.batch_size == 2
+    assert set(predictor._network.batches) == {8, 4, 2}
+    np.testing.assert_allclose(predictions.probs_NK, plain_logits(bundle, images_NHWC).softmax(1).numpy(), atol=1e-6)
+    assert predictor.predict(images_NHWC[:1]).errors == [None]
+    assert predictor._network.batches[-1] == 2
+
+
+@pytest.mark.parametrize(("largest", "batch_size"), [(3, 2), (8, 8)])
+def test_what_is_compiled_is_tried_before_there_are_images(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, largest: int, batch_size: int
+):
+    made: list[Fussy] = []
+
+    def fussy(network: nn.Module, **_: object) -> nn.Module:
+        made.append(Fussy(network, RuntimeError, largest))
+        return made[0]
+
+    monkeypatch.setattr(torch, "compile", fussy)
+    assert Predictor(make_bundle(), batch_size=8, compiled=True).batch_size == batch_size
+    assert made[0].batches == ([8, 4, 2] if largest == 3 else [8])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RuntimeError("no C compiler"), "no C compiler"), (torch.OutOfMemoryError("all of it"), "all of it")],
+)
+def test_a_network_that_cannot_be_compiled_is_told_of_once(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+):
+    def failing(_images: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda _network, **_: failing)
+    bundle = make_bundle()
+    with pytest.raises(UsageError, match=rf"^{bundle.path}: the network does not run on cpu .*{told}.* to torch$"):
+        Predictor(bundle, batch_size=8, compiled=True)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_graph_that_does_not_fit_is_not_blamed_on_the_images(
+    make_bundle: MakeBundle, images_NHWC: np.ndarray, error: type[Exception]
+):
+    calls: list[int] = []
+
+    def graph(images_BHWC: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images_BHWC))
+        if len(calls) > 1:
+            raise error("CUDA out of memory")
+        return torch.zeros((len(images_BHWC), 3))
+
+    predictor = Predictor(make_bundle(), batch_size=4, graph=graph)
+    with pytest.raises(error):
+        predictor.predict(images_NHWC)
+    assert calls == [4, 4]
+    assert predictor.batch_size == 4
+
+
+def test_sixteen_bits_are_those_that_the_device_computes_with(monkeypatch: pytest.MonkeyPatch):
+    cuda = torch.device("cuda")
+    assert predict._reduced_type(torch.device("cpu")) == torch.bfloat16
+    for supported, reduced in ((True, torch.bfloat16), (False, torch.float16)):
+        native = {False: supported, True: True}
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native[including_emulation]
+        )
+        assert predict._reduced_type(cuda) == reduced
 
 
 def test_a_broken_device_is_not_blamed_on_the_images(make_bundle: MakeBundle):
@@ -198,3 +283,16 @@ def test_threads_that_share_a_model_get_what_one_gets(make_bundle: MakeBundle, i
         for predictions in threads.map(predictor.predict, [images_NHWC] * 12):
             np.testing.assert_array_equal(predictions.probs_NK, expected_NK)
         assert threads.submit(torch.get_num_threads).result() == 1
+
+
+def test_threads_that_share_a_model_get_the_features_of_their_own_images(
+    make_bundle: MakeBundle, images_NHWC: np.ndarray
+):
+    predictor = Predictor(make_bundle(), batch_size=2, num_threads=1, features=True)
+    calls = [np.roll(images_NHWC, shift, axis=0) for shift in range(24)]
+    expected = [predictor.predict(images).features_ND for images in calls]
+    with ThreadPoolExecutor(3) as threads:
+        given = list(threads.map(predictor.predict, calls))
+    for predictions, features_ND in zip(given, expected, strict=True):
+        assert predictions.errors == [None] * len(images_NHWC)
+        np.testing.assert_array_equal(predictions.features_ND, features_ND)
