@@ -33,6 +33,8 @@ class Backend:
     """None: the network itself, in torch, float32."""
     left_out: tuple[str, ...] = ()
     """Of better variants that the bundle holds: why they do not serve, one line each."""
+    device: str = "cpu"
+    """``cpu`` or ``cuda``."""
 
     @property
     def name(self) -> str:
@@ -46,7 +48,9 @@ class Backend:
     def describe(self) -> str:
         """One line for a person."""
         if self.variant is None:
-            return "the model runs in torch, fp32"
+            # torch's own default (torch.backends.cudnn.allow_tf32).
+            tf32 = ", convolutions in TF32 where the GPU has it" if self.device == "cuda" else ""
+            return f"the model runs in torch, fp32{tf32}"
         return (
             f"the model runs as {self.variant.target} ({self.variant.variant_id}): {self.variant.agreement.describe()}"
         )
@@ -68,7 +72,7 @@ def choose_backend(
     """
     wanted = settings.backend
     if wanted == TORCH:
-        return Backend()
+        return Backend(device=device)
     left_out: list[str] = []
     for variant in load_variants(bundle):
         if wanted != "auto" and not variant.backend.startswith(wanted):
@@ -78,10 +82,10 @@ def choose_backend(
             reason = f"where it was made it had {variant.speedup:.2f} of torch's speed"
         if reason is None:
             read_files(bundle, variant)
-            return Backend(variant, tuple(left_out))
+            return Backend(variant, tuple(left_out), device)
         left_out.append(f"{variant.target} is left out: {reason}")
     if wanted == "auto":
-        return Backend(None, tuple(left_out))
+        return Backend(None, tuple(left_out), device)
     target = "openvino-int8" if wanted == "openvino" else wanted.replace("_", "-")
     raise UsageError(
         f"classify.backend {wanted}: {'; '.join(left_out)}"
@@ -101,10 +105,10 @@ def planned_backend(fields: dict[str, Any], bundle: ModelBundle, device: str) ->
         UsageError: the bundle does not hold that variant any more, or it is for another device.
     """
     if fields["backend"] == TORCH:
-        return Backend()
+        return Backend(device=device)
     for variant in load_variants(bundle):
         if variant.variant_id == fields["variant"] and variant.device == device:
-            return Backend(variant)
+            return Backend(variant, device=device)
     raise UsageError(
         f"{bundle.path}: the run was planned with variant {fields['variant']} ({fields['backend']}), which is not "
         f"there for {device}; put it back, or classify anew with --new-run"
@@ -125,7 +129,7 @@ def build_predictor(
 
     Args:
         num_threads: of each stream on a CPU, or none for as many as the library likes.
-        streams: threads that may run it at once, on a CPU.
+        streams: threads that may run it at once.
 
     Raises:
         UsageError: weights or variant are not what the bundle describes.
@@ -236,7 +240,8 @@ def _missing_tool(variant: Variant) -> str | None:
             if importlib.util.find_spec(name) is None:
                 return f"{name} is not installed here; pip install 'imgbatch[{extra}]'"
     elif variant.device == "cuda":
-        return None
+        if _lacks_compiler(Path("/dev")):
+            return "torch.compile needs a C compiler; install gcc or name one in CC"
     elif variant.target == "torch-bf16":
         if not _has_bfloat16(Path("/proc/cpuinfo")):
             return "this processor has no bfloat16 arithmetic"
@@ -248,3 +253,13 @@ def _missing_tool(variant: Variant) -> str | None:
 def _has_bfloat16(cpu_info: Path) -> bool:
     """Without it torch computes in float32 and rounds, which is slower than float32 alone."""
     return cpu_info.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None
+
+
+def _lacks_compiler(devices: Path) -> bool:
+    """Whether this machine has a GPU and nothing that Triton could compile with.
+
+    Of the nodes behind a head without a GPU nothing is known here: they tell when they load the model.
+    """
+    named = os.environ.get("CC")
+    compilers = [named] if named else ["gcc", "clang"]
+    return any(devices.glob("nvidia[0-9]*")) and not any(shutil.which(name) for name in compilers)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from imgbatch.config import ClassifyConfig
-from imgbatch.core.backends import Backend, _has_bfloat16, choose_backend, planned_backend
+from imgbatch.core.backends import Backend, _has_bfloat16, _lacks_compiler, choose_backend, planned_backend
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.variants import Agreement, Variant, load_variants, read_files, save_variant
 from imgbatch.errors import UsageError
@@ -173,6 +173,31 @@ def test_torch_compile_needs_a_compiler(make_bundle: MakeBundle, monkeypatch: py
     plant_variant(bundle, "torch-compile")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "needs a C++ compiler" in choose(bundle).left_out[0]
+
+
+def test_a_gpu_needs_a_c_compiler_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not _lacks_compiler(tmp_path), "a head without a GPU knows nothing of the nodes that have one"
+    (tmp_path / "nvidia0").touch()
+    assert _lacks_compiler(tmp_path)
+    for name, variable in (("clang", None), ("nvcc-cc", "nvcc-cc")):
+        compiler = tmp_path / name
+        compiler.touch(mode=0o755)
+        if variable:
+            monkeypatch.setenv("CC", variable)
+        assert not _lacks_compiler(tmp_path)
+        compiler.unlink()
+        assert _lacks_compiler(tmp_path)
+
+
+def test_a_gpu_computes_fp32_with_what_torch_allows_it(make_bundle: MakeBundle):
+    bundle = make_bundle()
+    assert choose(bundle).describe() == "the model runs in torch, fp32"
+    on_gpu = "the model runs in torch, fp32, convolutions in TF32 where the GPU has it"
+    for chosen in (choose(bundle, device="cuda"), choose(bundle, device="cuda", backend="torch")):
+        assert chosen.describe() == on_gpu
+    assert planned_backend(Backend().fields, bundle, "cuda").describe() == on_gpu
 
 
 def test_a_name_without_its_variant_says_how_to_make_it(make_bundle: MakeBundle):
