@@ -2,7 +2,11 @@
 
 Decode actors leave a share of the rows of each unit to it (``decode.gpu_share``): plain JPEGs only, see
 :func:`imgbatch.core.jpeg_header.read_plain_header`. Which rows is a matter of their row_id, not of who is idle: the
-two ways may differ by a few of 255 in a pixel, and the same job must give the same results.
+two ways do not give the same pixels, and the same job must give the same results.
+
+libjpeg interpolates chroma that was stored at half of the size (4:2:0, as cameras and the web have it), and nvJPEG
+repeats it, as TorchCodec sets it up: at the edges of colours pixels differ by more than rounding does, the less the
+more an image is made smaller. Grey images, and those with whole chroma (4:4:4), differ by 1 of 255 here and there.
 
 The resize follows the CPU's, and so Pillow's: across, then down, rounding to integers after each. On a CPU everything
 here runs too, with libjpeg in nvJPEG's place; that is how it is tested.
@@ -12,16 +16,19 @@ Shape suffixes: N image, H height, W width, C channel.
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from imgbatch.config import DecodeConfig
 from imgbatch.core.decoder import DecodedUnit, Decoder
 from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.errors import UsageError, normalise_message
 
 _MAX_IMAGES, _MAX_BYTES = 128, 512 * 2**20
 """Of one call: what is decoded, full size, and not yet cropped."""
@@ -34,7 +41,7 @@ class GpuDecoder:
     there if it is damaged. Several threads may call it.
 
     Raises:
-        UsageError: TorchCodec is not installed.
+        UsageError: the device decodes nothing, as where TorchCodec or nvJPEG is not for its driver.
     """
 
     def __init__(self, spec: PreprocessSpec, config: DecodeConfig, *, device: str) -> None:
@@ -44,7 +51,21 @@ class GpuDecoder:
         self._spec = spec
         self._device = device
         self._decoder = Decoder(spec, config)
-        self._using_decoder = threading.Lock()
+        # nvJPEG's engine does not wait for what is queued on its stream, in memory that it may be given next.
+        self._using_device, self._using_decoder = threading.Lock(), threading.Lock()
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """One small image; later, a device that decodes nothing would leave all of its share to one core."""
+        encoded = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(encoded, "JPEG")
+        try:
+            self._decode_jpeg([encoded.getvalue()], mode="RGB", device=self._device)
+        except Exception as error:
+            raise UsageError(
+                f"decode.gpu_share: {self._device} decodes no JPEG here ({normalise_message(error)}); install a "
+                f"torchcodec that fits torch and the driver, or set it to 0"
+            ) from error
 
     def decode(self, images: Sequence[bytes], sizes: Sequence[tuple[int, int]]) -> DecodedUnit:
         """The crops of ``images``.
@@ -75,22 +96,35 @@ class GpuDecoder:
         """End the child."""
         self._decoder.close()
 
-    def _decode_call(self, images: Sequence[bytes], indices: Sequence[int], pixels_NHWC: np.ndarray) -> list[int]:
+    def _decode_call(self, images: Sequence[bytes], indices: Sequence[int], pixels_NHWC: np.ndarray) -> Sequence[int]:
         """Crops of one call, into ``pixels_NHWC``; gives the indices that came to nothing."""
+        if self._decoded(images, indices, pixels_NHWC):
+            return []
+        if self._device != "cpu":
+            # nvJPEG has its memory from the driver, and torch keeps what it has once had.
+            torch.cuda.empty_cache()
+        # One bad image fails the call, and is found by halves. Where both fail it is not about an image.
+        while len(indices) > 1:
+            middle = len(indices) // 2
+            halves = (indices[:middle], indices[middle:])
+            failed = [half for half in halves if not self._decoded(images, half, pixels_NHWC)]
+            if len(failed) != 1:
+                return indices if failed else []
+            indices = failed[0]
+        return indices
+
+    def _decoded(self, images: Sequence[bytes], indices: Sequence[int], pixels_NHWC: np.ndarray) -> bool:
+        """Whether the device made crops of them."""
         try:
-            decoded = self._decode_jpeg([images[index] for index in indices], mode="RGB", device=self._device)
-            crops = torch.stack([crop(pixels_CHW, self._spec) for pixels_CHW in decoded])
-            pixels_NHWC[indices[0] : indices[-1] + 1] = crops.cpu().numpy()
+            with self._using_device:
+                decoded = self._decode_jpeg([images[index] for index in indices], mode="RGB", device=self._device)
+                crops = torch.stack([crop(pixels_CHW, self._spec) for pixels_CHW in decoded])
+                pixels_NHWC[indices[0] : indices[-1] + 1] = crops.cpu().numpy()
         except torch.AcceleratorError:
             raise
         except RuntimeError:
-            # One bad image fails the call, and one call too large for the memory all of it.
-            if len(indices) == 1:
-                return list(indices)
-            middle = len(indices) // 2
-            halves = (indices[:middle], indices[middle:])
-            return [index for half in halves for index in self._decode_call(images, half, pixels_NHWC)]
-        return []
+            return False
+        return True
 
 
 def crop(pixels_CHW: Tensor, spec: PreprocessSpec) -> Tensor:

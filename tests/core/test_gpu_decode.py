@@ -18,7 +18,7 @@ from imgbatch.core.jpeg_header import read_plain_header
 from imgbatch.core.plan import plan_run
 from imgbatch.core.stages import ENCODED, ClassifyStage, DecodeStage
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.errors import Stage, Status
+from imgbatch.errors import Stage, Status, UsageError
 from tests.conftest import changed
 from tests.core.test_jpeg_header import jpeg
 
@@ -108,6 +108,47 @@ def test_an_image_the_device_alone_refuses_is_decoded_on_the_cpu() -> None:
         decoder.close()
     assert unit.errors == [None, None]
     assert np.array_equal(unit.pixels_NHWC[1], on_cpu(data, spec).pixels_HWC)
+
+
+def test_a_device_that_decodes_nothing_is_not_asked_for_each_image() -> None:
+    data, spec, calls = jpeg(), PreprocessSpec(resize_size=20, crop_size=16), []
+    decoder = GpuDecoder(spec, DecodeConfig(), device="cpu")
+
+    def refusing(images: list[bytes], **_: object) -> list[torch.Tensor]:
+        calls.append(len(images))
+        raise RuntimeError("no memory")
+
+    decoder._decode_jpeg = refusing
+    try:
+        unit = decoder.decode([data] * 16, [(37, 21)] * 16)
+    finally:
+        decoder.close()
+    assert calls == [16, 8, 8]
+    assert unit.errors == [None] * 16
+    assert all(np.array_equal(pixels, on_cpu(data, spec).pixels_HWC) for pixels in unit.pixels_NHWC)
+
+
+def test_a_call_that_is_too_large_for_the_device_is_made_in_halves() -> None:
+    data, spec = jpeg(), PreprocessSpec(resize_size=20, crop_size=16)
+    decoder = GpuDecoder(spec, DecodeConfig(), device="cpu")
+    decode_jpeg = decoder._decode_jpeg
+
+    def small(images: list[bytes], **options: object) -> list[torch.Tensor]:
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode_jpeg(images, **options)
+
+    decoder._decode_jpeg = small
+    expected = GpuDecoder(spec, DecodeConfig(), device="cpu").decode([data], [(37, 21)])
+    unit = decoder.decode([data] * 8, [(37, 21)] * 8)
+    assert decoder._decoder.child_pid is None, "none of them is decoded on the CPU"
+    assert all(np.array_equal(pixels, expected.pixels_NHWC[0]) for pixels in unit.pixels_NHWC)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_cannot_decode_is_told_of_before_there_are_images() -> None:
+    with pytest.raises(UsageError, match=r"^decode.gpu_share: cuda decodes no JPEG here \(.*\); .* or set it to 0$"):
+        GpuDecoder(PreprocessSpec(), DecodeConfig(), device="cuda")
 
 
 def test_large_images_are_decoded_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
