@@ -13,6 +13,8 @@ from imgbatch.errors import UsageError
 
 _GOLDEN = 0x9E3779B1
 """2^32 divided by the golden ratio: multiples of it spread evenly, whatever part of the rows a unit holds."""
+MAX_ENCODED_BYTES = 80 * 2**20
+"""Of a unit's images that are left to the GPU: as many as its pixels may have. What is beyond, the CPU decodes."""
 
 
 def check_gpu_share(config: DecodeConfig, spec: PreprocessSpec) -> None:
@@ -52,17 +54,25 @@ class LeftToGpu:
         self.images: list[bytes | None] = []
         """One per row so far: the encoded image, if it is left to the GPU."""
         self._headers: list[JpegHeader | None] = []
+        self._num_bytes = 0
 
     def __iter__(self) -> Iterator[Payload]:
         for payload, row_id in self._payloads:
-            header = None
-            if isinstance(payload, bytes) and is_for_gpu(row_id, self._config.gpu_share):
-                header = read_plain_header(payload)
-            if header is not None and header.width * header.height > self._config.max_pixels:
-                header = None
+            image = payload if isinstance(payload, bytes) and is_for_gpu(row_id, self._config.gpu_share) else None
+            header = self._take(image) if image is not None else None
             self._headers.append(header)
-            self.images.append(payload if header is not None and isinstance(payload, bytes) else None)
+            self.images.append(image if header is not None else None)
             yield payload if header is None else None
+
+    def _take(self, image: bytes) -> JpegHeader | None:
+        """Its header, if the GPU is to decode it."""
+        header = read_plain_header(image)
+        if header is None or header.width * header.height > self._config.max_pixels:
+            return None
+        if self._num_bytes + len(image) > MAX_ENCODED_BYTES:
+            return None
+        self._num_bytes += len(image)
+        return header
 
     def kept(self) -> Iterator[tuple[int, JpegHeader]]:
         """Row and header of each image that is left to the GPU."""

@@ -164,7 +164,7 @@ class _Waiting:
 class ClassifyStage:
     """Runs the model over decoded blocks. Loads it once; what runs it is imported here and not before.
 
-    On a CPU, ``streams`` threads may call it at once: they share the weights, but for MNN's.
+    ``streams`` threads may call it at once: they share the weights, but for MNN's.
     """
 
     def __init__(self, run: Run, *, batch_size: int, num_threads: int | None, streams: int = 1) -> None:
@@ -182,7 +182,8 @@ class ClassifyStage:
             bundle,
             run.backend,
             device=plan.device,
-            batch_size=batch_size,
+            # What is compiled for larger batches than a unit would fill all of them up.
+            batch_size=min(batch_size, plan.layout.unit_rows),
             features=plan.config.output.embeddings,
             num_threads=num_threads,
             streams=streams,

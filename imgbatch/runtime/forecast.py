@@ -97,7 +97,7 @@ def forecast(config: Config) -> Forecast:
     backend = choose_backend(config.classify, bundle, spec, device, features=config.output.embeddings)
     fields = result_fields(config, manifest, bundle, spec, device, backend)
     run_id, state, units_done = _existing(fields, out)
-    sample, stage_s = _measure(config, manifest, bundle, spec, device, pools, backend)
+    sample, stage_s = _measure(config, manifest, bundle, spec, device, pools, backend, layout.unit_rows)
     rates = stage_rates(stage_s, pools, device, machine)
     limit = min(rates, key=lambda stage: rates[stage]) if rates else None
     left = layout.num_rows - units_done * layout.unit_rows
@@ -178,6 +178,7 @@ def _measure(
     device: DeviceKind,
     pools: Pools,
     backend: Backend,
+    unit_rows: int,
 ) -> tuple[DecodedSample | None, dict[str, float]]:
     """A sample and the seconds per image of each stage in one process; the model only where its device is here."""
     if config.plan.sample_rows == 0:
@@ -188,7 +189,7 @@ def _measure(
         return sample, {}
     stage_s = {"fetch": sample.fetch_s / len(sample.rows), "decode": sample.decoded.decode_s / len(sample.rows)}
     if device == "cpu" or this_machine().num_gpus:
-        batch_size = choose_batch_size(config.classify.batch_size, device, spec.crop_size, backend)
+        batch_size = min(choose_batch_size(config.classify.batch_size, device, spec.crop_size, backend), unit_rows)
         threads = pools.classify_threads
         stage_s["classify"] = classify_sample(
             sample, bundle, backend, device=device, batch_size=batch_size, threads=threads
@@ -213,10 +214,11 @@ def _budget(
         spec,
         backend,
         unit_rows=unit_rows,
-        batch_size=choose_batch_size(config.classify.batch_size, device, spec.crop_size, backend),
+        batch_size=min(choose_batch_size(config.classify.batch_size, device, spec.crop_size, backend), unit_rows),
         weight_bytes=float32_bytes(bundle),
         in_flight=config.fetch.in_flight,
         image_pixels=int(pixels.max(initial=0)) or _UNKNOWN_PIXELS,
+        gpu_share=config.decode.gpu_share,
         on_cluster=place.is_cluster,
     )
 
@@ -231,7 +233,8 @@ def stage_rates(stage_s: Mapping[str, float], pools: Pools, device: DeviceKind, 
         return {}
     rates = {"decode": pools.decoders / (stage_s["fetch"] + stage_s["decode"])}
     if "classify" in stage_s:
-        rates["classify"] = pools.classifiers / stage_s["classify"]
+        # What runs at once on a GPU shares it.
+        rates["classify"] = (pools.classifiers if device == "cpu" else pools.classify_actors) / stage_s["classify"]
         if device == "cpu":
             core_s = stage_s["decode"] + stage_s["classify"] * pools.classify_threads
             rates["cores"] = machine.num_cpus / core_s

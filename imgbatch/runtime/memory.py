@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from imgbatch.core.backends import Backend
+from imgbatch.core.gpu_share import MAX_ENCODED_BYTES
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.runtime.pools import Pools
 
@@ -89,6 +90,11 @@ def max_stored_units(pools: Pools) -> int:
     return math.ceil(under_way / _STAGE_SHARE)
 
 
+def stored_unit_bytes(unit_rows: int, spec: PreprocessSpec, gpu_share: float) -> int:
+    """Of a decoded unit, at most: its pixels, and the encoded images beside them that are left to the GPU."""
+    return unit_rows * spec.pixel_bytes + (MAX_ENCODED_BYTES if gpu_share else 0)
+
+
 def memory_budget(
     pools: Pools,
     spec: PreprocessSpec,
@@ -99,6 +105,7 @@ def memory_budget(
     weight_bytes: int,
     in_flight: int,
     image_pixels: int,
+    gpu_share: float = 0.0,
     on_cluster: bool = False,
 ) -> MemoryBudget:
     """The budget of a job.
@@ -107,13 +114,15 @@ def memory_budget(
         weight_bytes: of the model's parameters in float32.
         in_flight: ``fetch.in_flight``.
         image_pixels: of a source image, width x height.
+        gpu_share: ``decode.gpu_share``.
         on_cluster: not in a Ray of the job's own.
     """
-    unit_bytes = unit_rows * spec.pixel_bytes
+    unit_bytes = stored_unit_bytes(unit_rows, spec, gpu_share)
     child = _CHILD_BYTES + image_pixels * _DECODED_PIXEL_BYTES
     library = _OPENVINO if backend.name.startswith("openvino") else _MNN if backend.name == "mnn_fp32" else _TORCH
     runner = library.runner + library.runner_weight_copies * weight_bytes
-    runner += batch_size * spec.crop_size**2 * library.pixel
+    if not pools.classify_gpus:  # which have their activations in memory of their own
+        runner += batch_size * spec.crop_size**2 * library.pixel
     # Only with MNN does each of a stream's threads run the model over a batch of its own.
     runners = pools.classify_streams * (pools.classify_threads if library is _MNN else 1)
     classify = _ACTOR_BYTES + library.base + library.weight_copies * weight_bytes + runners * runner

@@ -16,6 +16,8 @@ _CPU_BATCH_PIXELS, _MIN_CPU_BATCH, _MAX_CPU_BATCH, _GPU_BATCH = 8 * 224**2, 8, 6
 """On a core, ResNet-18 in torch is fastest at batches of 8 with images of 224 px, and at 64 with images of 64 px, which
 is 1.4 times its rate at 8."""
 _MAX_AUTO_THREADS = 4
+_GPU_STREAMS = 2
+"""While the results of one unit come back from the GPU, it computes the other."""
 _MAX_DECODE_PROCESSES, _MAX_STREAMS = 2, 4
 """Of one actor, unless it is told otherwise: a process of Ray's costs 3 s of CPU to start and 120 MB, one with torch
 twice that and more; but whatever an actor does in Python, its threads do in turn."""
@@ -114,8 +116,8 @@ def choose_batch_size(configured: int | str, device: DeviceKind, crop_size: int,
 def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) -> Pools:
     """Pools that fill ``machine``.
 
-    On GPUs: one classify actor each, which asks for the GPU alone so that decode actors cannot keep it out of a
-    node, and every CPU but one per classify actor and one for the driver decodes. On
+    On GPUs: one classify actor each, with two units at once, which asks for the GPU alone so that decode actors cannot
+    keep it out of a node, and every CPU but one per classify actor and one for the driver decodes. On
     CPUs both pools share the cores, because which of them has more to do depends on the model: as many decode
     processes as cores (half of them beyond eight), and forward passes whose threads add up to the cores. Each actor
     then asks for half of the CPUs that it can use, so that all fit at once; on several nodes for a fifth, so that
@@ -139,7 +141,9 @@ def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) 
             most, min(_MAX_DECODE_PROCESSES, node_cpus), config.decode_actors, config.decode_processes
         )
         decode_cpus = _cpu_share(most / decode_actors) if config.decode_actors == "auto" else float(processes)
-        return Pools(decode_actors, processes, classify_actors, 1, 1, decode_cpus if cores > 2 else 0.25, 0.0, 1.0)
+        decode_cpus = decode_cpus if cores > 2 else 0.25
+        streams = _given(config.classify_streams, _GPU_STREAMS)
+        return Pools(decode_actors, processes, classify_actors, streams, 1, decode_cpus, 0.0, 1.0)
     decode_actors, processes = _shared_out(
         cores if cores <= 8 else cores // 2 + 4,
         min(_MAX_DECODE_PROCESSES, node_cpus),

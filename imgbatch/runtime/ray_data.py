@@ -32,7 +32,7 @@ from imgbatch.errors import Interrupted, UsageError
 from imgbatch.runtime.actors import ClassifyActor, DecodeActor, read_receipts
 from imgbatch.runtime.engine import EngineStopped
 from imgbatch.runtime.isolate import LONGEST_STEP_S, classify_row_by_row
-from imgbatch.runtime.memory import max_stored_units
+from imgbatch.runtime.memory import max_stored_units, stored_unit_bytes
 from imgbatch.runtime.metrics import RunMetrics
 from imgbatch.runtime.pools import Pools, choose_batch_size
 from imgbatch.runtime.watchdog import watched
@@ -111,7 +111,7 @@ class RayEngine:
 
     def _pipeline(self, units: Sequence[int], defer: bool) -> Dataset:
         run, pools = self._run, self._pools
-        unit_bytes = run.plan.layout.unit_rows * run.spec.pixel_bytes
+        unit_bytes = stored_unit_bytes(run.plan.layout.unit_rows, run.spec, run.config.decode.gpu_share)
         DataContext.get_current().execution_options.resource_limits = ExecutionResources(
             object_store_memory=max_stored_units(pools) * unit_bytes
         )

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from imgbatch.config import Config, DecodeConfig
+from imgbatch.core import gpu_share
 from imgbatch.core.bands import BandSpec
 from imgbatch.core.gpu_share import LeftToGpu, check_gpu_share, is_for_gpu
 from imgbatch.core.plan import plan_run
@@ -31,6 +32,16 @@ def test_plain_jpegs_are_kept_and_all_else_passes_by() -> None:
     assert list(left) == [None, failed, b"no image", payloads[3], large, None]
     assert left.images == [payloads[0], None, None, None, None, None]
     assert [(row, header.width, header.height) for row, header in left.kept()] == [(0, 37, 21)]
+
+
+def test_a_unit_leaves_so_many_bytes_to_the_gpu_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = jpeg(), jpeg(size=(60, 50))
+    monkeypatch.setattr(gpu_share, "MAX_ENCODED_BYTES", 2 * len(small) + len(large) - 1)
+    payloads = [small, large, large, small, small]
+    left = LeftToGpu(payloads, range(5), DecodeConfig(gpu_share=1.0))
+    assert list(left) == [None, None, large, small, small]
+    assert left.images == [small, large, None, None, None]
+    assert [row for row, _ in left.kept()] == [0, 1]
 
 
 def test_none_is_left_without_a_share() -> None:

@@ -60,7 +60,7 @@ def test_what_a_look_at_the_images_warns_of(photo_config: Config, tmp_path: Path
 
 def test_the_limit_is_the_slowest_pool_or_the_shared_cores() -> None:
     seconds = {"fetch": 0.002, "decode": 0.002, "classify": 0.001}
-    on_gpu = Pools(4, 2, 1, 1, 1, 1.0, 0.5, 1.0)
+    on_gpu = Pools(4, 2, 1, 2, 1, 1.0, 0.5, 1.0)
     assert stage_rates(seconds, on_gpu, "cuda", Machine(10, 1)) == {"decode": 2000, "classify": 1000}
     on_cpu = Pools(1, 2, 1, 2, 1, 0.5, 0.5, 0.0)
     rates = stage_rates(seconds, on_cpu, "cpu", Machine(2, 0))

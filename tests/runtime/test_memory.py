@@ -16,11 +16,12 @@ import pytest
 from imgbatch.config import Config
 from imgbatch.core.architectures import build_network
 from imgbatch.core.backends import Backend
+from imgbatch.core.gpu_share import MAX_ENCODED_BYTES
 from imgbatch.core.model import ModelBundle, float32_bytes, load_bundle, save_bundle
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.variants import load_variants
 from imgbatch.runtime.job import classify
-from imgbatch.runtime.memory import MemoryBudget, memory_budget
+from imgbatch.runtime.memory import MemoryBudget, memory_budget, stored_unit_bytes
 from imgbatch.runtime.pools import Machine, choose_pools
 from tests.conftest import TINY_CLASSES, changed
 
@@ -123,6 +124,28 @@ def test_what_the_budget_grows_with(photo_config: Config) -> None:
     assert heavier.classify_actor == budget.classify_actor + 4 * 10**8
     assert budget_of(photo_config, cpus=16).total > budget.total
     assert budget_of(photo_config, cpus=4, on_cluster=True).total == budget.total + 300 * 10**6
+
+
+def test_a_gpu_has_its_activations_in_its_own_memory_and_encoded_images_beside_the_pixels(photo_config: Config) -> None:
+    pools = choose_pools(photo_config.resources, "cuda", Machine(8, 1))
+
+    def budget(batch_size: int, gpu_share: float) -> MemoryBudget:
+        return memory_budget(
+            pools,
+            SPEC,
+            Backend(device="cuda"),
+            unit_rows=UNIT_ROWS,
+            batch_size=batch_size,
+            weight_bytes=10**5,
+            in_flight=32,
+            image_pixels=90 * 90,
+            gpu_share=gpu_share,
+        )
+
+    assert budget(256, 0.0) == budget(1, 0.0)
+    with_encoded = UNIT_ROWS * SPEC.pixel_bytes + MAX_ENCODED_BYTES
+    assert stored_unit_bytes(UNIT_ROWS, SPEC, 0.5) == with_encoded
+    assert budget(256, 0.5).units * UNIT_ROWS * SPEC.pixel_bytes == budget(256, 0.0).units * with_encoded
 
 
 def test_the_budget_in_words(photo_config: Config) -> None:

@@ -22,7 +22,7 @@ def test_on_cpus_all_actors_fit_at_once_and_threads_add_up_to_the_cores(cores: i
 @pytest.mark.parametrize(("cores", "gpus"), [(1, 1), (2, 1), (4, 1), (16, 1), (32, 4), (192, 8)])
 def test_on_gpus_there_is_one_classify_actor_each_and_the_cpus_decode(cores: int, gpus: int) -> None:
     pools = choose_pools(ResourcesConfig(), "cuda", Machine(cores, gpus))
-    assert (pools.classify_actors, pools.classify_gpus) == (gpus, 1.0)
+    assert (pools.classify_actors, pools.classify_streams, pools.classify_gpus) == (gpus, 2, 1.0)
     asked = pools.decode_actors * pools.decode_cpus + pools.classify_actors * pools.classify_cpus
     assert asked <= cores
     assert pools.decoders >= max(1, cores - gpus - 1)
@@ -37,6 +37,7 @@ def test_what_is_given_is_taken() -> None:
     pools = choose_pools(config, "cpu", Machine(16, 0))
     assert (pools.decode_actors, pools.decode_processes) == (3, 4)
     assert (pools.classify_actors, pools.classify_streams) == (2, 8)
+    assert choose_pools(ResourcesConfig(classify_streams=1), "cuda", Machine(16, 1)).classify_streams == 1
 
 
 def test_no_actor_is_larger_than_the_smallest_node() -> None:
