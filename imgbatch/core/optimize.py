@@ -26,6 +26,8 @@ from imgbatch.core.pictures import Pictures, load_pictures
 from imgbatch.core.predict import Predictor
 from imgbatch.core.predictions import BatchedPredictor
 from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.units import choose_unit_rows
 from imgbatch.core.variants import ONNX_FILE, Agreement, Target, Variant, load_variants, read_files, save_variant
 from imgbatch.errors import UsageError
 
@@ -54,12 +56,6 @@ class _Built:
     device: str
     contents: dict[str, bytes]
     how: dict[str, str]
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        if self.device == "cuda":
-            return _TENSORRT_BATCH_SIZES if self.target == "onnx-int8" else _GPU_BATCH_SIZES
-        return _COMPILED_BATCH_SIZES if is_compiled(self.target, self.device) else _CPU_BATCH_SIZES
 
     def build(self, batch_size: int, num_threads: int | None) -> BatchedPredictor:
         return variant_predictor(
@@ -207,7 +203,7 @@ def _measure(bundle: ModelBundle, built: _Built, images_NHWC: np.ndarray) -> tup
     threads_before = torch.get_num_threads()
     try:
         original = Predictor(bundle, device=built.device, batch_size=_ORIGINAL_BATCH_SIZES[built.device], num_threads=1)
-        variants = [built.build(batch_size, 1) for batch_size in built.batch_sizes]
+        variants = _candidates(built)
         turns = [
             (each, np.resize(images_NHWC, (each.batch_size, *images_NHWC.shape[1:]))) for each in (original, *variants)
         ]
@@ -216,16 +212,36 @@ def _measure(bundle: ModelBundle, built: _Built, images_NHWC: np.ndarray) -> tup
         torch.set_num_threads(threads_before)
     original_rate, *rates = [round(statistics.median(each), 1) for each in zip(*rounds, strict=True)]
     chosen = next(k for k, rate in enumerate(rates) if rate >= _NEARLY * max(rates))
-    return built.batch_sizes[chosen], {"original": original_rate, "variant": rates[chosen]}
+    return variants[chosen].batch_size, {"original": original_rate, "variant": rates[chosen]}
+
+
+def _candidates(built: _Built) -> list[BatchedPredictor]:
+    """One for each batch size to choose from, as far as the device has room for them, and one in any case."""
+    found: list[BatchedPredictor] = []
+    for batch_size in batch_sizes(built.target, built.device, built.bundle.preprocess):
+        candidate = built.build(batch_size, 1)
+        if found and candidate.batch_size < batch_size:
+            break
+        found.append(candidate)
+    return found
+
+
+def batch_sizes(target: Target, device: str, spec: PreprocessSpec) -> tuple[int, ...]:
+    """To choose from; none is larger than the largest unit, which would never fill it."""
+    sizes: tuple[int, ...] = _COMPILED_BATCH_SIZES if is_compiled(target, device) else _CPU_BATCH_SIZES
+    if device == "cuda":
+        sizes = _TENSORRT_BATCH_SIZES if target == "onnx-int8" else _GPU_BATCH_SIZES
+    # Of a manifest of any length, and with results that are small.
+    largest = choose_unit_rows(spec.pixel_bytes, 1, 10**9)
+    return tuple(size for size in sizes if size <= largest) or (largest,)
 
 
 def measure_rate(predictor: BatchedPredictor, batch_NHWC: np.ndarray, seconds: float) -> float:
-    """Images per second of the forward pass, for about ``seconds`` after a first batch."""
+    """Images per second that got through the forward pass, for about ``seconds`` after a first batch."""
     predictor.predict(batch_NHWC)
     started, num_images = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        predictor.predict(batch_NHWC)
-        num_images += len(batch_NHWC)
+        num_images += predictor.predict(batch_NHWC).errors.count(None)
     return num_images / (time.perf_counter() - started)
 
 

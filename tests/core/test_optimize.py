@@ -15,11 +15,12 @@ from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.openvino_build import allowed_drop
-from imgbatch.core.optimize import optimize_bundle
+from imgbatch.core.optimize import batch_sizes, measure_rate, optimize_bundle
 from imgbatch.core.pictures import load_pictures
 from imgbatch.core.predict import Predictor
-from imgbatch.core.predictions import BatchedPredictor, probabilities
-from imgbatch.core.variants import Variant, load_variants
+from imgbatch.core.predictions import BatchedPredictor, BatchOutput, probabilities
+from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.variants import Target, Variant, load_variants
 from imgbatch.errors import UsageError
 
 MakeBundle = Callable[..., ModelBundle]
@@ -132,6 +133,37 @@ def test_a_compiled_network_says_what_torch_says(
     np.testing.assert_allclose(reduced_NK, given.probs_NK, atol=0.02)
     with pytest.raises(ValueError, match="gives no features"):
         Predictor(bundle, compiled=True, features=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "crop_size", "expected"),
+    [
+        ("torch-bf16", "cuda", 224, (64, 128, 256, 512)),
+        ("torch-compile", "cuda", 384, (64, 128)),
+        ("torch-bf16", "cuda", 512, (64,)),
+        ("torch-bf16", "cuda", 1024, (16,)),
+        ("onnx-int8", "cuda", 224, (256,)),
+        ("onnx-int8", "cuda", 384, (128,)),
+        ("onnx-int8", "cpu", 384, (1, 4, 8, 16, 32)),
+        ("torch-compile", "cpu", 224, (8,)),
+    ],
+)
+def test_no_batch_is_tried_that_a_unit_would_not_fill(
+    target: Target, device: str, crop_size: int, expected: tuple[int, ...]
+):
+    assert batch_sizes(target, device, PreprocessSpec(resize_size=crop_size, crop_size=crop_size)) == expected
+
+
+def test_images_that_fail_are_none_that_were_done_fast(tiny_model: ModelBundle, images_NHWC: np.ndarray):
+    class Failing(BatchedPredictor):
+        def _forward(self, images_BHWC: np.ndarray) -> BatchOutput:
+            raise RuntimeError(f"{len(images_BHWC)} images")
+
+        def _collect(self, output: BatchOutput) -> BatchOutput:
+            return output
+
+    assert measure_rate(Failing(tiny_model, batch_size=4), images_NHWC[:4], 0.01) == 0
+    assert measure_rate(Predictor(tiny_model, batch_size=4), images_NHWC[:4], 0.01) > 0
 
 
 def test_too_few_images_say_too_little(tiny_model: ModelBundle, photos: list[Path], tmp_path: Path):
