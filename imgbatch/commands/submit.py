@@ -29,6 +29,11 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `imgbatch jobs lis
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Where a tunnel to the dashboard ends: it listens on the head's loopback only."""
 NOT_SUBMITTED = ("submit", "jobs", "demo")
+READ = ("calibration", "corrections", "out_a", "out_b")
+WRITTEN = ("new_model", "directory", "path", "file", "to_file", "delta")
+"""Parameters of commands that are paths, beside those that a configuration may give instead."""
+_CPU_TARGETS = ("openvino", "mnn")
+"""Of ``model optimize``, by how they begin: what runs on no GPU."""
 
 jobs = typer.Typer(
     help="Jobs on a cluster: list, follow and stop them.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -45,6 +50,8 @@ class Command:
     written: tuple[str, ...]
     endpoint_url: str | None = None
     """Where the configuration says that the object store is."""
+    uses_gpu: bool = False
+    """Whether the process of the command, and not an actor, runs what is made for a GPU."""
 
 
 def submit(
@@ -53,6 +60,15 @@ def submit(
     working_dir: Annotated[
         Path, typer.Option("--working-dir", help="What the job takes along, and where its relative paths begin.")
     ] = Path(),
+    entrypoint_gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--entrypoint-gpus",
+            min=0,
+            help="GPUs for the command's own process.",
+            show_default="1 for model optimize, if the cluster has any",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show what the job prints until it ends.")] = True,
 ) -> None:
     """Run an imgbatch command on a Ray cluster: the job's output here, its exit code as ours."""
@@ -66,7 +82,9 @@ def submit(
         messages.print(f"imgbatch: warning: {warning}", markup=False)
     server = JobServer(address)
     server.check_versions(package)
-    job_id = server.submit(with_config(parsed.words, package.config), package)
+    if entrypoint_gpus is None:
+        entrypoint_gpus = int(parsed.uses_gpu and server.has_gpus())
+    job_id = server.submit(with_config(parsed.words, package.config), package, num_gpus=entrypoint_gpus)
     messages.print(f"job {job_id} on {server.address}", markup=False)
     if wait:
         _follow(server, job_id)
@@ -136,15 +154,18 @@ def parse_command(words: list[str]) -> Command:
         raise UsageError(f"submit: {' '.join(words[:2])!r} is no command that a cluster runs (see imgbatch --help)")
     given = command.make_context(path[-1], list(rest)).params
     config = load_config(given.get("config_file"), given.get("assignments") or ())
-    read = (given.get("model") or config.model.path, given.get("manifest") or config.input.manifest)
+    read = [given.get("model") or config.model.path, given.get("manifest") or config.input.manifest]
     out = given.get("out") or given.get("output") or config.output.path
-    written = (out, given.get("new_model"), given.get("directory"))
+    optimizes = path == ["model", "optimize"]
+    if optimizes:
+        out = given["output"] or given["model"]  # where the variant goes
     return Command(
         words=tuple(words),
         config_file=given.get("config_file"),
-        read=tuple(path for path in read if path),
-        written=tuple(path for path in written if path),
+        read=tuple(each for each in (*read, *map(given.get, READ)) if each),
+        written=tuple(each for each in (out, *map(given.get, WRITTEN)) if each),
         endpoint_url=config.storage.endpoint_url,
+        uses_gpu=optimizes and not all(target.value.startswith(_CPU_TARGETS) for target in given["target"]),
     )
 
 

@@ -39,6 +39,8 @@ _PROBE_S = 120.0
 _POLL_S = 1.0
 _AGENT_S = 60.0
 """That a cluster which has just started may take until it starts jobs."""
+_MOST_NODES = 10_000
+"""That the dashboard lists."""
 _LOST_AFTER_S = 600.0
 """How long the cluster may be out of reach before following a job gives up; the job goes on."""
 
@@ -103,9 +105,18 @@ class JobServer:
                     f"install the same on both (one requirements.lock, one image)"
                 )
 
-    def submit(self, words: Sequence[str], package: Package) -> str:
-        """Start ``imgbatch`` with ``words`` in the working directory of ``package``; returns the job's id."""
-        return self._start(shlex.join(["imgbatch", *words]), package)
+    def has_gpus(self) -> bool:
+        """Whether a node is there that has one."""
+        nodes = self._ask(f"/api/v0/nodes?limit={_MOST_NODES}")["result"]["result"]
+        return any(node["state"] == "ALIVE" and (node.get("resources_total") or {}).get("GPU") for node in nodes)
+
+    def submit(self, words: Sequence[str], package: Package, *, num_gpus: int = 0) -> str:
+        """Start ``imgbatch`` with ``words`` in the working directory of ``package``; returns the job's id.
+
+        Args:
+            num_gpus: for that process; it waits for a node that has them free, and without any runs on the head.
+        """
+        return self._start(shlex.join(["imgbatch", *words]), package, num_gpus=num_gpus)
 
     def follow(self, job_id: str, write: Callable[[str], object]) -> None:
         """Pass on what the job prints until it ends, across lost connections.
@@ -172,7 +183,9 @@ class JobServer:
             raise ImgbatchError(f"{self.address} cannot run Python: {normalise_message(info.message)}")
         return found[1]
 
-    def _start(self, entrypoint: str, package: Package, metadata: dict[str, str] | None = None) -> str:
+    def _start(
+        self, entrypoint: str, package: Package, metadata: dict[str, str] | None = None, *, num_gpus: int = 0
+    ) -> str:
         with tempfile.TemporaryDirectory() as folder:
             archive = Path(folder) / "working_dir.zip"
             package.write_zip(archive)
@@ -180,7 +193,10 @@ class JobServer:
             while True:
                 try:
                     return self._client.submit_job(
-                        entrypoint=entrypoint, runtime_env={"working_dir": str(archive)}, metadata=metadata
+                        entrypoint=entrypoint,
+                        runtime_env={"working_dir": str(archive)},
+                        metadata=metadata,
+                        entrypoint_num_gpus=num_gpus or None,
                     )
                 except RuntimeError as error:
                     # The head answers before the agent is there that starts jobs; then nothing was submitted.

@@ -46,6 +46,12 @@ def test_everything_installed_is_pinned_by_the_lock():
     assert re.search(r"^uv==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
 
 
+def test_a_share_of_the_decoding_can_be_left_to_the_gpu():
+    """In every image, because the driver asks for the package too."""
+    for target in ("cpu", "cuda"):
+        assert any("--extra nvjpeg" in line for line in targets()[target])
+
+
 def test_what_is_copied_exists_and_is_in_the_context():
     ignore = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
     copied = [word for line in targets()["cpu"] if line.startswith("COPY ") for word in line.split()[1:-1]]

@@ -94,6 +94,18 @@ def test_the_help_of_a_command_is_shown_instead_of_sent(capsys):
         (["evaluate", "labels"], "labels"),
         (["classify", "-c", "night.yaml", "--manifest", "gone.parquet"], "gone.parquet"),
         (["classify", "-c", "night.yaml", "-m", "model"], "model"),
+        (["model", "optimize", "bundle", "--target", "torch-bf16", "--calibration", "s3://b/m"], "bundle: would be"),
+        (
+            ["model", "optimize", "s3://b/x", "--target", "torch-bf16", "--calibration", "cal.parquet"],
+            "cal.parquet: not among",
+        ),
+        (["model", "export", "s3://b/x", "--format", "onnx", "-o", "x.onnx", "--manifest", "s3://b/m"], "x.onnx"),
+        (["review", "export", "s3://b/labels", "-o", "review.csv"], "review.csv: would be"),
+        (["review", "import", "review.csv", "-o", "s3://b/targets.parquet"], "review.csv: not among"),
+        (["report", "s3://b/labels", "-o", "page.html"], "page.html: would be"),
+        (["query", "s3://b/labels", "select 1", "-o", "rows.csv"], "rows.csv: would be"),
+        (["publish", "s3://b/labels", "--delta", "table"], "table: would be"),
+        (["compare", "s3://b/labels", "other"], "other: not among"),
     ],
 )
 def test_paths_that_the_nodes_do_not_share_are_refused(night, words, named):
@@ -106,6 +118,26 @@ def test_what_is_packed_or_shared_may_be_read(night):
     (night / "m.parquet").touch()
     command = parse_command(["classify", "-c", "night.yaml", "--manifest", "m.parquet", "-m", "/efs/model"])
     check_paths(command, collect_package(night, command.config_file))
+
+
+def test_a_copy_with_a_variant_leaves_the_model_where_it_is(night):
+    (night / "model").mkdir()
+    (night / "model" / "model.json").touch()
+    (night / "cal.parquet").touch()
+    words = ["model", "optimize", "model", "--target", "torch-bf16", "--calibration", "cal.parquet", "-o", "s3://b/new"]
+    command = parse_command(words)
+    assert (command.read, command.written) == (("model", "cal.parquet"), ("s3://b/new",))
+    check_paths(command, collect_package(night, None))
+
+
+@pytest.mark.parametrize(
+    ("targets", "uses_gpu"),
+    [(["onnx-int8"], True), (["openvino-int8", "torch-compile"], True), (["openvino-int8", "mnn-fp32"], False)],
+)
+def test_what_is_made_for_gpus_is_made_on_one(targets, uses_gpu):
+    named = [word for target in targets for word in ("--target", target)]
+    assert parse_command(["model", "optimize", "s3://b/x", *named, "--calibration", "s3://b/m"]).uses_gpu == uses_gpu
+    assert not parse_command(list(CLASSIFY)).uses_gpu
 
 
 @pytest.mark.usefixtures("night")

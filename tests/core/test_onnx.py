@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +116,19 @@ def test_a_gpu_needs_tensorrt(float_graph: bytes, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(UsageError, match=r"tensorrt is not installed; pip install 'imgbatch\[tensorrt\]'"):
         OnnxGraph(float_graph, device="cuda", batch_size=8, num_threads=None)
+
+
+def test_the_extra_for_gpus_brings_the_libraries_that_torch_does_not():
+    toolkit = next(
+        (re.search(r"^cuda-toolkit\[(.*?)\]", line) for line in requires("torch") or () if "toolkit" in line), None
+    )
+    if toolkit is None:
+        pytest.skip("this torch has no CUDA")
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    extra = " ".join(pyproject["project"]["optional-dependencies"]["tensorrt"])
+    # What the CUDA provider of ONNX Runtime is linked with, beside cuDNN.
+    needed = {"cublas", "cudart", "cufft", "curand", "nvrtc"}
+    assert {name for name in needed - set(toolkit[1].split(",")) if f"nvidia-{name}" not in extra} == set()
 
 
 def test_engines_for_other_batches_lie_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

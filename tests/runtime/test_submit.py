@@ -56,7 +56,8 @@ def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenClu
     port, dashboard_port, client_port, agent_port = (free_port() for _ in range(4))
     url = f"http://{HOST}:{dashboard_port}"
     command = [
-        *(BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
+        # Nothing looks for the GPU that it says it has.
+        *(BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=1", "--disable-usage-stats"),
         *(f"--node-ip-address={HOST}", f"--port={port}", f"--object-store-memory={100 * 10**6}"),
         *(f"--dashboard-host={HOST}", f"--dashboard-port={dashboard_port}"),
         *(f"--ray-client-server-port={client_port}", f"--dashboard-agent-listen-port={agent_port}"),
@@ -133,6 +134,23 @@ def late_agent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(JobSubmissionClient, "submit_job", submit_late)
     return said
+
+
+@pytest.mark.usefixtures("laptop")
+def test_a_command_that_makes_something_for_gpus_gets_one(monkeypatch):
+    submit, num_gpus = JobSubmissionClient.submit_job, []
+
+    def noted(client: JobSubmissionClient, **job: Any) -> str:
+        if not job["entrypoint"].startswith("imgbatch "):
+            return submit(client, **job)
+        num_gpus.append(job["entrypoint_num_gpus"])
+        return "noted"
+
+    monkeypatch.setattr(JobSubmissionClient, "submit_job", noted)
+    optimize = ["model", "optimize", "/m", "--calibration", "/c.parquet", "--target"]
+    for options, target in (([], "onnx-int8"), ([], "mnn-fp32"), (["--entrypoint-gpus", "2"], "mnn-fp32")):
+        assert run(["submit", "--no-wait", *options, "--", *optimize, target]) == ExitCode.DONE
+    assert num_gpus == [1, None, 2]
 
 
 @pytest.mark.usefixtures("laptop")
