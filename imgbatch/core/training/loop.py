@@ -250,6 +250,7 @@ class Trainer:
         own = {name: tensor.clone() for name, tensor in self.network.state_dict().items()} if averaged else {}
         if averaged and self.average is not None:
             self.network.load_state_dict(self.average.weights())
+        self.worker.agree_on_statistics(self.network)
         validation = self._measure(VALIDATION)
         earlier = [score(old["validation"], job.train.metric, job.task) for old in self.history]
         is_best = not earlier or score(validation, job.train.metric, job.task) > max(earlier)
@@ -343,10 +344,11 @@ class Trainer:
         batches = iter_evaluation_batches(self.job, split, self.worker, batch_size)
         with nullcontext() if exact else self._autocast():
             mine = [forward(self.normalise(images_BCHW)).float() for images_BCHW in batches]
-        if not mine:
-            raise ImgbatchError(
-                f"training: split {split!r} has fewer images than there are workers; take fewer workers"
-            )
+            if not mine:
+                # Fewer images than workers: no rows of this one's, but as wide as the others' are.
+                side = self.job.spec.crop_size
+                blank_BCHW = torch.zeros((1, self.job.spec.num_channels, side, side), dtype=torch.uint8)
+                mine = [forward(self.normalise(blank_BCHW)).float()[:0]]
         return self.worker.gather_rows(torch.cat(mine), len(self.job.splits[split]))
 
     def _fit_head(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -50,6 +51,20 @@ class Worker:
         everything = torch.zeros((num_rows, *mine.shape[1:]), dtype=mine.dtype, device=mine.device)
         everything[self.rank :: self.world_size] = mine
         return self.sum(everything)
+
+    def agree_on(self, tensors: Iterable[Tensor]) -> None:
+        """The first worker's values become everyone's, in place; every worker must call it."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
+
+    def agree_on_statistics(self, network: nn.Module) -> None:
+        """The first worker's statistics of batch norms become everyone's; every worker must call it.
+
+        DistributedDataParallel copies them before a step's forward pass, which then moves them on each worker apart.
+        """
+        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        self.agree_on(buffer for norm in norms for buffer in norm.buffers())
 
     def share(self, network: nn.Module, *, has_statistics: bool) -> nn.Module:
         """The network, its gradients averaged over the workers at every backward pass.
