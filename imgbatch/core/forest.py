@@ -77,8 +77,8 @@ class FittedForest:
         return self.head(features_ND)
 
     def install(self, network: nn.Module, arch: str) -> None:
-        """Make it the head of a network."""
-        set_head(network, arch, self.head)
+        """Make it the head of a network, on that one's device."""
+        set_head(network, arch, self.head.to(_head_device(network, arch)))
 
 
 def fit_forest(features_ND: Tensor, truth_NK: Tensor, *, task: Task, min_images: int, seed: int = 0) -> FittedForest:
@@ -115,8 +115,12 @@ def adopt_forest(network: nn.Module, arch: str, shapes: Mapping[str, tuple[int, 
     name = head_module_name(arch)
     if f"{name}.shares" in shapes:
         num_trees, num_nodes, num_classes = shapes[f"{name}.shares"]
-        with torch.device(next(iter(network.get_submodule(name).state_dict().values())).device):
+        with _head_device(network, arch):
             set_head(network, arch, ForestHead(num_trees, num_nodes, num_classes, *shapes[f"{name}.importances"]))
+
+
+def _head_device(network: nn.Module, arch: str) -> torch.device:
+    return next(iter(network.get_submodule(head_module_name(arch)).state_dict().values())).device
 
 
 def refuse_forest(network: nn.Module, arch: str, *, where: str) -> None:

@@ -7,7 +7,7 @@ from sklearn.ensemble import RandomForestClassifier
 from torch.nn import functional
 
 from imgbatch.core.architectures import build_network, forward_features
-from imgbatch.core.forest import fit_forest, refuse_forest
+from imgbatch.core.forest import FittedForest, ForestHead, fit_forest, refuse_forest
 from imgbatch.core.model import count_features, load_network
 from imgbatch.core.predict import Predictor
 from imgbatch.errors import UsageError
@@ -61,3 +61,9 @@ def test_a_forest_is_stored_and_predicts_like_any_head(make_bundle):
     np.testing.assert_allclose(predictions.probs_NK, expected_NK.numpy(), atol=1e-5)
     with pytest.raises(UsageError, match="here: a random forest has no gradients"):
         refuse_forest(network, "simple_cnn", where="here")
+
+
+def test_a_forest_goes_to_the_device_of_its_network():
+    network = build_network("simple_cnn", 2, empty=True)
+    FittedForest(ForestHead(2, 3, 2, 128)).install(network, "simple_cnn")
+    assert {buffer.device.type for buffer in network.head.buffers()} == {"meta"}
