@@ -137,7 +137,7 @@ def read_state_dict(source: str, arch: str) -> dict[str, Tensor]:
         UsageError: the file is missing, unreadable or holds more than tensors; published weights cannot be had.
     """
     name = published_name(source)
-    state_dict = _download(arch, name) if name else _read_file(source)
+    state_dict = _download(arch, name) if name else _unwrapped(_read_file(source))
     dropped = auxiliary_prefixes(arch)
     return {
         _OLD_DENSENET.sub(r"\1\2", name) if arch.startswith("densenet") else name: tensor
@@ -240,7 +240,7 @@ def _load_torch_file(source: str) -> Any:
 
 
 def _tensors(loaded: Any, source: str) -> dict[str, Tensor]:
-    """The state dict in what a checkpoint holds, without the names that wrappers of a network put in front."""
+    """The state dict in what a checkpoint holds."""
     import torch
 
     for key in _WRAPPER_KEYS:
@@ -248,10 +248,14 @@ def _tensors(loaded: Any, source: str) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise UsageError(f"--weights {source}: not a state dict (names to tensors); save network.state_dict()")
-    tensors = {str(name): tensor.detach() for name, tensor in loaded.items()}
+    return {str(name): tensor.detach() for name, tensor in loaded.items()}
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the names that wrappers of a network put in front, one inside the other in any order."""
     for prefix in _WRAPPER_PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     return tensors
 
 

@@ -42,6 +42,14 @@ def test_safetensors_pth_and_wrapped_checkpoints_give_the_same(tmp_path: Path, s
         assert_same(read_state_dict(str(tmp_path / name), "simple_cnn"), state_dict)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize(("save", "suffix"), [(torch.save, "pth"), (safetensors.torch.save_file, "safetensors")])
+def test_wrappers_of_a_network_may_be_inside_each_other(tmp_path: Path, state_dict, prefix, save, suffix):
+    path = tmp_path / f"w.{suffix}"
+    save({prefix + name: tensor for name, tensor in state_dict.items()}, path)
+    assert_same(read_state_dict(str(path), "simple_cnn"), state_dict)
+
+
 def test_weights_come_from_any_filesystem(state_dict: dict[str, torch.Tensor]):
     import fsspec
 
