@@ -114,17 +114,17 @@ def mix_pairs(
         return images_BCHW, truth_BK
     images, truth = images_BCHW.clone(), truth_BK.clone()
     for first in range(0, 2 * num_pairs, 2):
-        pair, swapped = slice(first, first + 2), [first + 1, first]
+        pair = slice(first, first + 2)
         rng = np.random.default_rng(derived_seed(seed, epoch, int(row_ids_B[first]), int(row_ids_B[first + 1])))
         cut = bool(config.cutmix) and (not config.mixup or rng.random() < 0.5)
         alpha = config.cutmix if cut else config.mixup
         share = float(rng.beta(alpha, alpha))
         if cut:
             rows, columns, share = _rectangle(rng, share, *images.shape[2:])
-            images[pair, :, rows, columns] = images_BCHW[swapped, :, rows, columns]
+            images[pair, :, rows, columns] = images_BCHW[pair, :, rows, columns].flip(0)
         else:
-            images[pair] = share * images_BCHW[pair] + (1 - share) * images_BCHW[swapped]
-        truth[pair] = share * truth_BK[pair] + (1 - share) * truth_BK[swapped]
+            images[pair] = share * images_BCHW[pair] + (1 - share) * images_BCHW[pair].flip(0)
+        truth[pair] = share * truth_BK[pair] + (1 - share) * truth_BK[pair].flip(0)
     return images, truth
 
 
