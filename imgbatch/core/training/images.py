@@ -31,12 +31,11 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor, int]]):
     """Training images as the network sees them, by what was drawn."""
 
     def __init__(self, job: TrainingJob) -> None:
-        images = job.splits[TRAIN]
         self._crops: Crops | None = None
         self._store = job.store_of(TRAIN)
         self._positions = job.positions[TRAIN]
-        self._row_ids = images.row_ids_N
-        self._truth_NK = torch.from_numpy(images.dense_truth(len(job.class_names)))
+        self._images = job.splits[TRAIN]
+        self._num_classes = len(job.class_names)
         self._augmentation = build_augmentation(job.config.augment, job.spec)
         self._seed = job.train.seed
 
@@ -45,10 +44,12 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor, int]]):
         # Opened where it is used: every loader process maps the files itself.
         self._crops = self._crops or self._store.open()
         image_CHW = torch.from_numpy(self._crops[int(self._positions[index])].copy()).permute(2, 0, 1)
-        row_id = int(self._row_ids[index])
+        row_id = int(self._images.row_ids_N[index])
+        # Every loader process has a copy of this: the whole table, images by classes, would be large.
+        truth_K = torch.from_numpy(self._images.take(np.array([index])).dense_truth(self._num_classes)[0])
         seed = self._seed
         varied_CHW = augment_image(image_CHW, self._augmentation, seed=seed, epoch=epoch, row_id=row_id, times=times)
-        return varied_CHW, self._truth_NK[index], row_id
+        return varied_CHW, truth_K, row_id
 
 
 def iter_training_batches(images: AugmentedImages, passes: Iterator[list[Draw]], worker: Worker) -> Iterator[Batch]:
@@ -99,7 +100,7 @@ def sample_augmented(job: TrainingJob, *, num_images: int = 8, num_variants: int
     chosen = np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int)
     augmented = AugmentedImages(job)
     shown = [augmented[epoch, int(index), 0][0] for index in chosen for epoch in range(1, num_variants + 1)]
-    truth_NK = images.dense_truth(len(job.class_names))[chosen]
+    truth_NK = images.take(chosen).dense_truth(len(job.class_names))
     names = [" + ".join(np.array(job.class_names)[row > 0]) for row in truth_NK]
     shown_NHWC = torch.stack(shown).permute(0, 2, 3, 1).numpy()
     return visible_rgb(shown_NHWC), [name for name in names for _ in range(num_variants)]

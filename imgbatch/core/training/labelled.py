@@ -50,7 +50,9 @@ class LabelledSplit:
         """float32, 1 where an image shows the class."""
         if self.truth.ndim == 2:
             return self.truth.astype(np.float32)
-        return np.eye(num_classes, dtype=np.float32)[self.truth]
+        truth_NK = np.zeros((len(self), num_classes), np.float32)
+        truth_NK[np.arange(len(self)), self.truth] = 1
+        return truth_NK
 
     def class_counts(self, num_classes: int) -> np.ndarray:
         """Images of each class, int64 (K,)."""

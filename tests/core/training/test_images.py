@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ from PIL import Image
 
 from imgbatch.config import Config
 from imgbatch.core.images import decode_image
-from imgbatch.core.training.images import iter_evaluation_batches
+from imgbatch.core.training.images import AugmentedImages, iter_evaluation_batches
 from imgbatch.core.training.labelled import TRAIN, VALIDATION
 from imgbatch.core.training.workers import Worker
 from tests.conftest import changed
@@ -38,3 +40,14 @@ def test_features_of_every_split_are_of_the_zoom_that_the_model_will_see(
             expected = decode_image(Path(uris[row]).read_bytes(), job.spec, max_pixels=10**6)
             difference = image_CHW.transpose(1, 2, 0).astype(int) - expected.pixels_HWC
             assert np.abs(difference).max() <= 2
+
+
+def test_an_image_comes_with_its_truth_and_no_process_holds_a_table_of_all(colour_config: Config) -> None:
+    job, _ = settle(colour_config)
+    images = AugmentedImages(replace(job, class_names=tuple(str(k) for k in range(100_000))))
+    assert len(pickle.dumps(images)) < 100_000
+    for index in (0, 29):
+        _, truth_K, row_id = images[1, index, 0]
+        assert truth_K.dtype == torch.float32
+        assert truth_K.nonzero().tolist() == [[job.splits[TRAIN].truth[index]]]
+        assert row_id == job.splits[TRAIN].row_ids_N[index]

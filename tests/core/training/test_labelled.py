@@ -28,6 +28,7 @@ def test_classes_splits_and_targets(read):
     assert labelled.class_names == ("a", "b", "c")
     assert labelled.splits["train"].row_ids_N.tolist() == [0, 1, 2, 3]
     assert labelled.splits["train"].truth.tolist() == [1, 0, 2, 0]
+    assert labelled.splits["train"].dense_truth(3).tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]]
     assert labelled.splits["validation"].truth.tolist() == [2]
     assert labelled.splits["test"].truth.tolist() == [1]
     assert labelled.num_unused == 1
