@@ -1,6 +1,6 @@
 """Fine-tuning, whatever the engine: plan, decode once, train, measure, write the bundle.
 
-plan_training -> decode crops -> settle_job -> epochs (each a checkpoint) -> save_trained
+plan_training -> store_start -> decode crops -> settle_job -> epochs (each a checkpoint) -> save_trained
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from imgbatch.core.training.checkpoint import json_lines, read_epochs
 from imgbatch.core.training.crops import CropStore, FailedImage, decode_crops
 from imgbatch.core.training.finish import describe_hardware, save_trained
 from imgbatch.core.training.job import TrainingJob, load_job
-from imgbatch.core.training.plan import TrainingPlan, plan_training, settle_job
+from imgbatch.core.training.plan import TrainingPlan, plan_training, settle_job, store_start
 from imgbatch.core.training.space import check_space
 from imgbatch.errors import UsageError
 from imgbatch.runtime.parts import map_parts_of
@@ -79,6 +79,7 @@ def train(config: Config, console: Console | None = None, *, overwrite: bool = F
             for store in stores.values():
                 store.forget_what_may_pass()
         check_space(plan, stores)
+        store_start(plan)
         for store in stores.values():
             engine.decode(store, config)
         job, failed = settle_job(plan, stores)
@@ -121,12 +122,10 @@ class _Records:
         self._job = job
         self._console = console
         self._directory = storage.join(str(plan.config.output.path), "training")
-        self._records: list[dict[str, Any]] = []
         self._started = time.monotonic()
         self._first_epoch: int | None = None
 
     def add(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
         if self._first_epoch is None:
             self._first_epoch, self._started = record["epoch"], time.monotonic()
         self._console.print(self._line(record), markup=False)
@@ -200,11 +199,16 @@ def _announce(plan: TrainingPlan, job: TrainingJob, failed: list[FailedImage], c
 
 
 def _is_finished(plan: TrainingPlan, *, overwrite: bool) -> bool:
-    """Whether the output holds this very model; raises :class:`UsageError` if it holds another one."""
+    """Whether the output holds this very model; raises :class:`UsageError` if it holds another or a damaged one."""
     out = str(plan.config.output.path)
     if not storage.exists(storage.join(out, DESCRIPTION_FILE)):
         return False
-    there = load_bundle(out)
+    try:
+        there = load_bundle(out)
+    except UsageError:
+        if overwrite:
+            return False
+        raise
     if there.provenance.get("fingerprint") == plan.fingerprint:
         return True
     if not overwrite:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from safetensors.torch import save_file
 
 from imgbatch.config import Config
 from imgbatch.core import storage
+from imgbatch.core.architectures import build_network
 from imgbatch.core.baselines import BASELINES
 from imgbatch.core.evaluate import evaluate
 from imgbatch.core.model import load_bundle
@@ -71,7 +73,8 @@ def test_training_may_keep_its_work_in_an_object_store(config, s3_bucket, tmp_pa
     result = train(changed(config, **elsewhere))
     assert result.bundle.model_id == expected.bundle.model_id
     names = [info.uri.rsplit("/", 1)[-1] for info in storage.list_files(f"{s3_bucket}/work", "")]
-    assert {"best.safetensors", "last.pt", "outcome.json", "part-00000.npy"} <= set(names)
+    assert {"last.pt", "outcome.json", "part-00000.npy"} <= set(names)
+    assert sum(name.startswith("best-") for name in names) == 1
     assert not list(tmp_path.glob("imgbatch-crops-*"))
     assert train(changed(config, **elsewhere)).already_finished
 
@@ -108,6 +111,31 @@ def test_the_same_command_finds_it_done_and_another_one_is_refused(config):
     with pytest.raises(UsageError, match=r"holds another model .*; choose another place, or --overwrite it"):
         train(other)
     assert not train(other, overwrite=True).already_finished
+
+
+def test_a_damaged_model_is_overwritten_only_if_that_is_said(config):
+    damaged = Path(train(config).bundle.path) / "model.json"
+    damaged.write_text("{")
+    with pytest.raises(UsageError, match=r"model\.json"):
+        train(config)
+    assert not train(config, overwrite=True).already_finished
+    assert load_bundle(str(config.output.path)).class_names == ("blue", "green", "red")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train__arch": "resnet18"}, "not weights of resnet18"),
+        ({"train__batch_size": 2, "train__accumulate": 2}, r"train\.batch_size: 2 images are too few"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is_decoded(config, tmp_path, flags, message):
+    weights = tmp_path / "weights.safetensors"
+    save_file(build_network("simple_cnn", 3).state_dict(), weights)
+    changes = {"train__weights": str(weights), "train__storage": str(tmp_path / "work"), **flags}
+    with pytest.raises(UsageError, match=message):
+        train(changed(config, **changes))
+    assert not list((tmp_path / "work").rglob("part-*"))
 
 
 def test_images_that_were_left_out_are_listed(config, colour_images, write_manifest, tmp_path):

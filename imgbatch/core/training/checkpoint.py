@@ -16,11 +16,27 @@ from imgbatch.core import storage
 from imgbatch.core.training.job import JobPaths
 from imgbatch.errors import ImgbatchError
 
+_REQUEST_BYTES = 2**30
+"""What is larger goes to an object store in parts: S3 takes 5 GiB in one request, and a part is soon sent again."""
 
-def save_best(paths: JobPaths, weights: Mapping[str, Tensor]) -> None:
-    """The weights of the best epoch so far."""
+
+def save_best(paths: JobPaths, epoch: int, weights: Mapping[str, Tensor]) -> None:
+    """The weights of the best epoch so far; the file of the one before stays, as no record tells of this one yet."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    _write(paths.best, safetensors.torch.save(tensors))
+    _write(paths.best_of(epoch), safetensors.torch.save(tensors))
+
+
+def load_best(paths: JobPaths, epoch: int) -> dict[str, Tensor]:
+    """What :func:`save_best` stored, or what was stored when the file's name had no epoch."""
+    uri = paths.best_of(epoch)
+    return load_weights(uri if storage.exists(uri) else storage.join(paths.directory, "best.safetensors"))
+
+
+def remove_earlier_best(paths: JobPaths, epoch: int) -> None:
+    """Every file of :func:`save_best` but this epoch's, whose record is stored."""
+    for name in storage.list_stems(paths.directory, ["best"]):
+        if name != paths.best_of(epoch).rsplit("/", 1)[-1]:
+            storage.remove(storage.join(paths.directory, name))
 
 
 def load_weights(uri: str) -> dict[str, Tensor]:
@@ -58,7 +74,11 @@ def json_lines(values: Iterable[Any]) -> bytes:
 
 def _write(uri: str, data: bytes) -> None:
     try:
-        storage.replace(uri, data)
+        if storage.is_local(uri) or len(data) <= _REQUEST_BYTES:
+            storage.replace(uri, data)
+        else:
+            with storage.staged_file(uri) as staged:
+                staged.write_bytes(data)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -11,7 +11,7 @@ from imgbatch import __version__
 from imgbatch.core import storage
 from imgbatch.core.machine import num_cpus
 from imgbatch.core.model import ModelBundle, save_bundle
-from imgbatch.core.training.checkpoint import load_weights
+from imgbatch.core.training.checkpoint import load_best
 from imgbatch.core.training.crops import FailedImage
 from imgbatch.core.training.job import TrainingJob
 from imgbatch.core.training.labelled import describe_counts
@@ -39,7 +39,7 @@ def save_trained(
         task=job.task,
         class_names=job.class_names,
         preprocess=job.spec,
-        state_dict=load_weights(job.paths.best),
+        state_dict=load_best(job.paths, outcome["best_epoch"]),
         thresholds=outcome["thresholds"],
         provenance={
             "made_by": f"imgbatch train ({job.baseline or job.method})",

@@ -3,7 +3,7 @@
 STORAGE/crops-*/             decoded images (see ``crops``), shared by jobs on the same images
 STORAGE/t<fingerprint>/      the job
     job.json  labels.npz  initial.safetensors
-    last.pt  best.safetensors  epochs.jsonl  outcome.json  failure.json
+    last.pt  best-00007.safetensors  epochs.jsonl  outcome.json  failure.json
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class JobPaths:
     def last(self) -> str:
         return storage.join(self.directory, "last.pt")
 
-    @property
-    def best(self) -> str:
-        return storage.join(self.directory, "best.safetensors")
+    def best_of(self, epoch: int) -> str:
+        """The weights after an epoch that was the best so far; records of epochs say which one that is."""
+        return storage.join(self.directory, f"best-{epoch:05d}.safetensors")
 
     @property
     def epochs(self) -> str:
@@ -99,12 +99,16 @@ class TrainingJob:
             store.remove_local_copy()
 
 
-def save_job(job: TrainingJob, initial_weights: Mapping[str, Tensor]) -> None:
-    """Store a job and what it starts from; job.json is written last."""
+def save_initial(paths: JobPaths, weights: Mapping[str, Tensor]) -> None:
+    """Store what a job starts from."""
     import safetensors.torch
 
-    weights = {name: tensor.detach().contiguous() for name, tensor in initial_weights.items()}
-    storage.replace(job.paths.initial, safetensors.torch.save(weights))
+    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    storage.replace(paths.initial, safetensors.torch.save(tensors))
+
+
+def save_job(job: TrainingJob) -> None:
+    """Store a job whose first weights are stored; job.json is written last."""
     storage.replace(job.paths.labels, _pack_labels(job))
     storage.write_json(job.paths.description, _description(job))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +23,14 @@ from imgbatch.core.baselines import LOGISTIC_REGRESSION, fit_head
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.forest import adopt_forest
 from imgbatch.core.training.augment import derived_seed, mix_pairs
-from imgbatch.core.training.checkpoint import load_last, load_weights, save_best, save_last
+from imgbatch.core.training.checkpoint import (
+    load_best,
+    load_last,
+    load_weights,
+    remove_earlier_best,
+    save_best,
+    save_last,
+)
 from imgbatch.core.training.images import (
     AugmentedImages,
     Batch,
@@ -133,7 +140,7 @@ class Trainer:
         self.epoch, self.history = int(state["epoch"]), history
 
     def _load(self, state_dict: dict[str, Tensor]) -> None:
-        adopt_forest(self.network, self.job.arch, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+        adopt_forest(self.network, self.job.arch, _shapes(state_dict))
         self.network.load_state_dict(state_dict)
 
     def run_epochs(self, report: Report) -> None:
@@ -141,10 +148,12 @@ class Trainer:
         train, job = self.job.train, self.job
         if self._is_exhausted() or self.epoch >= train.epochs:
             return
-        truth_NK = job.splits[TRAIN].dense_truth(len(job.class_names))
-        weights_N = balancing_weights(truth_NK) if train.imbalance == "sampler" else None
+        images, num_classes = job.splits[TRAIN], len(job.class_names)
+        weights_N = balancing_weights(images.dense_truth(num_classes)) if train.imbalance == "sampler" else None
         weights_K = (
-            class_weights(truth_NK.sum(axis=0), len(truth_NK), job.task) if train.imbalance == "weights" else None
+            class_weights(images.class_counts(num_classes), len(images), job.task)
+            if train.imbalance == "weights"
+            else None
         )
         loss_of = build_loss(
             job.task, kind=train.loss, label_smoothing=train.label_smoothing, class_weights_K=weights_K
@@ -175,7 +184,8 @@ class Trainer:
         """
         self.worker.barrier()
         job = self.job
-        self._load(load_weights(job.paths.best))
+        best = next(record for record in reversed(self.history) if record["is_best"])
+        self._load(load_best(job.paths, best["epoch"]))
         label_thresholds = None
         if job.task == "multilabel":
             truth_NK = job.splits[VALIDATION].truth
@@ -186,7 +196,6 @@ class Trainer:
             if split != TRAIN
         }
         if self.worker.is_first:
-            best = next(record for record in reversed(self.history) if record["is_best"])
             outcome = {
                 "best_epoch": best["epoch"],
                 "epochs": self.epoch,
@@ -252,6 +261,9 @@ class Trainer:
             self.network.load_state_dict(self.average.weights())
         self.worker.agree_on_statistics(self.network)
         validation = self._measure(VALIDATION)
+        if validation["loss"] is None:
+            advice = "lower train.learning_rate" if self.epoch else "start from other weights"
+            raise ImgbatchError(f"training: the validation loss of epoch {self.epoch} is not finite; {advice}")
         earlier = [score(old["validation"], job.train.metric, job.task) for old in self.history]
         is_best = not earlier or score(validation, job.train.metric, job.task) > max(earlier)
         record = {
@@ -265,7 +277,7 @@ class Trainer:
         }
         self.history.append(record)
         if is_best and self.worker.is_first:
-            save_best(job.paths, self.network.state_dict())
+            save_best(job.paths, self.epoch, self.network.state_dict())
         if averaged:
             self.network.load_state_dict(own)
         if self.worker.is_first:
@@ -276,6 +288,8 @@ class Trainer:
                 "average": self.average.state_dict() if self.average is not None else None,
             }
             save_last(job.paths, state, self.history)
+            if is_best:
+                remove_earlier_best(job.paths, self.epoch)
         report(record)
 
     def _is_exhausted(self) -> bool:
@@ -309,8 +323,9 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         precision, kind = self.job.train.precision, self.worker.device.type
-        reduced = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
-        return torch.autocast(kind, torch.bfloat16, enabled=reduced)
+        # A GPU that only emulates it, as a T4 does, gains nothing by it.
+        fits = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16" or (precision == "auto" and fits))
 
     def _measure(
         self,
@@ -352,22 +367,31 @@ class Trainer:
         return self.worker.gather_rows(torch.cat(mine), len(self.job.splits[split]))
 
     def _fit_head(self) -> None:
-        """Logistic regression, or what the baseline asks for, on the frozen features of plain images."""
-        job, num_classes = self.job, len(self.job.class_names)
-        with torch.no_grad():
-            features = {
-                split: self._gather(split, lambda images: forward_features(self.network, job.arch, images)).cpu()
-                for split in (TRAIN, VALIDATION)
-            }
-        truth = {split: torch.from_numpy(job.splits[split].dense_truth(num_classes)) for split in features}
+        """Logistic regression, or what the baseline asks for, on the frozen features of plain images.
+
+        The first worker fits it and tells the others: it may take much memory. A head that is a convolution stays.
+        """
+        job = self.job
         if not isinstance(self.network.get_submodule(self.head), nn.Linear):
             return
-        head = fit_head(
-            job.baseline or LOGISTIC_REGRESSION,
-            features[TRAIN],
-            truth[TRAIN],
-            features[VALIDATION],
-            truth[VALIDATION],
-            task=job.task,
-        )
-        head.install(self.network, job.arch)
+        with torch.no_grad():
+            train_ND, validation_ND = (
+                self._gather(split, lambda images: forward_features(self.network, job.arch, images))
+                for split in (TRAIN, VALIDATION)
+            )
+        if self.worker.is_first:
+            train_NK, validation_NK = (
+                torch.from_numpy(job.splits[split].dense_truth(len(job.class_names))) for split in (TRAIN, VALIDATION)
+            )
+            kind = job.baseline or LOGISTIC_REGRESSION
+            with self.worker.fitting():
+                head = fit_head(kind, train_ND.cpu(), train_NK, validation_ND.cpu(), validation_NK, task=job.task)
+            head.install(self.network, job.arch)
+        shapes = self.worker.hear_first(_shapes(self.network.state_dict()))
+        if not self.worker.is_first:
+            adopt_forest(self.network, job.arch, shapes)
+        self.worker.agree_on(self.network.get_submodule(self.head).state_dict().values())
+
+
+def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}

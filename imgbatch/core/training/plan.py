@@ -1,18 +1,18 @@
 """What is to be trained, checked before anything is decoded, and settled once everything is.
 
-plan_training -> TrainingPlan -> (decode its stores) -> settle_job -> TrainingJob
+plan_training -> TrainingPlan -> store_start -> (decode its stores) -> settle_job -> TrainingJob
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imgbatch.config import Config, TrainConfig
+from imgbatch.config import Config, GeoConfig, TrainConfig
 from imgbatch.core import storage
 from imgbatch.core.architectures import (
     ARCHITECTURES,
@@ -26,9 +26,10 @@ from imgbatch.core.baselines import BASELINES, check_linear_head
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import DESCRIPTION_FILE, ModelBundle, load_bundle, load_network
 from imgbatch.core.parallel import MapParts, in_threads
+from imgbatch.core.row_decoder import reads_rasters
 from imgbatch.core.training.augment import check_augmentation, room_spec
 from imgbatch.core.training.crops import CropStore, FailedImage, create_store
-from imgbatch.core.training.job import JobPaths, TrainingJob, save_job
+from imgbatch.core.training.job import JobPaths, TrainingJob, save_initial, save_job
 from imgbatch.core.training.labelled import TRAIN, Labelled, check_class_counts, read_labelled
 from imgbatch.core.training.measure import check_metric
 from imgbatch.core.transforms import PreprocessSpec
@@ -124,6 +125,8 @@ def plan_training(config: Config, map_parts: MapParts = in_threads) -> TrainingP
             f"train.weights: the model at {start.path} has other classes ({', '.join(start.class_names[:5])}, …) "
             f"than the manifest ({', '.join(labelled.class_names[:5])}, …); give its model.safetensors for a new head"
         )
+    if start is not None:
+        _check_bands(config.geo, start)
     if train.metric != "auto" and train.metric != "loss" and not check_metric(train.metric, labelled.task):
         raise UsageError(f"train.metric: {labelled.task} has no {train.metric}; auto fits every task")
     spec = start.preprocess if start else default_preprocess(arch, published_name(train.weights or "") or "DEFAULT")
@@ -149,7 +152,7 @@ def plan_training(config: Config, map_parts: MapParts = in_threads) -> TrainingP
         weights_identity=weights_identity,
         spec=spec,
         storage=storage.absolute(train.storage or storage.join(str(config.output.path), "training")),
-        fingerprint=_fingerprint(config, identity, weights_identity, spec),
+        fingerprint=_fingerprint(config, manifest, identity, weights_identity, spec),
     )
 
 
@@ -195,7 +198,7 @@ def _trained_network(plan: TrainingPlan) -> nn.Module:
     from imgbatch.core.forest import refuse_forest
 
     if plan.start is not None:
-        network = load_network(plan.start)
+        network = load_network(replace(plan.start, preprocess=plan.spec))
         refuse_forest(network, plan.arch, where=f"train.weights: the model at {plan.start.path}")
         return network
     weights = str(plan.config.train.weights)
@@ -203,8 +206,19 @@ def _trained_network(plan: TrainingPlan) -> nn.Module:
     return fit_network(plan.arch, state_dict, crop_size=plan.spec.crop_size, where=f"--weights {weights}").float()
 
 
+def store_start(plan: TrainingPlan) -> None:
+    """Store the weights before the first step, unless the job is settled: what is wrong is said before decoding.
+
+    Raises:
+        UsageError: they cannot be had or do not fit the network, or there are too few images for a batch.
+    """
+    if not storage.exists(plan.paths.description):
+        _check_batch(plan.config.train, len(plan.labelled.splits[TRAIN]))
+        save_initial(plan.paths, initial_network(plan).state_dict())
+
+
 def settle_job(plan: TrainingPlan, stores: dict[str, CropStore]) -> tuple[TrainingJob, list[FailedImage]]:
-    """Store the job, without the images that could not be decoded, which are returned.
+    """Store the job after :func:`store_start`, without the images that could not be decoded, which are returned.
 
     Raises:
         UsageError: too few images of a class are left, or too few for a batch.
@@ -243,8 +257,24 @@ def settle_job(plan: TrainingPlan, stores: dict[str, CropStore]) -> tuple[Traini
         positions={name: np.searchsorted(plan.stored_rows(name), images.row_ids_N) for name, images in splits.items()},
     )
     if not storage.exists(job.paths.description):
-        save_job(job, initial_network(plan).state_dict())
+        save_job(job)
     return job, failed
+
+
+def _check_bands(geo: GeoConfig, start: ModelBundle) -> None:
+    """Raise :class:`UsageError` where other bands are asked for than those of the bundle, which training keeps."""
+    bands = start.preprocess.bands
+    limits = {*zip(bands.low, bands.high, strict=True)} if bands else set()
+    differs = {
+        "bands": geo.bands is not None and (bands is None or geo.bands not in ("all", bands.indices)),
+        "stretch": geo.stretch != GeoConfig().stretch and (bands is None or geo.stretch != bands.stretch),
+        "value_range": geo.value_range is not None and limits != {geo.value_range},
+    }
+    if option := next((name for name, is_other in differs.items() if is_other), None):
+        raise UsageError(
+            f"geo.{option}: the model at {start.path} keeps its own preprocessing ({start.preprocess.describe()}); "
+            "leave it out, or give its model.safetensors for a new head"
+        )
 
 
 def _backbone(train: TrainConfig, start: ModelBundle | None) -> str:
@@ -298,9 +328,11 @@ def _check_batch(train: TrainConfig, num_images: int) -> None:
         )
 
 
-def _fingerprint(config: Config, manifest_identity: str, weights_identity: str | None, spec: PreprocessSpec) -> str:
-    decisive = {
-        "manifest": manifest_identity,
+def _fingerprint(
+    config: Config, manifest: Manifest, identity: str, weights_identity: str | None, spec: PreprocessSpec
+) -> str:
+    decisive: dict[str, Any] = {
+        "manifest": identity,
         "limit": config.input.limit,
         "weights": weights_identity,
         "train": config.train.model_dump(mode="json", exclude=_UNDECISIVE),
@@ -308,4 +340,6 @@ def _fingerprint(config: Config, manifest_identity: str, weights_identity: str |
         "spec": spec.to_dict(),
         "max_pixels": config.decode.max_pixels,
     }
+    if reads_rasters(manifest.schema.names, spec):
+        decisive["max_nodata"] = config.geo.max_nodata
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]

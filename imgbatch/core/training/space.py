@@ -10,9 +10,9 @@ from imgbatch.core.training.crops import CropStore
 from imgbatch.core.training.plan import TrainingPlan
 from imgbatch.errors import UsageError
 
-_CHECKPOINT_COPIES = 8
-"""Weights, their average and two moments of the optimiser, with the next checkpoint beside the last, the best and
-the first weights, rounded up."""
+_CHECKPOINT_COPIES = 11
+"""Weights, their average and two moments of the optimiser, with the next checkpoint beside the last; likewise the best
+weights; and the first ones."""
 
 
 def needed_bytes(plan: TrainingPlan, stores: dict[str, CropStore]) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,16 @@ class Worker:
     world_size: int = 1
     loader_processes: int = 0
     """Processes that augment images for this worker; 0: it does so itself."""
+    fit_threads: int | None = None
+    """Threads that fitting a head on the CPU takes; none: those of everything else."""
 
     @classmethod
-    def current(cls, device: torch.device, *, loader_processes: int = 0) -> Worker:
+    def current(cls, device: torch.device, *, loader_processes: int = 0, fit_threads: int | None = None) -> Worker:
         """The place that torch.distributed has given this process."""
+        alone = cls(device, loader_processes=loader_processes, fit_threads=fit_threads)
         if not distributed.is_initialized():
-            return cls(device, loader_processes=loader_processes)
-        return cls(device, distributed.get_rank(), distributed.get_world_size(), loader_processes)
+            return alone
+        return replace(alone, rank=distributed.get_rank(), world_size=distributed.get_world_size())
 
     @property
     def is_first(self) -> bool:
@@ -51,6 +56,13 @@ class Worker:
         everything = torch.zeros((num_rows, *mine.shape[1:]), dtype=mine.dtype, device=mine.device)
         everything[self.rank :: self.world_size] = mine
         return self.sum(everything)
+
+    def hear_first(self, value: T) -> T:
+        """The first worker's plain value; every worker must call it."""
+        values = [value]
+        if self.world_size > 1:
+            distributed.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
     def agree_on(self, tensors: Iterable[Tensor]) -> None:
         """The first worker's values become everyone's, in place; every worker must call it."""
@@ -76,6 +88,16 @@ class Worker:
             return network
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=has_statistics)
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """With the threads for fitting a head."""
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(self.fit_threads or num_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
 
     @contextmanager
     def accumulating(self, network: nn.Module, *, last: bool) -> Iterator[None]:

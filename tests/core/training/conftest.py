@@ -15,7 +15,7 @@ from PIL import Image
 from imgbatch.config import Config, load_config
 from imgbatch.core.training.crops import FailedImage, decode_crops
 from imgbatch.core.training.job import TrainingJob
-from imgbatch.core.training.plan import plan_training, settle_job
+from imgbatch.core.training.plan import plan_training, settle_job, store_start
 
 COLOURS = {"blue": (30, 40, 200), "green": (40, 190, 60), "red": (200, 40, 30)}
 WriteManifest = Callable[..., Path]
@@ -25,6 +25,7 @@ def settle(config: Config) -> tuple[TrainingJob, list[FailedImage]]:
     """Everything up to the first step, without an engine."""
     plan = plan_training(config)
     stores = plan.stores()
+    store_start(plan)
     for store in stores.values():
         decode_crops(store, config)
     return settle_job(plan, stores)

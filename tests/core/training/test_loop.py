@@ -4,11 +4,13 @@ import errno
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from imgbatch.core import storage
+from imgbatch.core.architectures import build_network
 from imgbatch.core.training import checkpoint
-from imgbatch.core.training.checkpoint import load_last, load_weights, read_epochs
-from imgbatch.core.training.loop import run_training
+from imgbatch.core.training.checkpoint import load_best, load_last, load_weights, read_epochs, save_best
+from imgbatch.core.training.loop import Trainer, run_training
 from imgbatch.core.training.workers import Worker
 from imgbatch.errors import ImgbatchError
 from tests.conftest import changed
@@ -32,6 +34,11 @@ def last_weights(job):
     """The network's own weights after the last epoch."""
     state, _ = load_last(job.paths)
     return state["network"]
+
+
+def best_weights(job):
+    """Of the epoch that became the model."""
+    return load_best(job.paths, storage.read_json(job.paths.outcome)["best_epoch"])
 
 
 def stop_after(epoch):
@@ -74,7 +81,30 @@ def test_a_killed_training_ends_as_if_nothing_had_happened(colour_config, tmp_pa
     outcome = storage.read_json(job.paths.outcome)
     assert outcome["steps"] == expected["steps"]
     assert outcome["metrics"] == expected["metrics"]
-    torch.testing.assert_close(load_weights(job.paths.best), load_weights(undisturbed.paths.best), rtol=0, atol=0)
+    torch.testing.assert_close(best_weights(job), best_weights(undisturbed), rtol=0, atol=0)
+
+
+def test_weights_that_no_record_tells_of_are_not_the_best(colour_config):
+    job, _ = settle(changed(colour_config, train__epochs=1))
+    with pytest.raises(Stop):
+        run_training(job, ALONE, stop_after(1))
+    expected = job.paths.best_of(max(record["epoch"] for record in read_epochs(job.paths) if record["is_best"]))
+    # As a worker leaves them that is killed before the checkpoint of the epoch.
+    save_best(job.paths, 2, {name: torch.zeros_like(tensor) for name, tensor in last_weights(job).items()})
+    run_training(job, ALONE, lambda _: None)
+    torch.testing.assert_close(best_weights(job), load_weights(expected), rtol=0, atol=0)
+
+
+def test_the_best_weights_alone_are_kept_also_where_their_name_had_no_epoch(colour_config):
+    config = changed(colour_config, train__epochs=8)
+    job, _ = settle(config)
+    with pytest.raises(Stop):
+        run_training(job, ALONE, stop_after(0))
+    storage.local_path(job.paths.best_of(0)).rename(storage.local_path(job.paths.directory) / "best.safetensors")
+    assert load_best(job.paths, 0).keys() == load_weights(job.paths.initial).keys()
+    _, outcome = train(config)
+    assert outcome["best_epoch"] > 0
+    assert list(storage.list_stems(job.paths.directory, ["best"])) == [f"best-{outcome['best_epoch']:05d}.safetensors"]
 
 
 def test_a_training_repeats_itself_and_a_seed_changes_it(colour_config, tmp_path):
@@ -131,8 +161,8 @@ def test_several_labels_of_an_image_are_learnt(colour_config, colour_images, wri
 @pytest.fixture
 def pretrained(colour_config, tmp_path):
     """Weights of a short training, to start from."""
-    job, _ = train(changed(colour_config, train__storage=str(tmp_path / "pretrained"), train__epochs=4))
-    return job.paths.best
+    job, outcome = train(changed(colour_config, train__storage=str(tmp_path / "pretrained"), train__epochs=4))
+    return job.paths.best_of(outcome["best_epoch"])
 
 
 def test_fine_tuning_starts_from_a_fitted_head(colour_config, pretrained):
@@ -154,7 +184,7 @@ def test_baselines_are_fitted_without_an_epoch(colour_config, pretrained, baseli
     job, outcome = train(changed(colour_config, **flags))
     assert outcome["steps"] == 0
     assert outcome["metrics"]["test"]["top1"] > 0.8
-    before, after = load_weights(job.paths.initial), load_weights(job.paths.best)
+    before, after = load_weights(job.paths.initial), best_weights(job)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight", "head.bias"}
 
 
@@ -166,13 +196,44 @@ def test_a_forest_survives_a_killed_training(colour_config, pretrained):
         run_training(job, ALONE, stop_after(0))
     _, outcome = train(config, lambda _: pytest.fail("it was fitted already"))
     assert outcome["metrics"]["test"]["top1"] > 0.8
-    assert "head.shares" in load_weights(job.paths.best)
+    assert "head.shares" in best_weights(job)
+
+
+def test_a_head_that_is_a_convolution_needs_no_features(colour_config, tmp_path):
+    weights = tmp_path / "squeezenet1_1.safetensors"
+    save_file(build_network("squeezenet1_1", 3).state_dict(), weights)
+    job, _ = settle(changed(colour_config, train__arch="squeezenet1_1", train__weights=str(weights)))
+    storage.remove(job.store_of("train").directory)
+    Trainer(job, ALONE)._fit_head()
 
 
 def test_a_loss_that_is_not_finite_is_one_line(colour_config):
     config = changed(colour_config, train__learning_rate=1e30, train__clip_norm=0.0, train__optimizer="sgd")
     with pytest.raises(ImgbatchError, match=r"the loss of epoch \d is not finite; lower train.learning_rate"):
         train(changed(config, train__batch_norm="frozen"))
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_a_validation_loss_that_is_not_finite_is_one_line(colour_config, colour_images, write_manifest, task):
+    flags = {"train__learning_rate": 1e30, "train__clip_norm": 0.0, "train__optimizer": "sgd"}
+    if task == "multilabel":
+        uris = colour_images["blue"] + colour_images["red"]
+        split = (["train"] * 10 + ["validation"] * 6) * 2
+        manifest = write_manifest("labels.parquet", uri=uris, targets=[["b"]] * 16 + [["r"]] * 16, split=split)
+        flags["input__manifest"] = str(manifest)
+    # All images in one step: the loss is taken before the weights are lost.
+    config = changed(colour_config, train__batch_size=30, train__batch_norm="frozen", **flags)
+    with pytest.raises(ImgbatchError, match=r"the validation loss of epoch 1 is not finite; lower train.learning_rate"):
+        train(config)
+
+
+def test_weights_that_give_no_numbers_are_one_line(colour_config, make_bundle):
+    network = build_network("simple_cnn", 3)
+    network.features[1].running_mean.fill_(torch.nan)
+    bundle = make_bundle("start", class_names=("blue", "green", "red"), state_dict=network.state_dict())
+    config = changed(colour_config, train__weights=bundle.path)
+    with pytest.raises(ImgbatchError, match=r"the validation loss of epoch 0 is not finite; start from other weights"):
+        train(config)
 
 
 def test_no_space_for_a_checkpoint_is_one_line(colour_config, monkeypatch):
@@ -182,5 +243,5 @@ def test_no_space_for_a_checkpoint_is_one_line(colour_config, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.storage, "replace", full)
-    with pytest.raises(ImgbatchError, match=r"train\.storage: no space for .*best\.safetensors"):
+    with pytest.raises(ImgbatchError, match=r"train\.storage: no space for .*best-00000\.safetensors"):
         run_training(job, ALONE, lambda _: None)

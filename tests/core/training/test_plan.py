@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from imgbatch.core.architectures import build_network
+from imgbatch.core.bands import BandSpec
 from imgbatch.core.model import load_network, save_bundle
 from imgbatch.core.training import space
 from imgbatch.core.training.job import load_job
@@ -16,20 +18,26 @@ from imgbatch.errors import ErrorBudgetExceeded, UsageError
 from tests.conftest import changed
 from tests.core.training.conftest import settle
 
+TWO_BANDS = BandSpec((4, 2), (0.0, 0.0), (100.0, 100.0), "deviation")
+
 
 @pytest.fixture
 def start_from(tmp_path):
     """Makes a bundle of simple_cnn with the given classes."""
 
-    def make(class_names=("blue", "green", "red")):
+    def make(class_names=("blue", "green", "red"), bands=None):
         torch.manual_seed(1)
-        network = build_network("simple_cnn", len(class_names))
+        network = build_network("simple_cnn", len(class_names), num_channels=len(bands.indices) if bands else 3)
+        spec = PreprocessSpec(resize_size=18, crop_size=16)
+        if bands:
+            per_band = (0.5,) * len(bands.indices)
+            spec = replace(spec, bands=bands, mean=per_band, std=per_band)
         return save_bundle(
             str(tmp_path / "start"),
             arch="simple_cnn",
             task="multiclass",
             class_names=class_names,
-            preprocess=PreprocessSpec(resize_size=18, crop_size=16),
+            preprocess=spec,
             state_dict=network.state_dict(),
         )
 
@@ -70,6 +78,15 @@ def test_what_decides_the_result_is_in_the_fingerprint(colour_config):
         assert plan_training(changed(colour_config, **other)).fingerprint != fingerprint
 
 
+def test_how_much_of_a_tile_may_be_missing_is_in_the_fingerprint_of_rasters_only(colour_config, start_from):
+    def fingerprint(config, max_nodata):
+        return plan_training(changed(config, geo__max_nodata=max_nodata)).fingerprint
+
+    assert fingerprint(colour_config, 0.1) == fingerprint(colour_config, 0.5)
+    rasters = changed(colour_config, train__weights=start_from(bands=TWO_BANDS).path)
+    assert fingerprint(rasters, 0.1) != fingerprint(rasters, 0.5)
+
+
 def test_a_seed_decides_fresh_weights(colour_config):
     first, again = (initial_network(plan_training(colour_config)).head.weight for _ in range(2))
     other = initial_network(plan_training(changed(colour_config, train__seed=1))).head.weight
@@ -97,6 +114,47 @@ def test_a_weights_file_gets_a_new_head(colour_config, start_from):
 def test_a_bundle_of_other_classes_is_refused(colour_config, start_from):
     with pytest.raises(UsageError, match=r"has other classes \(a, b, …\) than the manifest \(blue, green, red, …\)"):
         plan_training(changed(colour_config, train__weights=start_from(("a", "b")).path))
+
+
+@pytest.mark.parametrize(
+    ("bands", "flags"),
+    [
+        (TWO_BANDS, {"geo__bands": (2, 4)}),
+        (TWO_BANDS, {"geo__stretch": "physical"}),
+        (TWO_BANDS, {"geo__value_range": (0.0, 50.0)}),
+        (None, {"geo__bands": "all"}),
+        (None, {"geo__stretch": "deviation"}),
+        (None, {"geo__value_range": (0.0, 100.0)}),
+    ],
+)
+def test_other_bands_than_the_bundles_are_refused(colour_config, start_from, bands, flags):
+    start = start_from(bands=bands)
+    (option,) = flags
+    message = rf"{option.replace('__', '.')}: the model at .*start keeps its own preprocessing \("
+    with pytest.raises(UsageError, match=message):
+        plan_training(changed(colour_config, train__weights=start.path, **flags))
+
+
+def test_the_bands_of_the_bundle_may_be_said_again(colour_config, start_from):
+    same = {"geo__bands": (4, 2), "geo__stretch": "deviation", "geo__value_range": (0.0, 100.0)}
+    for flags in (same, {"geo__bands": "all"}):
+        start = start_from(bands=TWO_BANDS)
+        assert plan_training(changed(colour_config, train__weights=start.path, **flags)).spec.bands == TWO_BANDS
+
+
+def test_position_embeddings_of_a_bundle_follow_the_crop(colour_config, tmp_path):
+    network = build_network("vit_b_32", 3, crop_size=96)
+    start = save_bundle(
+        str(tmp_path / "start"),
+        arch="vit_b_32",
+        task="multiclass",
+        class_names=("blue", "green", "red"),
+        preprocess=PreprocessSpec(resize_size=96, crop_size=96),
+        state_dict={name: tensor.half() for name, tensor in network.state_dict().items()},
+    )
+    flags = {"train__weights": start.path, "preprocess__resize_size": 64, "preprocess__crop_size": 64}
+    network = initial_network(plan_training(changed(colour_config, train__arch="vit_b_32", **flags)))
+    assert network.encoder.pos_embedding.shape[1] == 1 + (64 // 32) ** 2
 
 
 @pytest.mark.parametrize(

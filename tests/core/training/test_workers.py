@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ def _measure(rank: int, job: TrainingJob, out: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
     trainer = Trainer(job, Worker.current(torch.device("cpu")))
     if rank == 1:
-        for buffer in trainer.network.buffers():
-            buffer.zero_()
+        for name, buffer in trainer.network.named_buffers():
+            if "running" in name:
+                buffer.zero_()
     trainer.start(lambda _: None)
     probs = {split: torch.from_numpy(trainer._probs(split, exact=True)) for split in job.splits}
-    torch.save({"validation": trainer.history[0]["validation"], "probs": probs}, out / f"{rank}.pt")
+    measured = {"validation": trainer.history[0]["validation"], "probs": probs, "fitted": "sklearn" in sys.modules}
+    torch.save(measured | {"weights": trainer.network.state_dict()}, out / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -50,3 +53,21 @@ def test_workers_measure_with_the_first_ones_statistics_even_a_split_of_one_imag
     for measured in measure_on_both(job, tmp_path):
         torch.testing.assert_close(measured["probs"], expected)
         assert measured["validation"]["loss"] == pytest.approx(alone._measure(VALIDATION)["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("baseline", ["random_forest", "logistic_regression"])
+def test_the_first_worker_fits_the_head_of_all(colour_config, tmp_path, baseline):
+    job, _ = settle(changed(colour_config, train__arch=baseline, train__backbone="hog_color"))
+    first, second = measure_on_both(job, tmp_path)
+    assert first["fitted"] == (baseline == "random_forest")
+    assert not second["fitted"]
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+    torch.testing.assert_close(first["probs"], second["probs"], rtol=0, atol=0)
+    assert first["validation"]["top1"] > 0.5
+
+
+def test_a_head_is_fitted_with_threads_of_its_own():
+    before = torch.get_num_threads()
+    with Worker(torch.device("cpu"), fit_threads=before + 1).fitting():
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
