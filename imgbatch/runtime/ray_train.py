@@ -18,17 +18,20 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from imgbatch.config import Config
 from imgbatch.core import storage
+from imgbatch.core.machine import num_cpus
 from imgbatch.core.training.checkpoint import read_epochs
 from imgbatch.core.training.crops import CropStore
 from imgbatch.core.training.job import TrainingJob, load_job
 from imgbatch.errors import ImgbatchError, normalise_message
 from imgbatch.runtime.crop_pool import decode_on_ray
-from imgbatch.runtime.session import cluster_machine
 from imgbatch.runtime.train import OnEpoch
 
 _POLL_S = 0.5
 _START_TIMEOUT_S = 600
 """Seconds that workers may take to start: Ray's own minute is too short for a busy machine or one that is cold."""
+_WAIT_TIMEOUT_S = 4 * 3600
+"""Seconds that workers may wait for each other: the first one alone fits the head, for longer than Ray's half hour if
+there are many features."""
 _MAX_LOADER_PROCESSES = 8
 
 
@@ -43,11 +46,11 @@ class RayTrainEngine:
         if storage.exists(job.paths.failure):  # of a command that ended before it could tell
             storage.remove(job.paths.failure)
         trainer = _build_trainer(job)
+        shown = len(read_epochs(job.paths))  # those of a command before this one
         outcome: list[BaseException] = []
         # Ray Train's callbacks run in an actor of its own; what a person sees comes from epochs.jsonl instead.
         fitting = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
         fitting.start()
-        shown = 0
         while True:
             fitting.join(_POLL_S)
             finished = not fitting.is_alive()
@@ -78,8 +81,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     job = load_job(settings["directory"])
     if storage.exists(job.paths.failure):
         return
-    torch.set_num_threads(settings["num_threads"])
-    worker = Worker.current(ray.train.torch.get_device(), loader_processes=settings["loader_processes"])
+    device, cores = ray.train.torch.get_device(), num_cpus()
+    local_workers = ray.train.get_context().get_local_world_size()
+    num_threads, loader_processes = share_of_cores(cores, local_workers, use_gpu=device.type == "cuda")
+    torch.set_num_threads(num_threads)
+    worker = Worker.current(device, loader_processes=loader_processes, fit_threads=cores)
     try:
         run_training(job, worker, lambda record: ray.train.report({"epoch": record["epoch"]}))
         job.remove_local_copies()
@@ -89,20 +95,22 @@ def train_worker(settings: dict[str, Any]) -> None:
         raise
 
 
+def share_of_cores(cores: int, local_workers: int, *, use_gpu: bool) -> tuple[int, int]:
+    """Threads and loader processes of a worker whose machine has so many cores and workers."""
+    mine = max(1, cores // local_workers)
+    return (1, min(_MAX_LOADER_PROCESSES, mine - 1)) if use_gpu else (mine, 0)
+
+
 def _build_trainer(job: TrainingJob) -> ray.train.torch.TorchTrainer:
     train, use_gpu = job.train, job.config.resources.device == "cuda"
-    num_workers = int(train.num_workers)
-    cpus_each = max(1, cluster_machine().num_cpus // num_workers)
     filesystem, path = storage.filesystem(job.paths.directory)
     return ray.train.torch.TorchTrainer(
         train_worker,
-        train_loop_config={
-            "directory": job.paths.directory,
-            "storage": job.config.storage,
-            "num_threads": 1 if use_gpu else cpus_each,
-            "loader_processes": min(_MAX_LOADER_PROCESSES, cpus_each - 1) if use_gpu else 0,
-        },
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=_share(use_gpu)),
+        train_loop_config={"directory": job.paths.directory, "storage": job.config.storage},
+        torch_config=ray.train.torch.TorchConfig(timeout_s=_WAIT_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=int(train.num_workers), use_gpu=use_gpu, resources_per_worker=_share(use_gpu)
+        ),
         run_config=RunConfig(
             # A name that was used before would bring back that attempt's state; ours is in the job's own files.
             name=f"ray-{uuid.uuid4().hex[:8]}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import time
 from pathlib import Path
@@ -10,14 +11,19 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from imgbatch.config import Config
 from imgbatch.core.model import load_bundle, load_network
 from imgbatch.core.training.checkpoint import read_epochs
+from imgbatch.core.training.loop import run_training
 from imgbatch.core.training.plan import plan_training
+from imgbatch.core.training.workers import Worker
 from imgbatch.errors import ImgbatchError
+from imgbatch.runtime.ray_train import share_of_cores
 from imgbatch.runtime.train import train
 from tests.conftest import changed
+from tests.core.training.conftest import settle
 
 _EPOCHS = 20
 """Enough that a worker is killed long before the last."""
@@ -49,6 +55,33 @@ def test_two_workers_give_what_one_gives(config, tmp_path):
     assert result.metrics["steps"] == expected.metrics["steps"]
     assert result.metrics["test"]["loss"] == pytest.approx(expected.metrics["test"]["loss"], rel=1e-3)
     assert result.bundle.provenance["hardware"]["workers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("cores", "local_workers", "on_cpu", "on_gpu"),
+    [(2, 1, (2, 0), (1, 1)), (64, 4, (16, 0), (1, 8)), (7, 2, (3, 0), (1, 2)), (1, 2, (1, 0), (1, 0))],
+)
+def test_a_worker_takes_its_share_of_its_own_machine(cores, local_workers, on_cpu, on_gpu):
+    assert share_of_cores(cores, local_workers, use_gpu=False) == on_cpu
+    assert share_of_cores(cores, local_workers, use_gpu=True) == on_gpu
+
+
+def test_a_training_that_goes_on_tells_of_new_epochs_only(config):
+    class Stop(Exception):
+        pass
+
+    def stop(record: dict[str, object]) -> None:
+        if record["epoch"] == 2:
+            raise Stop
+
+    config = changed(config, train__epochs=4)
+    job, _ = settle(config)
+    with pytest.raises(Stop):
+        run_training(job, Worker(torch.device("cpu")), stop)
+    printed = io.StringIO()
+    train(changed(config, classify__engine="ray", train__num_workers=1), Console(file=printed, width=200))
+    told = [line.split(",")[0] for line in printed.getvalue().splitlines() if line.startswith("epoch ")]
+    assert told == ["epoch 3 of 4", "epoch 4 of 4"]
 
 
 @pytest.mark.soak
