@@ -72,7 +72,8 @@ def _count_cells(scored: Scored) -> confusion.Cells:
     table = scored.connection.sql(
         f"select target_index, label_index, count(*) as num from scored where {_KNOWN} group by all order by all"
     ).to_arrow_table()
-    return confusion.Cells(*(column.to_numpy() for column in table.columns), scored.labeller.num_classes)
+    target_M, predicted_M, count_M = (column.to_numpy() for column in table.columns)
+    return confusion.Cells(target_M, predicted_M, count_M, scored.labeller.num_classes)
 
 
 def _add_probabilities(sums: Sums, probs_NK: np.ndarray, targets_N: np.ndarray, lots_N: np.ndarray) -> None:

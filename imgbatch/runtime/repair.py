@@ -4,7 +4,6 @@ the rows again that they held."""
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -18,7 +17,8 @@ from imgbatch.core.runs import RunEntry, heartbeat
 from imgbatch.core.verify import run_chain
 from imgbatch.errors import ImgbatchError, UsageError, normalise_message
 from imgbatch.runtime.engine import Engine, EngineStopped
-from imgbatch.runtime.job import MAX_PASS_UNITS, PASSES_BEFORE_ISOLATION, open_engine
+from imgbatch.runtime.job import MAX_PASS_UNITS, open_engine
+from imgbatch.runtime.suspects import Suspects
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,14 @@ def _classify(run: Run, units: list[int], console: Console) -> None:
 
 
 def _classify_all(engine: Engine, units: list[int], console: Console) -> None:
-    """As the run does it: after a pass that died the units under way go alone, and those that die again row by row."""
-    pending = dict.fromkeys(units)
-    deaths: Counter[int] = Counter()
+    """As the run does it: what was under way when a pass died goes in halves, and what died alone row by row."""
+    pending, suspects = dict.fromkeys(units), Suspects()
     while pending:
-        suspects = [unit for unit in pending if deaths[unit] >= PASSES_BEFORE_ISOLATION]
-        for unit in suspects:
-            engine.classify_isolated(unit)
-            del pending[unit]
-        if suspects:
+        if alone := suspects.alone(pending):
+            engine.classify_isolated(alone[0])
+            del pending[alone[0]]
             continue
-        chosen = [unit for unit in pending if deaths[unit]] or list(pending)[:MAX_PASS_UNITS]
+        chosen = suspects.choose(list(pending), frozenset(), MAX_PASS_UNITS)
         unseen = dict.fromkeys(chosen)
         try:
             with contextlib.closing(engine.classify_units(chosen, defer=False)) as receipts:
@@ -127,9 +124,11 @@ def _classify_all(engine: Engine, units: list[int], console: Console) -> None:
                     unseen.pop(receipt.unit, None)
         except EngineStopped as error:
             console.print(f"a pass ended early: {normalise_message(error)}", markup=False)
-            deaths.update(list(unseen)[: engine.window])
+            came = len(unseen) < len(chosen)
+            suspects.pass_ended_early(chosen, list(unseen)[: engine.window], anything_came=came)
         else:
             unseen.clear()
+            suspects.pass_ended()
         for unit in chosen:
             if unit not in unseen:
                 del pending[unit]

@@ -10,9 +10,8 @@ from imgbatch.config import Config
 from imgbatch.core import fetch
 from imgbatch.core.failpoints import parse_failpoints
 from imgbatch.core.plan import plan_run
-from imgbatch.core.stages import PIXELS, DecodeStage
-from tests.conftest import changed
 from imgbatch.core.stages import PIXELS, ClassifyStage, DecodeStage
+from tests.conftest import changed
 
 
 def test_units_decoded_at_once_are_those_decoded_in_turn(photo_config: Config) -> None:
@@ -45,6 +44,8 @@ def test_a_unit_that_takes_longer_than_the_watchdog_waits_ends_with_failures_tha
     assert all(late[late.index(True) :])
     assert "the unit took longer than 0.4 s (0.8 of run.no_progress_s)" in block["error_message"].to_pylist()
     assert "FETCH_FAILED" not in unhurried["status"].to_pylist()
+
+
 def test_a_batch_is_no_larger_than_a_unit(photo_config: Config) -> None:
     run = plan_run(photo_config, "cpu")
     assert run.plan.layout.unit_rows == 16
