@@ -46,7 +46,7 @@ class Sums:
 
 
 def collect(scored: Scored, sample: RankSample) -> Sums:
-    """One pass over the rows whose target the model knows."""
+    """Of the rows whose target the model knows: DuckDB counts the pairs of classes, one pass sums up the rest."""
     num_classes = scored.labeller.num_classes
     sums = Sums(_count_cells(scored), SelfConfidence.empty(num_classes), sample)
     columns = ["target_index", "label_index", "probability"]
