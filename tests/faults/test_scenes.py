@@ -179,6 +179,6 @@ def test_a_block_that_is_damaged_in_the_bucket_is_corrupt(remote_scene: RemoteSc
     data[-2000:-200] = b"\xff" * 1800
     uri = remote_scene.uri.replace("scene.tif", "damaged.tif")
     storage.replace(uri, bytes(data))
-    error = read_tile(remote_scene.decoder, uri, 0, 0)
+    error = read_tile(remote_scene.decoder, uri, 32, 32)
     assert error is not None
     assert error.status is Status.CORRUPT
