@@ -19,7 +19,6 @@ class LocalEngine:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._decode = DecodeStage(run)
         threads = run.config.resources.classify_threads
         self._classify = ClassifyStage(
             run,
@@ -28,6 +27,7 @@ class LocalEngine:
             ),
             num_threads=threads if isinstance(threads, int) else this_machine().num_cpus,
         )
+        self._decode = DecodeStage(run)  # last: it holds files open, and loading the model may fail
 
     @property
     def window(self) -> int:
