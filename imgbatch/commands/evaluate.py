@@ -118,6 +118,9 @@ def calibrate(
         _print_table("Accept from", accept["per_class"], columns, limit=100)
         precision = "none" if accept["precision"] is None else f"{accept['precision']:.1%}"
         console.print(f"{1 - accept['review_rate']:.1%} accepted, {precision} of them right; the rest for review")
+    if variants := result.report.get("variants"):
+        note = f": {variants['note']}" if variants["note"] else ""
+        console.print(f"with {', '.join(variants['copied'])}{note}", markup=False)
     console.print(f"written to {result.bundle.path} ({result.bundle.model_id})", markup=False)
 
 

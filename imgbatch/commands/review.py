@@ -23,7 +23,10 @@ def export(
         Literal["csv", "label-studio"], typer.Option("--format", help="csv, or label-studio: tasks as JSON.")
     ] = "csv",
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="Multi-label: the bundle with the thresholds; default: 0.5.")
+        str | None,
+        typer.Option(
+            "-m", "--model", help="Multi-label: the bundle with the thresholds; default: what the stored labels tell."
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
