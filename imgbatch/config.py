@@ -38,9 +38,10 @@ class InputConfig(Section):
     duplicates: Literal["error", "keep"] = "error"
     """What to do when an ``image_id`` stands there more than once."""
     skip_existing: bool = False
-    """Leave out the rows that the same model has labelled in this output."""
+    """Leave out the rows that the same model has labelled in this output, and those whose image is broken and, by its
+    etag, unchanged."""
     since_run: str | None = None
-    """As ``skip_existing``, but only labels of this run and of later ones count."""
+    """As ``skip_existing``, but only labels and failures of this run and of later ones count."""
     if_changed: IfChanged = "error"
     """What becomes of an object that is not what the manifest's ``etag`` says: a ``CHANGED`` row, or its label all
     the same, with or without a line about how many there were."""

@@ -30,7 +30,11 @@ def classify(
     ] = False,
     new_run: Annotated[bool, typer.Option("--new-run", help="A second run although this one has finished.")] = False,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Only rows that this model has not labelled in OUT.")
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Only rows that this model has not labelled in OUT, without broken images that did not change.",
+        ),
     ] = False,
     since_run: Annotated[
         str | None, typer.Option("--since-run", help="As --skip-existing, of labels of this run and later ones.")

@@ -284,7 +284,9 @@ def wanted_rows(config: Config, manifest: Manifest, bundle: ModelBundle, out: st
         return np.ones(num_rows, dtype=bool)
     wanted = unlabelled_rows(manifest, out, num_rows=num_rows, model_id=bundle.model_id, since_run=since_run)
     if not wanted.any():
-        raise NothingToDo(f"nothing to do: this model has labelled all {num_rows:,} rows in {out} already")
+        raise NothingToDo(
+            f"nothing to do: this model has labelled, or cannot read, all {num_rows:,} rows in {out} already"
+        )
     return wanted
 
 
