@@ -233,7 +233,7 @@ class TrainConfig(Section):
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Per step, of the running mean of the weights, which is what is measured and kept; 0: the weights themselves."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward pass; auto: bfloat16 on GPUs."""
+    """Of the forward pass; auto: bfloat16 on GPUs that have it."""
     metric: Literal["auto", "loss", "top1", "balanced_accuracy", "macro_f1", "mean_average_precision"] = "auto"
     """Of the validation split: the best epoch is kept; auto: mean_average_precision for multilabel, else top1."""
     patience: PositiveInt | None = None
