@@ -183,7 +183,8 @@ def _ranges(scene: DatasetReader, band: int, dtype: np.dtype) -> tuple[float, ..
     bits = int(scene.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8 * dtype.itemsize))
     if dtype == np.uint8 and bits == 8:
         return ()
-    return (2.0**bits - 1,) if bits < 16 else _INTEGER_RANGES
+    # Sentinel-2's JPEG 2000 files say 15, and the same scenes as GeoTIFF say nothing: both are to look alike.
+    return (2.0**bits - 1,) if bits < 15 else _INTEGER_RANGES
 
 
 def _missing(
