@@ -167,8 +167,8 @@ class ResourcesConfig(Section):
     classify_threads: PositiveInt | Auto = "auto"
     """Threads that the model runs in over one unit on a CPU."""
     classify_streams: PositiveInt | Auto = "auto"
-    """Units that each classify actor runs at once, with one copy of the weights (MNN: one a thread); auto: two on a GPU,
-    and on a CPU one where ``classify_actors`` is given."""
+    """Units that each classify actor runs at once, with one copy of the weights (MNN: one a thread); auto: two on a
+    GPU, and on a CPU one where ``classify_actors`` is given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What the model runs on."""
     decode_labels: dict[str, str] = {}
