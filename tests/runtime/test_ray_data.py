@@ -140,17 +140,25 @@ def test_parts_that_are_not_done_end_the_command_in_one_line() -> None:
 def test_whichever_part_is_done_counts_as_progress(tmp_path: Path) -> None:
     """The results come in the order of the parts, and the first may be the last to be done."""
 
-    def in_turn(context: str, part: int) -> int:
-        before = Path(context, str(part - 1)) if part else Path(context, "3")
-        while not before.exists():
+    def wait_for(path: Path) -> None:
+        while not path.exists():
             time.sleep(0.05)
+
+    def meet(context: str, part: int) -> None:
+        Path(context, f"started{part}").touch()
+        for other in range(4):
+            wait_for(Path(context, f"started{other}"))
+
+    def in_turn(context: str, part: int) -> int:
+        wait_for(Path(context, f"done{part - 1 if part else 3}"))
         if part:
-            time.sleep(1.5)
-            Path(context, str(part)).touch()
+            time.sleep(2.5)
+            Path(context, f"done{part}").touch()
         return part
 
-    (tmp_path / "0").touch()
-    assert list(map_in_tasks(in_turn, str(tmp_path), [0, 1, 2, 3], timeout_s=4)) == [0, 1, 2, 3]
+    list(map_in_tasks(meet, str(tmp_path), range(4), timeout_s=300))  # so that no process has to start any more
+    (tmp_path / "done0").touch()
+    assert list(map_in_tasks(in_turn, str(tmp_path), range(4), timeout_s=6)) == [0, 1, 2, 3]
 
 
 def test_who_takes_no_more_receipts_ends_the_pass(photo_config: Config, tmp_path: Path) -> None:

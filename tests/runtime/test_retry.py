@@ -115,12 +115,13 @@ def test_a_run_that_current_json_lacks_is_found_and_retried(
 ) -> None:
     """As after a kill between _SUCCESS and current.json."""
     manifest, late = broken_manifest(photos, tmp_path)
-    first = classify(changed(photo_config, input__manifest=str(manifest)))
+    config = changed(photo_config, input__manifest=str(manifest))
+    first = classify(config)
     storage.remove(current.location(first.out))
     (failed,) = (check for check in verify(first.out).checks if not check.ok)
     assert (failed.run_id, failed.name) == (first.run_id, "current")
     late[0].write_bytes(photos[1].read_bytes())
-    child = retry(photo_config, None)
+    child = retry(config, None)
     assert isinstance(child, RunResult)
     assert (child.num_rows, child.counts["OK"]) == (first.num_errors, 1)
     assert verify(first.out).ok
