@@ -169,10 +169,10 @@ def test_scenes(tmp_path: Path, imgbatch: Command, store_run: Callable[..., Path
     assert reason in imgbatch("manifest", "stats", str(manifest), code=2)
     columns = {"window": [window], "uri": [str(scene)]}
     out = store_run(("a", "b"), np.array([[1, 0]], np.float32), columns=columns, image_ids=["scene.tif#0,0,32,32"])
-    assert f"left out: {scene}: {reason}" in imgbatch("mosaic", str(out), "-o", str(tmp_path / "maps"))
+    assert f"left out: {scene}: {reason}" in imgbatch("mosaic", str(out), "-o", str(tmp_path / "maps"), code=2)
     plan = RunPaths(str(out), "r000000000001").plan
     storage.write_json(plan, storage.read_json(plan) | {"config": {"fetch": {"roots": [str(tmp_path / "elsewhere")]}}})
     assert f"left out: {scene}: {reason}" in imgbatch(
-        "mosaic", str(out), "-o", str(tmp_path / "maps"), allow="fetch.retries=1"
+        "mosaic", str(out), "-o", str(tmp_path / "maps"), allow="fetch.retries=1", code=2
     )
     assert "1 rasters" in imgbatch("mosaic", str(out), "-o", str(tmp_path / "maps"), allow=f"fetch.roots=[{tmp_path}]")
