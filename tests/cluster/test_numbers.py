@@ -197,7 +197,10 @@ def test_blocks_in_the_object_stores(recipe):
 
 @pytest.mark.parametrize(
     ("group", "decode_actors", "classify_actors", "said"),
-    [("cpu", 15, 0, "15 decode actors, 2.7 blocks of 80 MiB each: 3.4 GB"), ("gpu", 3, 1, "1.2 GB with 3 decode actors")],
+    [
+        ("cpu", 15, 0, "15 decode actors, 2.7 blocks of 80 MiB each: 3.4 GB"),
+        ("gpu", 3, 1, "1.2 GB with 3 decode actors"),
+    ],
 )
 def test_shared_memory_has_room_for_the_blocks_of_a_node(group, decode_actors, classify_actors, said):
     night = load_config(CLUSTER / "kuberay/night/night.yaml").resources
