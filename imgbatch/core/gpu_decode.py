@@ -57,10 +57,8 @@ class GpuDecoder:
 
     def _try_out(self) -> None:
         """One small image; later, a device that decodes nothing would leave all of its share to one core."""
-        encoded = io.BytesIO()
-        Image.new("RGB", (16, 16)).save(encoded, "JPEG")
         try:
-            self._decode_jpeg([encoded.getvalue()], mode="RGB", device=self._device)
+            self._decode_jpeg([_small_jpeg()], mode="RGB", device=self._device)
         except Exception as error:
             raise UsageError(
                 f"decode.gpu_share: {self._device} decodes no JPEG here ({normalise_message(error)}); install a "
@@ -103,15 +101,23 @@ class GpuDecoder:
         if self._device != "cpu":
             # nvJPEG has its memory from the driver, and torch keeps what it has once had.
             torch.cuda.empty_cache()
-        # One bad image fails the call, and is found by halves. Where both fail it is not about an image.
-        while len(indices) > 1:
-            middle = len(indices) // 2
-            halves = (indices[:middle], indices[middle:])
-            failed = [half for half in halves if not self._decoded(images, half, pixels_NHWC)]
-            if len(failed) != 1:
-                return indices if failed else []
-            indices = failed[0]
-        return indices
+        if len(indices) == 1 or not self._works():
+            return indices
+        # One bad image fails the call, and is found by halves.
+        middle = len(indices) // 2
+        halves = (indices[:middle], indices[middle:])
+        return [index for half in halves for index in self._decode_call(images, half, pixels_NHWC)]
+
+    def _works(self) -> bool:
+        """Whether the device decodes at all, so that a failure is about the images or their number."""
+        try:
+            with self._using_device:
+                self._decode_jpeg([_small_jpeg()], mode="RGB", device=self._device)
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError:
+            return False
+        return True
 
     def _decoded(self, images: Sequence[bytes], indices: Sequence[int], pixels_NHWC: np.ndarray) -> bool:
         """Whether the device made crops of them."""
@@ -125,6 +131,12 @@ class GpuDecoder:
         except RuntimeError:
             return False
         return True
+
+
+def _small_jpeg() -> bytes:
+    encoded = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(encoded, "JPEG")
+    return encoded.getvalue()
 
 
 def crop(pixels_CHW: Tensor, spec: PreprocessSpec) -> Tensor:

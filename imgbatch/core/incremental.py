@@ -13,13 +13,22 @@ from imgbatch.core.database import spilling
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.runs import find_run
 from imgbatch.core.views import view_statements
-from imgbatch.errors import MAY_PASS, Status, UsageError
+from imgbatch.errors import Status, UsageError
 from imgbatch.schema import ETAG, IMAGE_ID, ROW_ID
 
 _MEMORY_MB = 1000
 
-_MAY_COME = frozenset({*MAY_PASS, Status.NOT_FOUND})
-"""Failures that say nothing of the content: what a listing names again may be there again."""
+_OF_CONTENT = (
+    Status.EMPTY,
+    Status.NOT_AN_IMAGE,
+    Status.UNSUPPORTED_FORMAT,
+    Status.TRUNCATED,
+    Status.CORRUPT,
+    Status.TOO_LARGE,
+    Status.BAD_WINDOW,
+    Status.NON_FINITE,
+)
+"""Failures that the same bytes bring again; others are the store's, the machine's or the configuration's."""
 
 
 def unlabelled_rows(manifest: Manifest, out: str, *, num_rows: int, model_id: str, since_run: str | None) -> np.ndarray:
@@ -27,7 +36,7 @@ def unlabelled_rows(manifest: Manifest, out: str, *, num_rows: int, model_id: st
 
     A row counts as labelled where its image_id has a prediction, unless the object changed since: where both the
     manifest and the prediction know an ``etag`` and they differ. A row that failed is left out too, where both know an
-    ``etag``, they agree, and the failure is none that may pass: a broken image would fail every night. Without an
+    ``etag``, they agree, and the failure is one of the content: a broken image would fail every night. Without an
     ``etag`` nothing says whether the image was replaced, and it is tried again.
 
     Args:
@@ -49,7 +58,7 @@ def unlabelled_rows(manifest: Manifest, out: str, *, num_rows: int, model_id: st
             if ETAG in connection.sql("from all_predictions limit 0").columns:
                 query += f" and coalesce(known.{ETAG} = listed.{ETAG}, true)"
             if ETAG in connection.sql("from all_errors limit 0").columns:
-                lasting = ", ".join(f"'{status}'" for status in Status if status not in _MAY_COME)
+                lasting = ", ".join(f"'{status}'" for status in _OF_CONTENT)
                 query += (
                     f" anti join (select {IMAGE_ID}, {ETAG} from all_errors where status in ({lasting})) failed "
                     f"on failed.{IMAGE_ID} = listed.{IMAGE_ID} and failed.{ETAG} = listed.{ETAG}"

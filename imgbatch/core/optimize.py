@@ -219,7 +219,12 @@ def _candidates(built: _Built) -> list[BatchedPredictor]:
     """One for each batch size to choose from, as far as the device has room for them, and one in any case."""
     found: list[BatchedPredictor] = []
     for batch_size in batch_sizes(built.target, built.device, built.bundle.preprocess):
-        candidate = built.build(batch_size, 1)
+        try:
+            candidate = built.build(batch_size, 1)
+        except UsageError:
+            if not found:
+                raise
+            break
         if found and candidate.batch_size < batch_size:
             break
         found.append(candidate)

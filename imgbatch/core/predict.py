@@ -48,8 +48,8 @@ class Predictor(BatchedPredictor):
         num_threads: of the CPU for one forward pass, or none to leave it. Several threads may call at once; on a GPU
             each has a stream of its own.
         compiled: by ``torch.compile``, for batches of exactly ``batch_size``: smaller ones are filled up; no features.
-        reduced: convolutions and products of matrices in 16 bits (``torch.autocast``), the rest in float32: bfloat16,
-            or float16 on a GPU that only emulates that.
+        reduced: convolutions and products of matrices in bfloat16 (``torch.autocast``), the rest in float32; all of it
+            in float32 on a GPU that only emulates bfloat16.
         graph: what runs instead of the bundle's network: uint8 ``images_BHWC`` on the device in, float32 ``logits_BK``
             out, for batches of exactly ``batch_size``, as when compiled; no features.
 
@@ -78,7 +78,7 @@ class Predictor(BatchedPredictor):
         # Another size would be compiled anew, or refused; fewer images are filled up to it.
         self._fills_up = compiled or graph is not None
         self.device = torch.device(device)
-        self._reduced, self._reduced_to = reduced, _reduced_type(self.device)
+        self._reduced = reduced and _has_bfloat16(self.device)
         self._graph = graph
         if graph is None:
             network = load_network(bundle).requires_grad_(False)
@@ -134,7 +134,7 @@ class Predictor(BatchedPredictor):
     @torch.inference_mode()
     def _forward(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
         self._settle_threads()
-        with self._on_stream(), torch.autocast(self.device.type, self._reduced_to, enabled=self._reduced):
+        with self._on_stream(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._reduced):
             return self._run(images_BHWC)
 
     def _run(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
@@ -202,8 +202,6 @@ class Predictor(BatchedPredictor):
         return Status.OUT_OF_MEMORY
 
 
-def _reduced_type(device: torch.device) -> torch.dtype:
-    """GPUs before Ampere have no bfloat16, and emulate it slower than they compute in float32."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+def _has_bfloat16(device: torch.device) -> bool:
+    """GPUs before Ampere emulate it, slower than they compute in float32."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

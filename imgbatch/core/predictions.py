@@ -94,8 +94,9 @@ class BatchedPredictor(ABC):
             on_their_way: list[tuple[int, int, Any]] = []
             while pending:
                 start, stop = pending.pop()
-                if stop - start > self.batch_size:
-                    pending += [(start + self.batch_size, stop), (start, start + self.batch_size)]
+                size = self.batch_size  # another thread may make it smaller
+                if stop - start > size:
+                    pending += [(start + size, stop), (start, start + size)]
                 elif stop > start:
                     try:
                         on_their_way.append((start, stop, self._forward(images_NHWC[start:stop])))

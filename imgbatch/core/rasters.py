@@ -59,6 +59,9 @@ _SNIFFED_BYTES = 4096
 _READ_ERROR = "read error"
 """Of libtiff and libpng, whatever kept them from reading: a server that fails, or an object that was cut."""
 
+_HARMLESS = ("extraneous bytes before marker", "unknown jfif revision", "unknown adobe color transform")
+"""libjpeg's warnings with which a photograph is decoded all the same."""
+
 
 def gdal_env() -> rasterio.Env:
     """The surroundings in which everything here runs: enter it once in a process, before anything is opened."""
@@ -99,14 +102,24 @@ class RasterDecoder:
         as their EXIF says; other rotations are left as they are stored. Windows count in stored pixels all the same.
         """
         outcome = self._attempt(request)
-        if request.uri is None or not storage.is_s3(request.uri) or not _is_corrupt(outcome):
+        if not _is_damaged(outcome):
+            return outcome
+        # libjpeg tells of the first damage only: what an open scene gives after it is grey.
+        self._close(request.uri)
+        if any(words in outcome.message.lower() for words in _HARMLESS):
+            with rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING="FALSE"):
+                outcome = self._attempt(request)
+            self._close(request.uri)
+            return outcome
+        if request.uri is None or not storage.is_s3(request.uri) or outcome.status is not Status.CORRUPT:
             return outcome
         # GDAL says the same of a damaged block and of a server that failed for a moment. Opened anew, the scene can be
         # read again, or what is wrong with the server is said.
-        self._close(request.uri)
         outcome = self._attempt(request)
-        if _is_corrupt(outcome) and _READ_ERROR in outcome.message.lower():
-            self._close(request.uri)
+        if not _is_damaged(outcome):
+            return outcome
+        self._close(request.uri)
+        if outcome.status is Status.CORRUPT and _READ_ERROR in outcome.message.lower():
             return replace(outcome, status=Status.FETCH_FAILED)
         return outcome
 
@@ -137,8 +150,8 @@ class RasterDecoder:
             self._scenes.popitem(last=False)[1].close()
         return _Scene(scene)
 
-    def _close(self, uri: str) -> None:
-        scene = self._scenes.pop(uri, None)
+    def _close(self, uri: str | None) -> None:
+        scene = self._scenes.pop(uri, None) if uri is not None else None
         if scene is not None:
             with suppress(Exception):
                 scene.close()
@@ -336,8 +349,8 @@ def _status_of(error: Exception, otherwise: Status) -> Status:
     return Status.OUT_OF_MEMORY if no_memory else otherwise
 
 
-def _is_corrupt(outcome: Decoded | RowError) -> TypeGuard[RowError]:
-    return isinstance(outcome, RowError) and outcome.status is Status.CORRUPT
+def _is_damaged(outcome: Decoded | RowError) -> TypeGuard[RowError]:
+    return isinstance(outcome, RowError) and outcome.status in (Status.CORRUPT, Status.TRUNCATED)
 
 
 def _size(request: RasterRequest) -> int | None:

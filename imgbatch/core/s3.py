@@ -285,8 +285,9 @@ def abort_uploads(fs: Any, path: str, *, older_than_s: float) -> int:
             return count
         for upload in answer.get("Uploads", ()):
             if upload["Initiated"] <= before:
-                fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-                count += 1
+                with contextlib.suppress(OSError):  # not ours to end, or another command just did
+                    fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                    count += 1
         if not answer.get("IsTruncated"):
             return count
         position = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}

@@ -11,6 +11,7 @@ into the engine's object store, which is mapped wherever a block is read; and in
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -53,10 +54,16 @@ class DecodeStage:
     row_decoder: ClassVar[type[RowDecoder]] = RowDecoder
     """A simulation puts another in its place."""
 
-    def __init__(self, run: Run, *, processes: int = 1, on_cpu: bool = False) -> None:
-        """``on_cpu``: leave nothing to the GPU, whatever the configuration says."""
+    def __init__(self, run: Run, *, processes: int = 1, on_cpu: bool = False, watched: bool = True) -> None:
+        """
+        Args:
+            processes: units decoded at once.
+            on_cpu: leave nothing to the GPU, whatever the configuration says.
+            watched: a watchdog waits for units, so that each has its time.
+        """
         storage.configure(run.config.storage)
         self._run = run
+        self._allowed_s = _SHARE_OF_WATCH * run.config.run.no_progress_s if watched else math.inf
         # A model that takes no JPEGs gets error rows for them, whoever would decode them.
         self._for_gpu = run.config.decode.gpu_share > 0 and not on_cpu and "JPEG" in run.spec.decode.formats
         self._rows = RowsReader(run.paths)
@@ -78,9 +85,7 @@ class DecodeStage:
         unit = self._run.plan.layout.unit(unit_index)
         with self._reading:
             rows = self._rows.read(unit, self.columns)
-        payloads = _Waiting(
-            self._decoder.request(rows), rows.num_rows, allowed_s=_SHARE_OF_WATCH * self._run.config.run.no_progress_s
-        )
+        payloads = _Waiting(self._decoder.request(rows), rows.num_rows, allowed_s=self._allowed_s)
         left = LeftToGpu(payloads, rows[ROW_ID].to_pylist(), self._run.config.decode) if self._for_gpu else None
         decoded = self._decoder.decode_requested(payloads if left is None else left, rows.num_rows)
         with self._counting:
@@ -182,8 +187,7 @@ class ClassifyStage:
             bundle,
             run.backend,
             device=plan.device,
-            # What is compiled for larger batches than a unit would fill all of them up.
-            batch_size=min(batch_size, plan.layout.unit_rows),
+            batch_size=_fitting(batch_size, run),
             features=plan.config.output.embeddings,
             num_threads=num_threads,
             streams=streams,
@@ -304,6 +308,15 @@ def _errors_of(block: pa.Table) -> list[RowError | None]:
         RowError(Status(status), Stage(stage), message, attempts) if status is not None else None
         for status, stage, message, attempts in zip(*columns, strict=True)
     ]
+
+
+def _fitting(batch_size: int, run: Run) -> int:
+    """What is compiled for larger batches than a unit would fill all of them up."""
+    variant, configured = run.backend.variant, run.config.classify.batch_size
+    if variant is not None and variant.target == "onnx-int8" and run.plan.device == "cuda":
+        # TensorRT builds an engine for each size, in minutes; that of the variant's own is there already.
+        return configured if isinstance(configured, int) else variant.batch_size
+    return min(batch_size, run.plan.layout.unit_rows)
 
 
 def _constant(value: float, num_rows: int, arrow_type: pa.DataType) -> pa.Array:

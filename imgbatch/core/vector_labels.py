@@ -116,14 +116,15 @@ def _read_layers(file: Path, field: str, path: str) -> tuple[list[str], list[Any
             info = pyogrio.read_info(file, layer=layer)
             if field not in info["fields"]:
                 continue
-            dtype = np.dtype(info["dtypes"][list(info["fields"]).index(field)])
+            dtype = info["dtypes"][list(info["fields"]).index(field)]
             meta, _, wkb_N, (values_N,) = pyogrio.raw.read(file, layer=layer, columns=[field])
             # Integers and truth values among which one is missing come as floats, and what is missing as NaN.
             values = pa.array(values_N, from_pandas=True).to_pylist()
             known = [index for index, value in enumerate(values) if value is not None and wkb_N[index] is not None]
             if meta["crs"] is None:
                 raise UsageError(f"--labels {path}: layer {layer!r} has no coordinate system; assign one")
-            as_stored = {"i": int, "u": int, "b": bool}.get(dtype.kind, str)
+            is_whole = dtype.startswith(("int", "uint"))
+            as_stored = int if is_whole else bool if dtype == "bool" else str
             classes += [str(as_stored(values[index])) for index in known]
             geometries += list(_to_longitude_latitude(shapely.from_wkb(wkb_N[known]), meta["crs"]))
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.GEOSException) as error:

@@ -40,14 +40,14 @@ def classify_isolated(run: Run, unit_index: int) -> Receipt:
     Raises:
         ImgbatchError: the model does not even load in a fresh process.
     """
-    *_, receipt = classify_row_by_row(run, unit_index)
+    *_, receipt = classify_row_by_row(run, unit_index, watched=False)
     assert receipt is not None
     return receipt
 
 
-def classify_row_by_row(run: Run, unit_index: int) -> Iterator[Receipt | None]:
+def classify_row_by_row(run: Run, unit_index: int, *, watched: bool = True) -> Iterator[Receipt | None]:
     """As :func:`classify_isolated`: nothing for each step that is done, and the receipt at the end."""
-    with DecodeStage(run, on_cpu=True) as decode:
+    with DecodeStage(run, on_cpu=True, watched=watched) as decode:
         block = decode(unit_index)
     yield None
     tables = []

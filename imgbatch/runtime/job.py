@@ -38,7 +38,8 @@ from imgbatch.runtime.watchdog import Stalled
 MAX_PASS_UNITS = 20_000
 """Units of one pass: keeps the driver small, and lets pools be sized anew between passes."""
 MAX_INNOCENT = 3
-"""Units in a row that are isolated and have no row at fault, before it is the engine that is taken for broken."""
+"""Units in a row that are isolated and have no row at fault, before an engine through which nothing ever came is taken
+for broken."""
 _AT_FAULT = {Status.CLASSIFY_FAILED.value, Status.NON_FINITE.value, Status.OUT_OF_MEMORY.value, Status.TIMEOUT.value}
 _STOPPED = "stopped after the units in flight; the same command continues"
 
@@ -282,6 +283,8 @@ class _Passes:
         """Whether anything was committed since the engine stood still, or since the command began."""
         self._stopped_isolated: int | None = None
         """The unit in whose isolation the engine stopped, the last time that it did."""
+        self._any_passed = False
+        """Whether the engine got any unit through by itself, in this command."""
         self._innocent = 0
         """Units isolated in a row that had no row at fault."""
         self._last_end = ""
@@ -308,6 +311,11 @@ class _Passes:
                     units = self._suspects.choose(pending, self._deferred, MAX_PASS_UNITS)
                     ended_early = self._one_pass(units, defer=defer)
                 left = self._run.pending_units()
+                if left and self._innocent >= MAX_INNOCENT and not self._any_passed:
+                    raise Interrupted(
+                        f"the engine stops whatever the unit, the last time with: {self._last_end}; put it right and "
+                        f"run the same command again to continue"
+                    )
                 nothing_new = len(self._deferred) == num_deferred or self._deferred.issuperset(left)
                 if not ended_early and len(left) == len(pending) and nothing_new:
                     self._refuse_to_loop(defer)
@@ -360,11 +368,6 @@ class _Passes:
             return True
         self._take(receipt)
         self._innocent = 0 if _AT_FAULT & receipt.counts.keys() else self._innocent + 1
-        if self._innocent == MAX_INNOCENT:
-            raise Interrupted(
-                f"the engine stops whatever the unit, the last time with: {self._last_end}; put it right and run the "
-                f"same command again to continue"
-            )
         return False
 
     def _take(self, receipt: Receipt) -> None:
@@ -373,8 +376,7 @@ class _Passes:
         self._progress.add(receipt)
         if receipt.outcome != "deferred":
             self._any_committed = self._came_since_stall = True
-        if not receipt.isolated:
-            self._innocent = 0
+        self._any_passed |= not receipt.isolated
         self._num_changed += receipt.num_changed
         if receipt.unit not in self._deferred:  # a unit that is tried again failed already
             self._budget.add(receipt)

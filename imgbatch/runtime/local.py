@@ -27,7 +27,7 @@ class LocalEngine:
             ),
             num_threads=threads if isinstance(threads, int) else this_machine().num_cpus,
         )
-        self._decode = DecodeStage(run)  # last: it holds files open, and loading the model may fail
+        self._decode = DecodeStage(run, watched=False)  # last: it holds files open, and loading the model may fail
 
     @property
     def window(self) -> int:

@@ -170,7 +170,6 @@ class RayEngine:
             num_returns="streaming",
         )(classify_row_by_row)
         steps = isolated.remote(self._run, unit)
-        receipt = None
         try:
             for reference in watched(steps, max(self._run.config.run.no_progress_s, LONGEST_STEP_S), self._where):
                 receipt = ray.get(reference)
@@ -179,10 +178,10 @@ class RayEngine:
             raise error.cause from error
         except RayError as error:
             raise EngineStopped(describe_failure(error)) from error
-        finally:
-            if receipt is None:  # left before its end
+        except BaseException:  # it stands still, or a person wants it to end: it is at work yet
+            with contextlib.suppress(Exception):
                 ray.cancel(steps, force=True)
-        assert receipt is not None
+            raise
         return cast("Receipt", receipt)
 
     def map_parts(

@@ -81,7 +81,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     job = load_job(settings["directory"])
     if storage.exists(job.paths.failure):
         return
-    device, cores = ray.train.torch.get_device(), num_cpus()
+    device, cores = ray.train.torch.get_device(), _node_cores()
     local_workers = ray.train.get_context().get_local_world_size()
     num_threads, loader_processes = share_of_cores(cores, local_workers, use_gpu=device.type == "cuda")
     torch.set_num_threads(num_threads)
@@ -93,6 +93,13 @@ def train_worker(settings: dict[str, Any]) -> None:
         # Trying again would not help: workers that start again find this file and leave.
         storage.write_json(job.paths.failure, {"message": str(error)})
         raise
+
+
+def _node_cores() -> int:
+    """Of the worker's machine: no more than this process may use, nor than Ray was told of."""
+    here = ray.get_runtime_context().get_node_id()
+    of_ray = next((node["Resources"].get("CPU") for node in ray.nodes() if node["NodeID"] == here), None)
+    return max(1, min(num_cpus(), int(of_ray or num_cpus())))
 
 
 def share_of_cores(cores: int, local_workers: int, *, use_gpu: bool) -> tuple[int, int]:

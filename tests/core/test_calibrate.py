@@ -112,9 +112,10 @@ def test_temperatures_stay_within_their_limits():
 
 @pytest.mark.parametrize("factor", [0.05, 0.5, 1.0, 3.0, 20.0])
 def test_a_threshold_is_taken_to_another_temperature(factor):
-    for threshold in (0.0, 0.2, 0.5, 0.93, 1.0):
+    for threshold in (0.0, 0.02, 0.1, 0.2, 0.5, 0.93, 1.0):
         moved = temperature.scale_threshold(threshold, factor)
-        assert moved == pytest.approx(expit(logit(threshold) / factor), abs=1e-9)
+        assert moved == pytest.approx(expit(logit(threshold) / factor), rel=1e-9, abs=0)
+        assert (moved > 0) == (np.float32(moved) > 0) == (threshold > 0)
         if factor == 1 or threshold in (0.0, 0.5, 1.0):
             assert moved == threshold
 

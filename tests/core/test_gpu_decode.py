@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from imgbatch.config import Config, DecodeConfig
 from imgbatch.core import gpu_decode
+from imgbatch.core.decoder import DecodedUnit
 from imgbatch.core.gpu_decode import GpuDecoder, crop
 from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.jpeg_header import read_plain_header
@@ -123,9 +125,29 @@ def test_a_device_that_decodes_nothing_is_not_asked_for_each_image() -> None:
         unit = decoder.decode([data] * 16, [(37, 21)] * 16)
     finally:
         decoder.close()
-    assert calls == [16, 8, 8]
+    assert calls == [16, 1]
     assert unit.errors == [None] * 16
     assert all(np.array_equal(pixels, on_cpu(data, spec).pixels_HWC) for pixels in unit.pixels_NHWC)
+
+
+def test_damaged_images_cost_their_neighbours_nothing() -> None:
+    """In both halves of a call: the others' pixels are the device's, which may differ from the CPU's."""
+    data, spec = jpeg(), PreprocessSpec(resize_size=20, crop_size=16)
+    damaged, asked = data[:200], list[bytes]()
+    decoder = GpuDecoder(spec, DecodeConfig(), device="cpu")
+    decode_rest = decoder._decoder.decode
+
+    def counted(payloads: Iterable[bytes], num_rows: int) -> DecodedUnit:
+        asked.extend(payloads)
+        return decode_rest(asked, num_rows)
+
+    decoder._decoder.decode = counted  # type: ignore[method-assign, assignment]
+    try:
+        unit = decoder.decode([damaged if index in (1, 14) else data for index in range(16)], [(37, 21)] * 16)
+    finally:
+        decoder.close()
+    assert asked == [damaged, damaged]
+    assert [index for index, error in enumerate(unit.errors) if error is not None] == [1, 14]
 
 
 def test_a_call_that_is_too_large_for_the_device_is_made_in_halves() -> None:

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
+from imgbatch.core.failpoints import VARIABLE
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.plan import plan_run
 from imgbatch.core.rows import RowsReader
@@ -78,6 +79,19 @@ def test_a_broken_image_is_tried_again_only_when_it_was_replaced(
     broken = write_manifest(tmp_path / "broken.parquet", photos[:6], etag=[*"abcdef"])
     with pytest.raises(NothingToDo, match=r"all 6 rows"):
         classify(changed(incremental, input__manifest=broken))
+
+
+def test_what_the_machine_had_no_time_for_is_tried_again(
+    photo_config: Config, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest names the same image: another machine may be through with it in time."""
+    listed = write_manifest(tmp_path / "1.parquet", [photos[0], photos[1]], etag=["a", "b"])
+    monkeypatch.setenv(VARIABLE, "decode.row[1]=hang")
+    first = changed(photo_config, input__manifest=listed, decode__timeout_s=1.0)
+    assert classify(first).counts == {"OK": 1, "TIMEOUT": 1}
+    monkeypatch.delenv(VARIABLE)
+    later = write_manifest(tmp_path / "2.parquet", [*photos[:3]], etag=["a", "b", "c"])
+    assert planned_row_ids(changed(first, input__manifest=later, input__skip_existing=True)) == [1, 2]
 
 
 def test_what_failed_in_a_run_without_one_label_is_known_too(

@@ -207,15 +207,14 @@ def test_a_graph_that_does_not_fit_is_not_blamed_on_the_images(
     assert predictor.batch_size == 4
 
 
-def test_sixteen_bits_are_those_that_the_device_computes_with(monkeypatch: pytest.MonkeyPatch):
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch):
     cuda = torch.device("cuda")
-    assert predict._reduced_type(torch.device("cpu")) == torch.bfloat16
-    for supported, reduced in ((True, torch.bfloat16), (False, torch.float16)):
-        native = {False: supported, True: True}
+    assert predict._has_bfloat16(torch.device("cpu"))
+    for native in (True, False):
         monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native[including_emulation]
+            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native or including_emulation
         )
-        assert predict._reduced_type(cuda) == reduced
+        assert predict._has_bfloat16(cuda) == native
 
 
 def test_a_broken_device_is_not_blamed_on_the_images(make_bundle: MakeBundle):

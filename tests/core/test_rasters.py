@@ -321,6 +321,27 @@ def test_a_damaged_jpeg_or_png_is_corrupt_rather_than_filled(tmp_path, kind):
     assert both_ways(tmp_path, damaged) == (Status.CORRUPT, Status.CORRUPT)
 
 
+def test_no_tile_below_the_damage_of_a_jpeg_is_filled(tmp_path):
+    """libjpeg tells of it once, and what follows in the same reading is grey."""
+    data = encoded("JPEG", 512)
+    middle = len(data) // 2
+    (tmp_path / "scene.jpg").write_bytes(data[:middle] + b"\xff\x00" * 100 + data[middle + 3000 :])
+    decoder = RasterDecoder(RGB, max_pixels=MAX_PIXELS, max_nodata=0.5)
+    rows = [decoder.decode(RasterRequest(str(tmp_path / "scene.jpg"), Window(0, y, 32, 32))) for y in range(0, 512, 32)]
+    damaged = [isinstance(row, RowError) for row in rows]
+    assert 4 < damaged.index(True) < 12
+    assert all(damaged[damaged.index(True) :])
+
+
+def test_bytes_before_the_end_of_a_jpeg_cost_nothing_as_in_a_photograph(tmp_path):
+    data = encoded("JPEG")
+    padded = data[:-2] + bytes(20) + data[-2:]
+    (tmp_path / "plain.jpg").write_bytes(data)
+    (tmp_path / "scene.jpg").write_bytes(padded)
+    assert isinstance(decode_image(padded, RGB, max_pixels=MAX_PIXELS), Decoded)
+    assert np.array_equal(pixels(tmp_path / "scene.jpg", RGB), pixels(tmp_path / "plain.jpg", RGB))
+
+
 def test_a_whole_png_with_a_damaged_header_is_corrupt(tmp_path):
     data = encoded("PNG")
     assert len(data) > 4096

@@ -9,8 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
-from imgbatch.core.stages import CommitStage
+from imgbatch.core import storage
+from imgbatch.core.runs import list_runs
+from imgbatch.core.stages import ClassifyStage, CommitStage
 from imgbatch.core.verify import verify
+from imgbatch.errors import Interrupted
 from imgbatch.runtime import job
 from imgbatch.runtime.job import classify
 from tests.conftest import changed
@@ -79,3 +82,35 @@ def test_a_unit_that_goes_alone_after_a_pass_died_and_is_put_off_ends_nothing(
     may_put_off = [list(range(NUM_UNITS)), [0], list(range(1, NUM_UNITS)), [0, 1, 5]]
     assert passes == [*((units, True) for units in may_put_off), ([0, 1, 5], False)]
     assert result.counts == {"FETCH_FAILED": 6, "OK": 122}
+
+
+def test_units_that_only_the_engine_fails_on_are_isolated_and_the_run_ends_well(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them, one after the other, without a row at fault: others came through."""
+    monkeypatch.setattr(job, "MAX_INNOCENT", 1)
+    classify_unit = ClassifyStage.__call__
+
+    def failing(self: ClassifyStage, block: pa.Table) -> pa.Table:
+        if block.num_rows > 1 and block["row_id"][0].as_py() >= 96:
+            raise RuntimeError("too much at once")
+        return classify_unit(self, block)
+
+    monkeypatch.setattr(ClassifyStage, "__call__", failing)
+    result = classify(photo_config)
+    assert verify(result.out).ok
+    assert result.num_rows == 120
+
+
+def test_an_engine_through_which_nothing_comes_ends_the_job(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> pa.Table:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(ClassifyStage, "__call__", failing)
+    monkeypatch.setattr(job, "MAX_INNOCENT", 2)
+    with pytest.raises(Interrupted, match=r"the engine stops whatever the unit, .*no such device; put it right"):
+        classify(photo_config)
+    record = storage.read_json(list_runs(str(photo_config.output.path))[0].paths.run_json)
+    assert record["sessions"][0]["isolated_units"] == 2

@@ -77,8 +77,11 @@ def scale_threshold(threshold: float, temperature: float) -> float:
     """The probability of a sigmoid at another temperature that divides the same rows; 0 and 1 stay what they are."""
     if not 0 < threshold < 1 or temperature == 1:
         return threshold
-    # As a hyperbolic tangent the sigmoid does not overflow.
-    return (1 + math.tanh((math.log(threshold) - math.log1p(-threshold)) / temperature / 2)) / 2
+    logit = (math.log(threshold) - math.log1p(-threshold)) / temperature
+    if logit >= 0:
+        return 1 / (1 + math.exp(-logit))
+    # Never 0, which every row reaches; as 32 bits, which probabilities have.
+    return max(math.exp(logit) / (1 + math.exp(logit)), float(np.finfo(np.float32).tiny))
 
 
 def _bisect(slope: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

@@ -268,7 +268,10 @@ def _check_bands(geo: GeoConfig, start: ModelBundle) -> None:
     differs = {
         "bands": geo.bands is not None and (bands is None or geo.bands not in ("all", bands.indices)),
         "stretch": geo.stretch != GeoConfig().stretch and (bands is None or geo.stretch != bands.stretch),
-        "value_range": geo.value_range is not None and limits != {geo.value_range},
+        # Another stretch than the physical one makes no use of it.
+        "value_range": geo.value_range is not None
+        and (bands is None or bands.stretch == "physical")
+        and limits != {geo.value_range},
     }
     if option := next((name for name, is_other in differs.items() if is_other), None):
         raise UsageError(
@@ -340,6 +343,7 @@ def _fingerprint(
         "spec": spec.to_dict(),
         "max_pixels": config.decode.max_pixels,
     }
-    if reads_rasters(manifest.schema.names, spec):
+    # The default is left out, so that trainings from before it counted are found again.
+    if reads_rasters(manifest.schema.names, spec) and config.geo.max_nodata != GeoConfig().max_nodata:
         decisive["max_nodata"] = config.geo.max_nodata
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
