@@ -123,7 +123,8 @@ def test_finalize_starts_no_task_beside_actors_that_are_ending(
 
 
 def test_parts_that_are_not_done_end_the_command_in_one_line() -> None:
-    def last_for_ever(context: float, part: int) -> None:  # noqa: ARG001
+    def last_long(context: float, part: int) -> None:  # noqa: ARG001
+        # Not for ever: a task that is cancelled while its process starts goes on, and would keep the next test waiting.
         until = time.monotonic() + context
         while time.monotonic() < until:  # one long sleep could not be ended
             time.sleep(0.05)
@@ -132,7 +133,7 @@ def test_parts_that_are_not_done_end_the_command_in_one_line() -> None:
         os._exit(context)
 
     with pytest.raises(Interrupted, match=r"^no part of the output was done for 0\.5 s \(run\.no_progress_s\)"):
-        list(map_in_tasks(last_for_ever, 3600.0, [0, 1], timeout_s=0.5))
+        list(map_in_tasks(last_long, 20.0, [0, 1], timeout_s=0.5))
     with pytest.raises(Interrupted, match=r"^WorkerCrashedError: .*; run the same command again to continue$"):
         list(map_in_tasks(die, 1, [0], timeout_s=60))
 
