@@ -144,6 +144,7 @@ class Predictor(BatchedPredictor):
         shape = (num_staged, *images_BHWC.shape[1:])
         staged_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         staged_BHWC.numpy()[: len(images_BHWC)] = images_BHWC
+        staged_BHWC.numpy()[len(images_BHWC) :] = 0
         failpoint("classify.forward")
         logits_BK, features_BD = self._infer(self._to_device(staged_BHWC))
         logits_BK = logits_BK[: len(images_BHWC)].float() / self._temperature_K

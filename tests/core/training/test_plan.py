@@ -121,7 +121,7 @@ def test_a_bundle_of_other_classes_is_refused(colour_config, start_from):
     [
         (TWO_BANDS, {"geo__bands": (2, 4)}),
         (TWO_BANDS, {"geo__stretch": "physical"}),
-        (TWO_BANDS, {"geo__value_range": (0.0, 50.0)}),
+        (replace(TWO_BANDS, stretch="physical"), {"geo__value_range": (0.0, 50.0)}),
         (None, {"geo__bands": "all"}),
         (None, {"geo__stretch": "deviation"}),
         (None, {"geo__value_range": (0.0, 100.0)}),
