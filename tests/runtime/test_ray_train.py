@@ -66,6 +66,7 @@ def test_a_worker_takes_its_share_of_its_own_machine(cores, local_workers, on_cp
     assert share_of_cores(cores, local_workers, use_gpu=True) == on_gpu
 
 
+@pytest.mark.soak
 def test_a_training_that_goes_on_tells_of_new_epochs_only(config):
     class Stop(Exception):
         pass
