@@ -230,17 +230,16 @@ def forward_features(network: nn.Module, arch: str, images_BCHW: Tensor) -> Tens
     The gradient mode and training mode are the caller's. Features that still have a place in the image
     (squeezenet) are averaged over it.
     """
-    return forward_with_features(network, arch, images_BCHW)[1]
-
-
-def forward_with_features(network: nn.Module, arch: str, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits ``[B, K]`` and, of the same pass, what :func:`forward_features` gives."""
     captured: list[Tensor] = []
     head = network.get_submodule(head_module_name(arch))
     handle = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     try:
-        logits_BK = network(images_BCHW)
+        network(images_BCHW)
     finally:
         handle.remove()
-    features = captured[0]
-    return logits_BK, features.mean(dim=(2, 3)) if features.ndim == 4 else features
+    return pooled(captured[0])
+
+
+def pooled(features: Tensor) -> Tensor:
+    """``features_BD`` of what a head sees: averaged over the image where it still has places there."""
+    return features.mean(dim=(2, 3)) if features.ndim == 4 else features

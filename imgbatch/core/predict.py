@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from imgbatch.core.architectures import head_module_name
+from imgbatch.core.architectures import head_module_name, pooled
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.model import ModelBundle, load_network
 from imgbatch.core.predictions import BatchedPredictor, BatchOutput
@@ -161,8 +161,7 @@ class Predictor(BatchedPredictor):
         logits_BK = self._network(inputs_BCHW)
         if not self._with_features:
             return logits_BK, None
-        features = self._of_thread.head_input
-        return logits_BK, (features.mean(dim=(2, 3)) if features.ndim == 4 else features).float()
+        return logits_BK, pooled(self._of_thread.head_input).float()
 
     def _keep_head_input(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._of_thread.head_input = inputs[0]
