@@ -143,6 +143,7 @@ class ClassifyConfig(Section):
         "torch_bf16",
         "torch_compile",
         "openvino",
+        "openvino_bf16",
         "openvino_fp32",
         "openvino_int8",
         "mnn_fp32",

@@ -101,6 +101,7 @@ class _Target(Enum):
     """As ``core.variants.Target``; typer takes no list of literals."""
 
     OPENVINO_INT8 = "openvino-int8"
+    OPENVINO_BF16 = "openvino-bf16"
     OPENVINO_FP32 = "openvino-fp32"
     MNN_FP32 = "mnn-fp32"
     TORCH_BF16 = "torch-bf16"

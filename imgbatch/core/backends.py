@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from imgbatch.config import ClassifyConfig
+from imgbatch.core.machine import has_bfloat16
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.predictions import BatchedPredictor
 from imgbatch.core.transforms import PreprocessSpec
@@ -23,6 +23,7 @@ from imgbatch.core.variants import ONNX_FILE, Target, Variant, load_variants, re
 from imgbatch.errors import UsageError
 
 TORCH = "torch"
+_NO_BFLOAT16 = "this processor has no bfloat16 arithmetic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,14 @@ def variant_predictor(
         from imgbatch.core.openvino_predict import OpenVinoPredictor, parse_network
 
         network = parse_network(contents)
-        return OpenVinoPredictor(bundle, network, batch_size=batch_size, num_threads=num_threads, streams=streams)
+        return OpenVinoPredictor(
+            bundle,
+            network,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            streams=streams,
+            reduced=target == "openvino-bf16",
+        )
     if target == "mnn-fp32":
         from imgbatch.core.mnn_predict import MnnPredictor
 
@@ -229,6 +237,8 @@ def _missing_tool(variant: Variant) -> str | None:
     if variant.backend.startswith("openvino"):
         if importlib.util.find_spec("openvino") is None:
             return "openvino is not installed here; pip install 'imgbatch[openvino]'"
+        if variant.target == "openvino-bf16" and not has_bfloat16():
+            return _NO_BFLOAT16
     elif variant.backend.startswith("mnn"):
         if importlib.util.find_spec("MNN") is None:
             return "MNN is not installed here; pip install 'imgbatch[mnn]'"
@@ -243,16 +253,11 @@ def _missing_tool(variant: Variant) -> str | None:
         if _lacks_compiler(Path("/dev")):
             return "torch.compile needs a C compiler; install gcc or name one in CC"
     elif variant.target == "torch-bf16":
-        if not _has_bfloat16(Path("/proc/cpuinfo")):
-            return "this processor has no bfloat16 arithmetic"
+        if not has_bfloat16():
+            return _NO_BFLOAT16
     elif shutil.which(os.environ.get("CXX", "g++")) is None:
         return "torch.compile needs a C++ compiler; install g++ or name one in CXX"
     return None
-
-
-def _has_bfloat16(cpu_info: Path) -> bool:
-    """Without it torch computes in float32 and rounds, which is slower than float32 alone."""
-    return cpu_info.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None
 
 
 def _lacks_compiler(devices: Path) -> bool:

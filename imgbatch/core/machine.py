@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def num_cpus(cgroups: Path = _CGROUPS) -> int:
@@ -28,6 +30,17 @@ def memory_bytes(cgroups: Path = _CGROUPS) -> int:
     """Of the machine, or what a container has of it."""
     limits = _numbers(cgroups / "memory.max") or _numbers(cgroups / "memory" / "memory.limit_in_bytes")
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
+
+
+def has_bfloat16(cpu_info: Path = _CPU_INFO) -> bool:
+    """Whether the processor multiplies in bfloat16.
+
+    Without it torch computes in float32 and rounds, which is slower than float32 alone.
+
+    Args:
+        cpu_info: where Linux lists what the processor can.
+    """
+    return cpu_info.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None
 
 
 def _numbers(path: Path) -> list[int]:

@@ -31,16 +31,24 @@ class OpenVinoPredictor(BatchedPredictor):
         network: from :func:`parse_network`; uint8 ``images_BHWC`` in, ``logits_BK`` out.
         num_threads: of one forward pass, or none for as many as OpenVINO likes.
         streams: threads that may call it at once; each has a place for its batch.
+        reduced: as for :func:`compile_network`.
     """
 
     def __init__(
-        self, bundle: ModelBundle, network: Any, *, batch_size: int, num_threads: int | None, streams: int = 1
+        self,
+        bundle: ModelBundle,
+        network: Any,
+        *,
+        batch_size: int,
+        num_threads: int | None,
+        streams: int = 1,
+        reduced: bool = False,
     ) -> None:
         super().__init__(bundle, batch_size=batch_size)
         spec = bundle.preprocess
         self._shape = (batch_size, spec.crop_size, spec.crop_size, spec.num_channels)
         network.reshape(self._shape)
-        self._compiled = compile_network(network, num_threads=num_threads, streams=streams)
+        self._compiled = compile_network(network, num_threads=num_threads, streams=streams, reduced=reduced)
         self._of_thread = threading.local()
         # OpenVINO's bindings finish setting themselves up with the first batch. Of two threads that come first at once,
         # one holds Python's lock and the other what is being set up, and both wait for ever.
@@ -73,12 +81,16 @@ def parse_network(contents: Mapping[str, bytes]) -> Any:
     return openvino.Core().read_model(model=contents[GRAPH_FILE], weights=contents[CONSTANTS_FILE])
 
 
-def compile_network(network: Any, *, num_threads: int | None, streams: int = 1) -> Any:
-    """An ``openvino.CompiledModel`` for the CPU, for ``streams`` batches at once of ``num_threads`` each."""
+def compile_network(network: Any, *, num_threads: int | None, streams: int = 1, reduced: bool = False) -> Any:
+    """An ``openvino.CompiledModel`` for the CPU, for ``streams`` batches at once of ``num_threads`` each.
+
+    Args:
+        reduced: in bfloat16, but for the logits; in float32 on a processor that has no such arithmetic.
+    """
     openvino = import_openvino()
     settings: dict[str, Any] = {
-        # On processors that have bfloat16 it would be taken for what is float32, and labels would change.
-        "INFERENCE_PRECISION_HINT": "f32",
+        # Left to itself OpenVINO takes bfloat16 where the processor has it, and labels change.
+        "INFERENCE_PRECISION_HINT": "bf16" if reduced else "f32",
         "NUM_STREAMS": streams,
         # Every actor of a machine would pin its threads to the same first cores.
         "ENABLE_CPU_PINNING": False,

@@ -19,6 +19,7 @@ from imgbatch import __version__
 from imgbatch.config import Config
 from imgbatch.core import mnn_build, onnx_build, openvino_build, storage
 from imgbatch.core.backends import is_compiled, variant_predictor
+from imgbatch.core.machine import has_bfloat16
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle, load_metrics, recalibrate_bundle
 from imgbatch.core.openvino_build import Calibration
@@ -132,7 +133,9 @@ def optimize_bundle(
 def _build(bundle: ModelBundle, target: Target, calibration: Calibration) -> _Built:
     contents: dict[str, bytes] = {}
     how: dict[str, str] = {}
-    if target == "openvino-fp32":
+    if target == "openvino-bf16" and not has_bfloat16():
+        raise UsageError(f"{target}: this processor has no bfloat16 arithmetic; make the variant on one that has")
+    if target in ("openvino-fp32", "openvino-bf16"):
         contents = openvino_build.network_files(openvino_build.convert_network(bundle))
     elif target == "openvino-int8":
         network = openvino_build.convert_network(bundle)

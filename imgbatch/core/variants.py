@@ -2,6 +2,7 @@
 
     MODEL/variants/openvino-int8/{model.xml, model.bin, variant.json}
     MODEL/variants/openvino-fp32/{model.xml, model.bin, variant.json}
+    MODEL/variants/openvino-bf16/{model.xml, model.bin, variant.json}
     MODEL/variants/mnn-fp32/{model.mnn, model.mnn.weight, variant.json}
     MODEL/variants/torch-compile/variant.json
     MODEL/variants/torch-bf16/variant.json
@@ -27,7 +28,9 @@ from imgbatch.errors import UsageError
 
 VARIANTS_DIRECTORY, VARIANT_FILE = "variants", "variant.json"
 
-Target = Literal["openvino-int8", "openvino-fp32", "mnn-fp32", "torch-bf16", "torch-compile", "onnx-int8"]
+Target = Literal[
+    "openvino-int8", "openvino-bf16", "openvino-fp32", "mnn-fp32", "torch-bf16", "torch-compile", "onnx-int8"
+]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 GRAPH_FILE, CONSTANTS_FILE = "model.xml", "model.bin"

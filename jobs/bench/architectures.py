@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgbatch.core.machine import has_bfloat16
 from imgbatch.core.optimize import optimize_bundle
 from imgbatch.core.variants import Target
 from jobs.bench.common import describe_machine, find_photographs, save_random_model
@@ -30,7 +31,7 @@ ARCHITECTURES = (
     "regnet_y_400mf",
     "swin_t",
 )
-TARGETS: tuple[Target, ...] = ("openvino-fp32", "mnn-fp32")
+TARGETS: tuple[Target, ...] = ("openvino-fp32", "mnn-fp32", *(("openvino-bf16",) if has_bfloat16() else ()))
 NUM_IMAGES = 100
 
 

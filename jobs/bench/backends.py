@@ -1,8 +1,8 @@
-"""What runs the model on a CPU: torch, OpenVINO in float32 and int8, MNN in float32.
+"""What runs the model on a CPU: torch, OpenVINO in float32, int8 and (where the processor has it) bfloat16, or MNN.
 
     python -m jobs.bench.backends --model BUNDLE --test MANIFEST [--calibration MANIFEST] [--repeats 3] [--images 0]
 
-Measures the variants that the bundle holds, or with ``--calibration`` makes these three in a copy of it. On
+Measures the variants that the bundle holds, or with ``--calibration`` makes these in a copy of it. On
 the test images, which none of them has seen: images/s of the forward pass alone, for one and two threads and several
 batch sizes, backends taking turns within a round; labels against torch's; and accuracy, paired, where the manifest
 has targets. A product of two large matrices in float32 takes its turn too: no direct convolution gets more arithmetic
@@ -26,11 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from imgbatch.config import Config
 from imgbatch.core.backends import Backend, build_predictor
+from imgbatch.core.machine import has_bfloat16
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle, load_network
 from imgbatch.core.optimize import measure_rate, optimize_bundle
 from imgbatch.core.pictures import Pictures, load_pictures
-from imgbatch.core.variants import load_variants
+from imgbatch.core.variants import Target, load_variants
 from jobs.bench.common import describe_machine, spread
 from jobs.bench.efficiency import run_pipeline
 
@@ -64,8 +65,11 @@ def main() -> None:
 
 
 def make_variants(model: str, calibration: str, output: str) -> ModelBundle:
-    """A copy of the bundle with three variants, and a line about each."""
-    for target in ("openvino-fp32", "openvino-int8", "mnn-fp32"):
+    """A copy of the bundle with its variants, and a line about each."""
+    targets: list[Target] = ["openvino-fp32", "openvino-int8", "mnn-fp32"]
+    if has_bfloat16():
+        targets.append("openvino-bf16")
+    for target in targets:
         started = time.perf_counter()
         bundle, variant = optimize_bundle(model, target=target, calibration=calibration, output=output)
         seconds = time.perf_counter() - started

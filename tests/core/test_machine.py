@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from imgbatch.core.machine import memory_bytes, num_cpus
+from imgbatch.core.machine import has_bfloat16, memory_bytes, num_cpus
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -41,3 +41,17 @@ def test_memory_is_that_of_the_container(tmp_path: Path, name: str) -> None:
     assert memory_bytes(limits(tmp_path, {name: "134217728\n"})) == 2**27
     assert memory_bytes(limits(tmp_path, {name: f"{2**63 - 4096}\n"})) == of_the_machine
     assert memory_bytes(limits(tmp_path, {name: "max\n"})) == of_the_machine
+
+
+@pytest.mark.parametrize(
+    ("line", "has_it"),
+    [
+        ("flags\t\t: avx512_vnni avx512_bf16 amx_tile", True),
+        ("Features\t: asimd bf16 sve", True),
+        ("flags\t\t: avx2 avx512_vnni", False),
+    ],
+)
+def test_bfloat16_is_read_from_what_the_processor_can(tmp_path: Path, line: str, has_it: bool):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert has_bfloat16(tmp_path / "cpuinfo") == has_it
+    assert not has_bfloat16(tmp_path / "none")

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
+from imgbatch.core import optimize
 from imgbatch.core.backends import Backend, build_predictor
+from imgbatch.core.machine import has_bfloat16
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.openvino_build import allowed_drop
@@ -118,6 +120,35 @@ def test_bfloat16_says_nearly_what_torch_says(make_bundle: MakeBundle, photo_man
     expected_NK = Predictor(bundle).predict(images_NHWC[:11]).probs_NK
     np.testing.assert_allclose(given_NK, expected_NK, atol=0.02)
     assert (given_NK != expected_NK).any()
+
+
+@pytest.mark.usefixtures("openvino")
+@pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16 arithmetic")
+def test_bfloat16_in_openvino_says_nearly_what_torch_says(
+    make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray
+):
+    bundle = make_bundle()
+    for target in ("openvino-fp32", "openvino-bf16"):
+        optimize_bundle(bundle.path, target=target, calibration=str(photo_manifest))
+    full, reduced = variant_of(bundle, "openvino-fp32"), variant_of(bundle, "openvino-bf16")
+    # The same weights, and yet another variant: it gives other probabilities.
+    assert full.files["model.bin"] == reduced.files["model.bin"]
+    assert full.variant_id != reduced.variant_id
+    given_NK = predictor_of(bundle, "openvino-bf16").predict(images_NHWC[:11]).probs_NK
+    expected_NK = predictor_of(bundle, "openvino-fp32").predict(images_NHWC[:11]).probs_NK
+    np.testing.assert_allclose(given_NK, expected_NK, atol=0.02)
+    assert (given_NK != expected_NK).any()
+
+
+@pytest.mark.usefixtures("openvino")
+def test_bfloat16_is_not_measured_where_it_would_be_float32(
+    make_bundle: MakeBundle, photo_manifest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(optimize, "has_bfloat16", lambda: False)
+    bundle = make_bundle()
+    with pytest.raises(UsageError, match=r"^openvino-bf16: this processor has no bfloat16 arithmetic; make"):
+        optimize_bundle(bundle.path, target="openvino-bf16", calibration=str(photo_manifest))
+    assert load_variants(bundle) == []
 
 
 @pytest.mark.soak

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from imgbatch.config import ClassifyConfig
-from imgbatch.core.backends import Backend, _has_bfloat16, _lacks_compiler, choose_backend, planned_backend
+from imgbatch.core import backends
+from imgbatch.core.backends import Backend, _lacks_compiler, choose_backend, planned_backend
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.variants import Agreement, Variant, load_variants, read_files, save_variant
 from imgbatch.errors import UsageError
@@ -132,19 +133,15 @@ def test_auto_leaves_out_what_was_slower_than_torch(make_bundle: MakeBundle):
     assert choose(bundle, backend="openvino_fp32").name == "openvino_fp32"
 
 
-@pytest.mark.parametrize(
-    ("line", "serves"),
-    [
-        ("flags\t\t: avx512_vnni avx512_bf16 amx_tile", True),
-        ("Features\t: asimd bf16 sve", True),
-        ("flags\t\t: avx2 avx512_vnni", False),
-    ],
-)
-def test_bfloat16_is_for_processors_that_have_it(make_bundle: MakeBundle, tmp_path: Path, line: str, serves: bool):
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
-    assert _has_bfloat16(tmp_path / "cpuinfo") == serves
-    assert not _has_bfloat16(tmp_path / "none")
+@pytest.mark.parametrize("target", ["torch-bf16", "openvino-bf16"])
+def test_bfloat16_is_for_processors_that_have_it(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, target: str):
     bundle = make_bundle()
+    plant_variant(bundle, target)
+    monkeypatch.setattr(backends, "has_bfloat16", lambda: True)
+    assert choose(bundle).name == target.replace("-", "_")
+    monkeypatch.setattr(backends, "has_bfloat16", lambda: False)
+    assert choose(bundle).left_out == (f"{target} is left out: this processor has no bfloat16 arithmetic",)
+    # What the head's processor lacks says nothing of a GPU elsewhere.
     plant_variant(bundle, "torch-bf16", device="cuda")
     assert choose(bundle, device="cuda").name == "torch_bf16"
 

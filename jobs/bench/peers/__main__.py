@@ -39,6 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgbatch.core import storage
+from imgbatch.core.machine import has_bfloat16
 from imgbatch.runtime.pools import this_machine
 from jobs.bench.common import find_photographs, save_random_model
 from jobs.bench.contest import Contestant, compete, write_result
@@ -49,12 +50,15 @@ OURS = {
     "imgbatch": {"classify.backend": "torch"},
     "imgbatch openvino-fp32": {"classify.backend": "openvino_fp32"},
     "imgbatch mnn-fp32": {"classify.backend": "mnn_fp32"},
+    "imgbatch openvino-bf16": {"classify.backend": "openvino_bf16"},
     "imgbatch openvino-int8": {"classify.backend": "openvino_int8"},
     "imgbatch openvino-int8 reduced": {"classify.backend": "openvino_int8", "preprocess.reducing_gap": "3"},
 }
 """Options of each."""
 ON_LARGE_IMAGES = "imgbatch openvino-int8 reduced"
 """Elsewhere it is the same as without."""
+IN_BFLOAT16 = "imgbatch openvino-bf16"
+"""Of processors that multiply in it."""
 PEERS = {
     "Ray Data": "ray_data",
     "Daft": "daft_frame",
@@ -73,6 +77,7 @@ SHARES = {
     "imgbatch": 3.5,
     "imgbatch openvino-fp32": 6,
     "imgbatch mnn-fp32": 8,
+    "imgbatch openvino-bf16": 12,
     "imgbatch openvino-int8": 16,
     "imgbatch openvino-int8 reduced": 16,
 }
@@ -134,6 +139,7 @@ def choose(arguments: argparse.Namespace) -> list[str]:
     only = arguments.only
     left_out = {ON_LARGE_IMAGES} if arguments.workload != "large" else set()
     left_out |= {"Daft"} if arguments.s3 else set()
+    left_out |= set() if has_bfloat16() else {IN_BFLOAT16}
     names = only.split(",") if only else [name for name in (*PEERS, *OURS) if name not in left_out]
     if unknown := [name for name in names if name not in (*PEERS, *OURS)]:
         raise SystemExit(f"--only {unknown[0]}: none of {', '.join([*PEERS, *OURS])}")
