@@ -9,8 +9,8 @@ the process pool's, whose processes have it before. Workers of Ray Data, Daft, S
 tasks before; the DataLoader, which has no engine, starts its workers in its time. imgbatch is the installed command,
 from when its Ray is up to ``finished_at`` in run.json: starting its actors, probabilities and error rows count in its
 time, though no peer writes any of these. (In results up to 2026-11-30 its clock starts with the first unit, 3 to 4 s
-later.) It runs four times: with torch, and with the variants that ``imgbatch model optimize`` makes before the contest;
-on large images a fifth time, with reduced decoding.
+later.) It runs with torch, and with each variant that ``imgbatch model optimize`` makes before the contest;
+on large images once more, with reduced decoding.
 
 ``--images`` is for Ray Data; the others get so many times as many (``SHARES``) that all take about as long, because in
 a short run the start of processes, which is in everyone's time, would decide.
@@ -28,10 +28,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ from imgbatch.core import storage
 from imgbatch.core.machine import has_bfloat16
 from imgbatch.runtime.pools import this_machine
 from jobs.bench.common import find_photographs, save_random_model
-from jobs.bench.contest import Contestant, compete, write_result
+from jobs.bench.contest import Contestant, Outcome, compete, write_result
+from jobs.bench.peers.task import BATCH_SIZE
 from jobs.bench.peers.workloads import WORKLOADS
 
 OBJECT_STORE_MB = 1000
@@ -61,6 +63,7 @@ IN_BFLOAT16 = "imgbatch openvino-bf16"
 """Of processors that multiply in it."""
 PEERS = {
     "Ray Data": "ray_data",
+    "Ray Data tuned": "ray_data_tuned",
     "Daft": "daft_frame",
     "Spark": "spark_udf",
     "DataLoader": "data_loader",
@@ -70,6 +73,7 @@ PEERS = {
 NEEDS = {"Daft": "daft", "Spark": "pyspark"}
 YARDSTICK = "Ray Data"
 SHARES = {
+    "Ray Data tuned": 3,
     "Daft": 2,
     "Spark": 2,
     "DataLoader": 3.5,
@@ -77,11 +81,13 @@ SHARES = {
     "imgbatch": 3.5,
     "imgbatch openvino-fp32": 6,
     "imgbatch mnn-fp32": 8,
-    "imgbatch openvino-bf16": 12,
-    "imgbatch openvino-int8": 16,
-    "imgbatch openvino-int8 reduced": 16,
+    "imgbatch openvino-bf16": 20,
+    "imgbatch openvino-int8": 40,
+    "imgbatch openvino-int8 reduced": 40,
 }
 """Images of a contestant as a multiple of Ray Data's, in the first workload."""
+ENOUGH_S = 120
+"""That the fastest contestant should take, so that getting started decides nothing."""
 
 
 def main() -> None:
@@ -95,7 +101,9 @@ def main() -> None:
         manifest = scratch / "manifest.parquet"
         longest = max(_limit(name, arguments) for name in names)
         repeated = [locations[index % len(locations)] for index in range(longest)]
-        pq.write_table(pa.table({"uri": repeated, "image_id": [str(index) for index in range(longest)]}), manifest)
+        table = pa.table({"uri": repeated, "image_id": [str(index) for index in range(longest)]})
+        # Ray Data makes at most one task of a row group.
+        pq.write_table(table, manifest, row_group_size=BATCH_SIZE)
         given = arguments.model or save_random_model(
             scratch / "random", workload.arch, 10, resize_size=workload.resize_size, crop_size=workload.crop_size
         )
@@ -111,12 +119,12 @@ def main() -> None:
         f"{workload.what} from {'S3' if arguments.s3 else 'local disk'} "
         f"({len(photographs):,} different ones, repeated), "
         f"{arguments.repeats} round(s) in turn: {', '.join(f'{name} {_limit(name, arguments):,}' for name in names)} "
-        f"images. Object stores of {OBJECT_STORE_MB:,} MB."
+        f"images. Object stores of {OBJECT_STORE_MB:,} MB. Variants that the model came without were calibrated on "
+        f"{arguments.calibration or 'every second one of these images'}."
     )
     yardstick = YARDSTICK if YARDSTICK in names else names[0]
-    write_result(
-        arguments.output, "imgbatch and its peers", intro, outcomes, yardstick=yardstick, notes=describe_labels(labels)
-    )
+    notes = describe_lengths(outcomes) + describe_labels(labels)
+    write_result(arguments.output, "imgbatch and its peers", intro, outcomes, yardstick=yardstick, notes=notes)
     print(arguments.output.with_suffix(".md").read_text())
 
 
@@ -183,8 +191,10 @@ def contestant(name: str, manifest: Path, model: str, arguments: argparse.Namesp
 
 
 def _limit(name: str, arguments: argparse.Namespace) -> int:
+    """Images of one run: whole batches on every core, so that at the end none of them waits for another."""
     ours = WORKLOADS[arguments.workload].shares if name in OURS else 1
-    return round(arguments.images * SHARES.get(name, 1) * ours)
+    round_of_batches = BATCH_SIZE * this_machine().num_cpus
+    return round_of_batches * max(1, round(arguments.images * SHARES.get(name, 1) * ours / round_of_batches))
 
 
 @dataclass(frozen=True)
@@ -193,14 +203,12 @@ class Labels:
 
     by_uri: Mapping[str, str]
 
-    @property
-    def accuracy(self) -> float:
-        """Against the name of the image's folder."""
-        return sum(Path(uri).parent.name == label for uri, label in self.by_uri.items()) / len(self.by_uri)
+    def right(self, uris: Collection[str]) -> set[str]:
+        """Of ``uris``, those labelled with the name of the image's folder."""
+        return {uri for uri in uris if Path(uri).parent.name == self.by_uri[uri]}
 
-    def agreement(self, other: Labels) -> float:
-        common = self.by_uri.keys() & other.by_uri.keys()
-        return sum(self.by_uri[uri] == other.by_uri[uri] for uri in common) / len(common)
+    def agreement(self, other: Labels, uris: Collection[str]) -> float:
+        return sum(self.by_uri[uri] == other.by_uri[uri] for uri in uris) / len(uris)
 
 
 def read_labels(out: Path) -> Labels:
@@ -212,14 +220,37 @@ def read_labels(out: Path) -> Labels:
 
 
 def describe_labels(labels: Mapping[str, Labels]) -> str:
-    """A table of agreement and, where the folders are classes, of accuracy."""
+    """A table of agreement and, where the folders are classes, of accuracy, on the images that all have labelled."""
+    common = set.intersection(*(set(value.by_uri) for value in labels.values()))
     reference = labels.get("imgbatch")
-    known = any(value.accuracy > 0 for value in labels.values())
-    lines = ["| | same label as imgbatch in torch | accuracy |", "| --- | --- | --- |"]
+    right = {name: value.right(common) for name, value in labels.items()}
+    known = any(right.values())
+    lines = [
+        f"On the {len(common):,} different images that every contestant had:",
+        "",
+        "| | same label as imgbatch in torch | accuracy | right where it is wrong, wrong where it is right |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, value in labels.items():
-        agreement = f"{value.agreement(reference):.2%}" if reference else "–"
-        lines.append(f"| {name} | {agreement} | {f'{value.accuracy:.2%}' if known else '–'} |")
+        agreement = f"{value.agreement(reference, common):.2%}" if reference else "–"
+        accuracy = f"{len(right[name]) / len(common):.2%}" if known else "–"
+        paired = "–"
+        if reference and known:
+            paired = f"{len(right[name] - right['imgbatch'])}, {len(right['imgbatch'] - right[name])}"
+        lines.append(f"| {name} | {agreement} | {accuracy} | {paired} |")
     return "\n".join(lines)
+
+
+def describe_lengths(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+    """A warning where the fastest contestant was done too soon; else nothing."""
+    seconds = {name: statistics.median(run.seconds for run in runs) for name, runs in outcomes.items()}
+    fastest = max(outcomes, key=lambda name: statistics.median(run.rate for run in outcomes[name]))
+    if seconds[fastest] >= ENOUGH_S:
+        return ""
+    return (
+        f"{fastest}, the fastest, took {seconds[fastest]:.0f} s, less than the {ENOUGH_S} s in which starting would "
+        "decide nothing: more `--images` would be fairer.\n\n"
+    )
 
 
 if __name__ == "__main__":
