@@ -6,6 +6,8 @@ A contestant is a command that writes ``{"images": N, "seconds": S, "startup_sec
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -51,13 +53,24 @@ class Outcome:
         return self.images / self.seconds
 
 
-def compete(contestants: Sequence[Contestant], *, repeats: int, scratch: Path) -> dict[str, list[Outcome]]:
-    """Every contestant once a round, every other round in reverse, so that a drift of the machine favours none."""
+def compete(
+    contestants: Sequence[Contestant], *, repeats: int, scratch: Path, timeout_s: float, save: Path
+) -> dict[str, list[Outcome]]:
+    """Every contestant once a round, every other round in reverse, so that a drift of the machine favours none.
+
+    Args:
+        timeout_s: of one run.
+        save: JSON, written after each run, so that what was measured outlives one that fails.
+
+    Raises:
+        SystemExit: one failed or took too long.
+    """
     outcomes: dict[str, list[Outcome]] = {contestant.name: [] for contestant in contestants}
     for number in range(repeats):
         for contestant in contestants if number % 2 == 0 else reversed(contestants):
-            outcome = run(contestant, scratch / contestant.name / str(number))
+            outcome = run(contestant, scratch / contestant.name / str(number), timeout_s)
             outcomes[contestant.name].append(outcome)
+            _save(save, outcomes)
             print(
                 f"round {number + 1}, {contestant.name}: {outcome.rate:.1f} images/s ({outcome.images:,} in "
                 f"{outcome.seconds:.0f} s, up after {outcome.startup_seconds:.0f} s, {outcome.peak_mb:,.0f} MB)",
@@ -66,11 +79,11 @@ def compete(contestants: Sequence[Contestant], *, repeats: int, scratch: Path) -
     return outcomes
 
 
-def run(contestant: Contestant, out: Path) -> Outcome:
+def run(contestant: Contestant, out: Path, timeout_s: float) -> Outcome:
     """One run.
 
     Raises:
-        SystemExit: it failed; what it printed is in ``out.log``.
+        SystemExit: it failed or took longer than ``timeout_s``; the end of what it printed is in the message.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     result, log = out.with_suffix(".json"), out.with_suffix(".log")
@@ -79,12 +92,26 @@ def run(contestant: Contestant, out: Path) -> Outcome:
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         memory = PeakMemory(process.pid)
-        code = process.wait()
+        try:
+            code: int | None = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            _end(process.pid)
+            code = None
         peak_mb = memory.stop()
     if code != 0 or not result.exists():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise SystemExit(f"{contestant.name} failed with exit code {code}:\n{tail}")
+        how = f"took longer than {timeout_s:.0f} s" if code is None else f"failed with exit code {code}"
+        raise SystemExit(f"{contestant.name} {how}:\n{tail}")
     return Outcome(**json.loads(result.read_text()), peak_mb=peak_mb)
+
+
+def _end(pid: int) -> None:
+    """A process and everything below it."""
+    root = psutil.Process(pid)
+    for process in [*root.children(recursive=True), root]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    root.wait()
 
 
 class PeakMemory:
@@ -128,7 +155,10 @@ def _summed_pss(processes: Sequence[psutil.Process]) -> int:
 def write_result(
     target: Path, title: str, intro: str, outcomes: Mapping[str, Sequence[Outcome]], *, yardstick: str, notes: str = ""
 ) -> None:
-    """TARGET.md, TARGET.json and TARGET.png: rates, ratios to ``yardstick`` round by round, start-up, memory."""
+    """TARGET.md, TARGET.json, TARGET.png: rates, ratios to ``yardstick`` round by round, start-up, memory.
+
+    The picture needs matplotlib, and is left out without it.
+    """
     today = time.strftime("%Y-%m-%d")
     lines = [f"# {title}, {today}", "", intro, f"Machine: {describe_machine()}.", ""]
     lines += [
@@ -147,10 +177,15 @@ def write_result(
         )
     lines += ["", "Medians, with the lowest and highest in brackets; ratios are taken within a round.", "", notes]
     target.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+    _save(target.with_suffix(".json"), outcomes)
+    if importlib.util.find_spec("matplotlib") is not None:
+        _draw(target.with_suffix(".png"), outcomes)
+
+
+def _save(target: Path, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
     rows = {name: [asdict(run) for run in runs] for name, runs in outcomes.items()}
-    values = {"at": today, "machine": describe_machine(), "runs": rows}
-    target.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
-    _draw(target.with_suffix(".png"), outcomes)
+    values = {"at": time.strftime("%Y-%m-%d"), "machine": describe_machine(), "runs": rows}
+    target.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _draw(path: Path, outcomes: Mapping[str, Sequence[Outcome]]) -> None:

@@ -16,6 +16,9 @@ import pytest
 
 from imgbatch.core.model import ModelBundle
 from jobs.bench import evaluate
+from jobs.bench.contest import Contestant, Outcome, compete, write_result
+from jobs.bench.peers.__main__ import Labels, describe_labels, describe_lengths
+from jobs.bench.peers.data_loader import settings_to_try
 
 
 @pytest.mark.soak
@@ -46,3 +49,53 @@ def test_our_clock_starts_with_ray_and_not_with_the_first_unit(
     first_unit, finished = (datetime.fromisoformat(run[name]) for name in ("engine_ready_at", "finished_at"))
     assert measured["images"] == 5
     assert measured["seconds"] > (finished - first_unit).total_seconds()
+
+
+def test_labels_are_compared_on_the_images_that_all_have_labelled() -> None:
+    ours = Labels({"cat/0": "cat", "cat/1": "dog", "dog/2": "dog", "dog/3": "dog"})
+    lines = describe_labels(
+        {"peer": Labels({"cat/0": "dog", "cat/1": "cat", "dog/2": "dog"}), "imgbatch": ours}
+    ).splitlines()
+    assert lines[0] == "On the 3 different images that every contestant had:"
+    assert lines[4:] == ["| peer | 33.33% | 66.67% | 1, 1 |", "| imgbatch | 100.00% | 66.67% | 0, 0 |"]
+
+
+def test_a_contest_that_was_too_short_says_so() -> None:
+    def outcome(seconds: float) -> list[Outcome]:
+        return [Outcome(1000, seconds, 1.0, 1.0)]
+
+    assert "slow" not in describe_lengths({"slow": outcome(200), "fast": outcome(60)})
+    assert describe_lengths({"slow": outcome(200), "fast": outcome(60)}).startswith("fast, the fastest, took 60 s")
+    assert describe_lengths({"slow": outcome(200), "fast": outcome(130)}) == ""
+
+
+def test_what_was_measured_outlives_a_contestant_that_fails_or_hangs(tmp_path: Path) -> None:
+    def contestant(name: str, code: str) -> Contestant:
+        return Contestant(name, [sys.executable, "-c", code, "{result}"], {})
+
+    values = {"images": 10, "seconds": 2.0, "startup_seconds": 1.0}
+    good = contestant("good", f"import sys, pathlib; pathlib.Path(sys.argv[1]).write_text({json.dumps(values)!r})")
+    for code, reason in (
+        ("raise SystemExit('no such thing')", "bad failed with exit code 1:\nno such thing"),
+        ("import time; time.sleep(600)", "bad took longer than 5 s:"),
+    ):
+        saved = tmp_path / "saved.json"
+        with pytest.raises(SystemExit, match=reason):
+            compete([good, contestant("bad", code)], repeats=1, scratch=tmp_path / reason[:8], timeout_s=5, save=saved)
+        assert [run["seconds"] for run in json.loads(saved.read_text())["runs"]["good"]] == [2.0]
+
+
+def test_ratios_are_those_of_a_round(tmp_path: Path) -> None:
+    runs = {
+        "slow": [Outcome(100, 10.0, 1.0, 2000.0), Outcome(100, 20.0, 1.0, 2000.0)],
+        "fast": [Outcome(100, 5.0, 1.0, 500.0), Outcome(100, 4.0, 1.0, 500.0)],
+    }
+    write_result(tmp_path / "page", "Title", "Intro.", runs, yardstick="slow")
+    assert "| fast | 22.5 (20 to 25) | 3.5 (2 to 5) |" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize("cores", [1, 2, 16, 96])
+def test_the_loop_to_beat_is_tuned_in_a_dozen_trials(cores: int) -> None:
+    settings = settings_to_try(cores)
+    assert 2 <= len(settings) <= 12
+    assert all(0 <= workers <= cores and 1 <= threads <= cores for workers, threads in settings)

@@ -70,7 +70,15 @@ PEERS = {
     "processes": "process_pool",
 }
 """Module of each."""
-NEEDS = {"Daft": "daft", "Spark": "pyspark"}
+NEEDS = {
+    "Daft": "daft",
+    "Spark": "pyspark",
+    "imgbatch mnn-fp32": "MNN",
+    **{name: "openvino" for name in OURS if "openvino" in name},
+}
+"""Package of each that does with more than ours and torch."""
+TIMEOUT_S = 3600
+"""Of one run, in which one that hangs is ended."""
 YARDSTICK = "Ray Data"
 SHARES = {
     "Ray Data tuned": 3,
@@ -112,7 +120,13 @@ def main() -> None:
             optimize(model, backend.replace("_", "-"), arguments.calibration or str(manifest))
         runs = scratch / "runs"
         contestants = [contestant(name, manifest, model, arguments) for name in names]
-        outcomes = compete(contestants, repeats=arguments.repeats, scratch=runs)
+        outcomes = compete(
+            contestants,
+            repeats=arguments.repeats,
+            scratch=runs,
+            timeout_s=TIMEOUT_S,
+            save=arguments.output.with_suffix(".json"),
+        )
         labels = {name: read_labels(runs / name / "0") for name in names}
     intro = (
         f"    python -m jobs.bench.peers {' '.join(sys.argv[1:])}\n\n"

@@ -88,8 +88,9 @@ class Stopwatch:
         self._started = 0.0
         self._startup = 0.0
 
-    def start(self) -> None:
-        self._startup = time.time() - psutil.Process().create_time()
+    def start(self, *, left_out: float = 0) -> None:
+        """``left_out``: seconds until now that are no start-up."""
+        self._startup = time.time() - psutil.Process().create_time() - left_out
         self._started = time.perf_counter()
 
     def stop(self) -> None:
