@@ -219,6 +219,8 @@ def _print_figures(metrics: Mapping[str, Any]) -> None:
     sample = rank.get("sample")
     if sample and sample["rows"] < sample["of"]:
         console.print(f"roc_auc and the precisions are of a sample of {sample['rows']:,} rows")
+    if reason := rank.get("intervals", {}).get("unavailable"):
+        console.print(f"no intervals of roc_auc and average_precision: {reason}")
 
 
 def _print_table(

@@ -18,8 +18,10 @@ MAX_BYTES = 128 * 2**20
 MAX_CURVE_CLASSES = 100
 _CURVE_POINTS = 50
 _BOOTSTRAP_REPLICATES = 100
+_BOOTSTRAP_LEAST_REPLICATES = 40
+"""Of fewer, none is beyond the 2.5th percentile."""
 _BOOTSTRAP_VALUES = 200_000_000
-_BOOTSTRAP_LEAST_ROWS = 1000
+"""Probabilities that all replicates together may hold: some seconds."""
 _LOTS = 2.0**64
 
 
@@ -68,7 +70,8 @@ def rank_metrics(
 
     Returns:
         ``roc_auc`` and ``average_precision`` (of the second class for a binary task, else the means over the classes
-        that are defined), ``mean_average_precision``, their intervals, and what the sample was.
+        that are defined), ``mean_average_precision``, their intervals, and what the sample was. Where drawing the sample
+        again and again would take too long, ``intervals`` has the reason as ``unavailable`` instead.
     """
     probs_NK, truth_NK = sample.rows()
     for entry, positive_N, scores_N in zip(per_class, truth_NK.T, probs_NK.T, strict=True):
@@ -103,17 +106,15 @@ def _curve(counts: ranking.ThresholdCounts) -> dict[str, list[float]]:
 
 
 def _intervals(truth_NK: np.ndarray, probs_NK: np.ndarray, seed: int) -> dict[str, Any]:
-    affordable = _BOOTSTRAP_VALUES // (_BOOTSTRAP_REPLICATES * truth_NK.shape[1])
-    if affordable < min(_BOOTSTRAP_LEAST_ROWS, len(probs_NK)):
-        return {"unavailable": f"too many classes to draw {_BOOTSTRAP_LEAST_ROWS} rows again and again"}
-    # Drawn, because the first ones may be of a few classes: a folder is listed class by class.
-    rows = np.random.default_rng(seed).permutation(len(probs_NK))[:affordable]
-    aucs, precisions = ranking.bootstrap_areas(
-        truth_NK[rows], probs_NK[rows], _BOOTSTRAP_REPLICATES, np.random.default_rng(seed)
-    )
+    num_rows, num_classes = probs_NK.shape
+    num_replicates = min(_BOOTSTRAP_REPLICATES, _BOOTSTRAP_VALUES // max(probs_NK.size, 1))
+    if num_replicates < _BOOTSTRAP_LEAST_REPLICATES:
+        return {"unavailable": f"{num_rows:,} rows of {num_classes:,} classes are too many to draw again and again"}
+    # Always as many rows as the estimate is of: fewer would spread wider, and the precision of a class depends on them.
+    aucs, precisions = ranking.bootstrap_areas(truth_NK, probs_NK, num_replicates, np.random.default_rng(seed))
     return {
         "roc_auc": intervals.percentile_interval(aucs),
         "average_precision": intervals.percentile_interval(precisions),
-        "rows": len(rows),
-        "replicates": _BOOTSTRAP_REPLICATES,
+        "rows": num_rows,
+        "replicates": num_replicates,
     }

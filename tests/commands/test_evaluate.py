@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from imgbatch.cli import run
+from imgbatch.core import rank_sample
 from imgbatch.core.model import load_bundle
 
 CLASSES = ("red", "green", "blue")
@@ -89,6 +90,13 @@ def test_evaluate_as_json_prints_what_it_wrote(output, tmp_path, capsys):
     out = output("out")
     assert run(["evaluate", out, "-o", str(tmp_path / "eval"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "eval" / "metrics.json").read_text())
+
+
+def test_a_summary_says_why_there_is_no_interval(output, capsys, monkeypatch):
+    monkeypatch.setattr(rank_sample, "_BOOTSTRAP_VALUES", 1000)
+    assert run(["evaluate", output("out")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no intervals of roc_auc and average_precision: 299 rows of 3 classes are too many" in printed
 
 
 def test_a_multi_label_summary(store_run, capsys):

@@ -344,6 +344,20 @@ def test_rank_metrics_of_many_rows_come_from_a_stated_sample(store_run, targets,
     assert 50 < first["sample"]["rows"] < 150
     full = oracle.average_precision_score(targets[:, None] == np.arange(4), probs)
     assert first["mean_average_precision"] == pytest.approx(full, abs=0.15)
+    assert first["intervals"]["rows"] == first["sample"]["rows"]
+
+
+def test_intervals_of_rank_metrics_are_of_all_rows_of_the_sample_or_none(store_run, targets, monkeypatch):
+    out = str(store_run(CLASSES, make_probs(targets, 4), columns={"target": named(targets)}))
+    monkeypatch.setattr(rank_sample, "_BOOTSTRAP_VALUES", 50 * 500 * 4)
+    rank = evaluate(out).metrics["rank"]
+    assert (rank["intervals"]["rows"], rank["intervals"]["replicates"]) == (500, 50)
+    for name in ("roc_auc", "average_precision"):
+        low, high = rank["intervals"][name]
+        assert low < rank[name] < high
+    monkeypatch.setattr(rank_sample, "_BOOTSTRAP_VALUES", 39 * 500 * 4)
+    reason = "500 rows of 4 classes are too many to draw again and again"
+    assert evaluate(out).metrics["rank"]["intervals"] == {"unavailable": reason}
 
 
 def test_a_newer_run_supersedes_an_older_one(store_run, targets):

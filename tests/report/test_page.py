@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from imgbatch.core import storage
+from imgbatch.core import rank_sample, storage
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.scored import read_labeller
 from imgbatch.core.views import open_views
@@ -121,6 +122,20 @@ def test_multilabel(store_run, read_page):
     for text in ("All labels right", "best F1 from", "Most confident mistakes", "Least certain", "NOT_FOUND"):
         assert text in page.text
     assert "Confusion" not in page.text
+
+
+def test_images_of_which_nothing_is_true_and_nothing_was_said(store_run, read_page):
+    columns = {"targets": pa.array([[]] * 6, pa.list_(pa.string()))}
+    out = store_run(("road", "water"), np.full((6, 2), 0.1, np.float32), task="multilabel", columns=columns)
+    page = read_page(write_report(str(out), max_thumbnails=0))
+    assert "6 rows measured" in page.text
+    assert "worst F1 first" not in page.text
+
+
+def test_a_rank_that_is_too_dear_to_draw_again_and_again_says_so(photo_run, read_page, monkeypatch):
+    monkeypatch.setattr(rank_sample, "_BOOTSTRAP_VALUES", 1000)
+    page = read_page(write_report(str(photo_run()), max_thumbnails=0))
+    assert "The ROC area has none: 114 rows of 3 classes are too many to draw again and again." in page.text
 
 
 def test_many_classes_with_top_k_only(store_run, read_page):
