@@ -54,12 +54,13 @@ def evaluate(
     """Measure the current predictions of ``out`` against their targets.
 
     Every image counts once. Rows without a prediction and targets that the model does not know are counted and
-    reported: they are left out of the metrics, and count as wrong in ``accuracy_of_all``.
+    reported: they are left out of the metrics, and count as wrong in ``accuracy_of_all``. A multi-label row is left
+    with the targets that the model knows.
 
     Args:
         manifest: where the targets are, joined on ``image_id``; none: the classified manifest's own.
         directory: where to write; none: the newest run's directory.
-        split: only rows of this split.
+        split: only rows of this split, by whichever of the names that training knows for it.
         slice_by: manifest columns; the metrics of each of their values, worst first.
         target_precision: multi-label: of each label's operating point ``at_precision``.
 
@@ -87,6 +88,9 @@ def evaluate(
             **measured,
             "slices": describe_slices(scored),
         }
+        for name in ("mistakes", "label_errors"):
+            if not (measured.get(name) or {}).get("file"):  # an earlier evaluation may have listed some
+                storage.remove(storage.join(directory, _file_of(name)))
     plain = to_plain(metrics)
     storage.write_json(storage.join(directory, "metrics.json"), plain)
     return Evaluation(directory, plain)
@@ -137,12 +141,21 @@ def _count_rows(scored: Scored) -> dict[str, Any]:
         "measured": sum(count for name, count, _, _ in groups if name is None),
         "without_prediction": without,
         "without_prediction_by_status": dict(by_status),
-        "unknown_target": unknown.total(),
+        "unknown_target": _count_unknown(scored, unknown),
         "unknown_targets": dict(listed[:MAX_UNKNOWN_LISTED]),
         "predicted_without_target": scored.fetch_row("select count(*) from predictions")[0] - predicted,
         "of_train_split": sum(of_train for name, _, _, of_train in groups if name is None),
         "right": sum(right for _, _, right, _ in groups),
     }
+
+
+def _count_unknown(scored: Scored, unknown: Counter[str]) -> int:
+    """Rows with a target of these names; a row of several labels may have more than one of them."""
+    if not scored.labeller.is_multilabel:
+        return unknown.total()
+    both = "(select truth from scored union all select truth from unpredicted)"
+    query = f"select count(*) from {both} where list_has_any(truth, ?::varchar[])"
+    return scored.connection.execute(query, [list(unknown)]).fetchall()[0][0]
 
 
 def _unknown_names(scored: Scored, relation: str) -> dict[str, int]:
@@ -209,7 +222,11 @@ def _take_first(tables: Iterable[pa.Table], column: str, order: str) -> tuple[pa
 
 
 def _write(directory: str, name: str, table: pa.Table) -> dict[str, Any]:
-    file = f"{name}.parquet"
+    file = _file_of(name)
     with storage.staged_file(storage.join(directory, file)) as staged:
         pq.write_table(table, staged, compression="zstd")
     return {"file": file, "listed": table.num_rows}
+
+
+def _file_of(name: str) -> str:
+    return f"{name}.parquet"

@@ -46,13 +46,13 @@ def collect(scored: Scored, sample: RankSample) -> Sums:
     zeros = [np.zeros(num_classes, np.int64) for _ in range(3)]
     per_label = [SelfConfidence.empty(2) for _ in labeller.class_names]
     sums = Sums(confusion.ClassCounts(*zeros), per_label, sample, np.zeros(num_classes), np.zeros(num_classes))
-    columns = ["truth", "labels", "is_right"]
+    columns = ["truth", "labels", "is_exact"]
     if labeller.has_probabilities:
         columns += ["probabilities", f"hash(image_id, {sample.seed}) as lot"]
     for batch in scored.iter_batches(columns):
         truth_NK, said_NK = scored.membership(batch["truth"]), scored.membership(batch["labels"])
         wrong_NK = truth_NK != said_NK
-        exact_N = batch["is_right"].to_numpy(zero_copy_only=False)
+        exact_N = batch["is_exact"].to_numpy(zero_copy_only=False)
         sums.num_rows += len(exact_N)
         sums.num_exact += int(exact_N.sum())
         sums.num_wrong_cells += int(wrong_NK.sum())

@@ -70,8 +70,8 @@ def rank_metrics(
 
     Returns:
         ``roc_auc`` and ``average_precision`` (of the second class for a binary task, else the means over the classes
-        that are defined), ``mean_average_precision``, their intervals, and what the sample was. Where drawing the sample
-        again and again would take too long, ``intervals`` has the reason as ``unavailable`` instead.
+        that are defined), ``mean_average_precision``, their intervals, and what the sample was. Where intervals would
+        take too long, they are the reason alone, ``unavailable``.
     """
     probs_NK, truth_NK = sample.rows()
     for entry, positive_N, scores_N in zip(per_class, truth_NK.T, probs_NK.T, strict=True):

@@ -7,7 +7,8 @@ sample) and spills to a temporary directory. Two relations are made on the conne
 
     scored       every image that has a prediction and a target, once, with truth (the target, or the list of targets),
                  is_right, is_known: whether the model has a class for it (true for lists), and of_train: whether it
-                 is of the split that training takes
+                 is of the split that training takes; of lists also is_exact: as is_right, but for the names that the
+                 model has no class for
     unpredicted  every image that has a target and no prediction, once, with the status of its error row if any
 """
 
@@ -29,12 +30,13 @@ from imgbatch.core.database import bounded_memory
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
 from imgbatch.core.runs import RunPaths
-from imgbatch.core.training.labelled import SPLIT_NAMES, TRAIN
+from imgbatch.core.training.labelled import TRAIN, names_of_split
 from imgbatch.core.views import open_views
 from imgbatch.errors import UsageError
 from imgbatch.schema import RESERVED_COLUMNS, SPLIT, TARGET, TARGETS
 
 _BATCH_VALUES = 1 << 21
+_MAX_SPLITS_NAMED = 10
 
 IDENTITY = ("image_id", "uri", "run_id", "row_id")
 """What says which image a listed row is about, and where a reader finds it again."""
@@ -112,7 +114,7 @@ def open_scored(
 
     Args:
         manifest: where the targets are, joined on ``image_id``; none: the classified manifest's own.
-        split: only rows of this split.
+        split: only rows of this split, by whichever of the names that training knows for it.
         slice_by: manifest columns to carry along.
         all_predictions: ``scored`` also holds predictions without a target, with a null truth.
 
@@ -125,15 +127,15 @@ def open_scored(
         slice_by = tuple(dict.fromkeys(slice_by))
         truth = TARGETS if labeller.is_multilabel else TARGET
         wanted = _Wanted(truth, split, slice_by, all_predictions)
-        if manifest is None:
+        opened = open_manifest(manifest) if manifest is not None else None
+        if opened is None:
             _use_own_targets(connection, out, wanted)
         else:
-            _load_targets(connection, open_manifest(manifest), wanted)
+            _load_targets(connection, opened, wanted)
         _view_with_target_index(connection, labeller)
         scored = Scored(connection, labeller, slice_by)
         if not all_predictions and not scored.fetch_row("select exists(from scored) or exists(from unpredicted)")[0]:
-            of_split = f" in split {split!r}" if split is not None else ""
-            raise UsageError(f"{manifest or out}: no row{of_split} has a target; fill in column {truth!r}")
+            raise UsageError(f"{manifest or out}: {_why_empty(connection, opened, wanted)}")
         yield scored
 
 
@@ -211,8 +213,7 @@ class _Wanted:
     def columns(self, available: Sequence[str]) -> list[str]:
         """What to select of the rows that hold the target, of which these columns are ``available``."""
         slices = [f"cast({_quoted(name)} as varchar) as slice_{i}" for i, name in enumerate(self.slice_by)]
-        names = ", ".join(_text(name) for name, split in SPLIT_NAMES.items() if split == TRAIN)
-        of_train = f"coalesce({SPLIT}::varchar in ({names}), false)" if SPLIT in available else "false"
+        of_train = f"coalesce({_is_of(TRAIN)}, false)" if SPLIT in available else "false"
         truth = self.truth if self.truth in available else f"null::varchar{'[]' if self.truth == TARGETS else ''}"
         return [f"{truth} as truth", f"{of_train} as of_train", *slices]
 
@@ -224,7 +225,7 @@ class _Wanted:
     @property
     def condition(self) -> str:
         has_truth = "true" if self.all_predictions else f"{self.truth} is not null"
-        return has_truth if self.split is None else f"{has_truth} and {SPLIT} = {_text(self.split)}"
+        return has_truth if self.split is None else f"{has_truth} and {_is_of(self.split)}"
 
 
 def _use_own_targets(connection: duckdb.DuckDBPyConnection, out: str, wanted: _Wanted) -> None:
@@ -281,19 +282,49 @@ def _load_targets(connection: duckdb.DuckDBPyConnection, manifest: Manifest, wan
 
 
 def _view_with_target_index(connection: duckdb.DuckDBPyConnection, labeller: Labeller) -> None:
-    if labeller.is_multilabel:
-        connection.execute(
-            "create temp view scored as select *, true as is_known, "
-            "list_has_all(truth, labels) and list_has_all(labels, truth) as is_right from with_truth"
-        )
-        return
     named = pa.table({"name": list(labeller.class_names), "index": np.arange(labeller.num_classes, dtype=np.int32)})
     connection.register("class_index", named)
+    if labeller.is_multilabel:
+        unknown = (
+            "select list(distinct name) from (select unnest(truth) as name from with_truth) "
+            "anti join class_index using (name)"
+        )
+        connection.execute(
+            "create temp view scored as select *, true as is_known, "
+            "list_has_all(truth, labels) and list_has_all(labels, truth) as is_right, "
+            f"list_has_all(truth, labels) and list_has_all(list_concat(labels, ({unknown})), truth) as is_exact "
+            "from with_truth"
+        )
+        return
     connection.execute(
         "create temp view scored as select s.*, c.index as target_index, c.index is not null as is_known, "
         "coalesce(c.index = s.label_index, false) as is_right "
         "from with_truth s left join class_index c on s.truth = c.name"
     )
+
+
+def _why_empty(connection: duckdb.DuckDBPyConnection, manifest: Manifest | None, wanted: _Wanted) -> str:
+    splits = _splits_with_targets(connection, manifest, wanted.truth) if wanted.split is not None else []
+    if splits:
+        return f"no row in split {wanted.split!r} has a target; there are some in: {', '.join(splits)}"
+    return f"no row has a target; fill in column {wanted.truth!r}"
+
+
+def _splits_with_targets(connection: duckdb.DuckDBPyConnection, manifest: Manifest | None, truth: str) -> list[str]:
+    """The first splits by name in which a row has a target."""
+    if manifest is None:
+        rows = f"select {SPLIT}::varchar from {{}} where {truth} is not null"
+        found = connection.execute(f"{rows.format('predictions')} union {rows.format('errors')}").fetchall()
+        names = {name for (name,) in found}
+    else:
+        with_target = (table.filter(table[truth].is_valid()) for table in manifest.iter_batches([truth, SPLIT]))
+        names = {name for table in with_target for name in table[SPLIT].unique().to_pylist()}
+    return sorted(names - {None})[:_MAX_SPLITS_NAMED]
+
+
+def _is_of(split: str) -> str:
+    """SQL: whether a row is of the split."""
+    return f"{SPLIT}::varchar in ({', '.join(map(_text, names_of_split(split)))})"
 
 
 def _columns(connection: duckdb.DuckDBPyConnection, view: str) -> list[str]:

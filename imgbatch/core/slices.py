@@ -28,12 +28,12 @@ def describe_slices(scored: Scored) -> list[dict[str, Any]]:
 
 def _query(scored: Scored, name: str) -> list[tuple[Any, ...]]:
     """What :func:`_describe` takes of the values that are listed; last, how many values there are."""
-    target = "null" if scored.labeller.is_multilabel else "target_index"
+    target, right = ("null", "is_exact") if scored.labeller.is_multilabel else ("target_index", "is_right")
     return scored.connection.execute(
         f"""
         with cells as (
             select {name} as value, {target} as target_index, count(*) as predicted,
-                count(*) filter (is_known) as measured, count(*) filter (is_right) as "right",
+                count(*) filter (is_known) as measured, count(*) filter ({right}) as "right",
                 sum(probability::double) filter (is_known) as confidence
             from scored group by all
         ), predicted as (

@@ -134,6 +134,41 @@ def test_multi_label_mistakes_are_what_the_stored_labels_have_wrong(store_run, t
     assert metrics["risk_coverage"]["risk"] == pytest.approx([0, 0, 1 / 3])
 
 
+def test_labels_that_the_model_does_not_know_are_left_out_of_the_metrics(store_run):
+    probs = np.array([[0.9, 0.1], [0.1, 0.9], [0.1, 0.1], [0.9, 0.1]], np.float32)
+    columns = {
+        "targets": [["ash", "oak", "yew"], ["ash", "oak"], ["oak"], ["ash"]],
+        "site": ["north", "north", "south", "south"],
+    }
+    failed = {"image_id": ["bad"], "status": ["EMPTY"], "targets": [["oak", "ash"]], "site": ["south"]}
+    out = str(store_run(CLASSES[:2], probs, task="multilabel", columns=columns, failed=failed))
+    metrics = evaluate(out, slice_by=["site"]).metrics
+    assert metrics["exact_match"] == 3 / 4
+    assert metrics["intervals"]["exact_match"] == pytest.approx(wilson_interval(3, 4))
+    assert metrics["risk_coverage"]["risk"][-1] == 1 / 4
+    assert metrics["accuracy_of_all"] == 1 / 5
+    assert metrics["rows"]["unknown_target"] == 4
+    assert metrics["rows"]["unknown_targets"] == {"oak": 4, "yew": 1}
+    (by_site,) = metrics["slices"]
+    assert [(entry["value"], entry["accuracy"]) for entry in by_site["values"]] == [("north", 1 / 2), ("south", 1)]
+
+
+def test_what_an_earlier_evaluation_listed_does_not_stay(store_run, tmp_path):
+    probs = np.tile(np.array([[0.9, 0.1], [0.1, 0.9]], np.float32), (20, 1))
+    given = [["ash"], ["birch"]] * 20
+    given[0] = ["birch"]
+    out = str(store_run(CLASSES[:2], probs, task="multilabel", columns={"targets": given}))
+    directory = tmp_path / "eval"
+    evaluate(out, directory=str(directory))
+    listed = {"metrics.json", "mistakes.parquet", "label_errors.parquet"}
+    assert {path.name for path in directory.iterdir()} == listed
+    ids = [f"image-{i}" for i in range(40)]
+    corrected = {"image_id": ids, "uri": ids, "targets": [["ash"], ["birch"]] * 20}
+    pq.write_table(pa.table(corrected), tmp_path / "corrected.parquet")
+    evaluate(out, manifest=str(tmp_path / "corrected.parquet"), directory=str(directory))
+    assert {path.name for path in directory.iterdir()} == {"metrics.json"}
+
+
 def test_labels_of_one_image_each_have_honest_intervals(store_run):
     truth = np.eye(100, 4, dtype=bool)
     lists = [named(np.flatnonzero(row)) for row in truth]
@@ -281,8 +316,21 @@ def test_only_rows_of_the_split_count(store_run, targets):
     metrics = evaluate(out, split="test").metrics
     assert metrics["rows"]["with_target"] == 100
     assert metrics["top1"] == pytest.approx((probs.argmax(axis=1) == targets)[:100].mean())
-    with pytest.raises(UsageError, match="split 'dev'"):
+    with pytest.raises(UsageError, match="no row in split 'dev' has a target; there are some in: test, train"):
         evaluate(out, split="dev")
+
+
+@pytest.mark.parametrize("of_manifest", [False, True], ids=["own targets", "of another manifest"])
+def test_a_split_goes_by_the_names_that_training_knows(store_run, targets, tmp_path, of_manifest):
+    columns = {"target": named(targets), "split": ["train", "val", "valid", "holdout", None] * 100}
+    out = str(store_run(CLASSES, make_probs(targets, 4), **({} if of_manifest else {"columns": columns})))
+    ids = [f"image-{i}" for i in range(500)]
+    pq.write_table(pa.table({"image_id": ids, "uri": ids, **columns}), tmp_path / "targets.parquet")
+    manifest = str(tmp_path / "targets.parquet") if of_manifest else None
+    for split, num_rows in (("validation", 200), ("val", 200), ("holdout", 100)):
+        assert evaluate(out, manifest=manifest, split=split).metrics["rows"]["with_target"] == num_rows
+    with pytest.raises(UsageError, match="there are some in: holdout, train, val, valid"):
+        evaluate(out, manifest=manifest, split="test")
 
 
 @pytest.mark.parametrize(

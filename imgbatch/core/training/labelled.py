@@ -34,6 +34,12 @@ SPLIT_NAMES = {
 """What a manifest may call the splits."""
 
 
+def names_of_split(name: str) -> tuple[str, ...]:
+    """All that a manifest may call the split of this name; the name alone where training knows no such split."""
+    split = SPLIT_NAMES.get(name)
+    return tuple(other for other, meant in SPLIT_NAMES.items() if meant == split) or (name,)
+
+
 @dataclass(frozen=True)
 class LabelledSplit:
     """The images of one split, in the manifest's order."""
