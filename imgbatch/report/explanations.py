@@ -30,7 +30,7 @@ class Claim:
     class_name: str
     probability: float
     is_true: bool | None
-    """Whether it is a target; none where nobody said."""
+    """Whether it is a target; none where nobody said, or where the model does not say it and rightly so."""
 
     @property
     def caption(self) -> str:

@@ -43,10 +43,11 @@ def draw_heat_maps(explainer: Explainer, bundle: ModelBundle, pictures: Pictures
     known = {name: index for index, name in enumerate(bundle.class_names)}
     stated = (bundle.thresholds or {}).get("labels", {})
     needed_K = np.array([stated.get(name, DEFAULT_LABEL_THRESHOLD) for name in bundle.class_names])
+    is_multilabel = bundle.task == "multilabel"
     asked = []
     for probs_K, names in zip(probs_NK, pictures.targets, strict=True):
         true = None if names is None else {known[name] for name in names if name in known}
-        asked.append(_ask_of_labels(probs_K, true, needed_K) if bundle.task == "multilabel" else _ask(probs_K, true))
+        asked.append(_ask_of_labels(probs_K, true, needed_K) if is_multilabel else _ask(probs_K, true))
     first_N, last_N = (np.array([classes[at] for classes in asked]) for at in (0, -1))
     heats = explainer.heat(images_NHWC, first_N), explainer.heat(images_NHWC, last_N)
     for row, image_id in enumerate(pictures.image_ids):
@@ -54,8 +55,9 @@ def draw_heat_maps(explainer: Explainer, bundle: ModelBundle, pictures: Pictures
         panels = [_enlarge(shown_NHWC[row], Image.Resampling.NEAREST)]
         claims = []
         for index, heat_NHW in zip(asked[row], heats, strict=False):
-            name = bundle.class_names[index]
-            claims.append(Claim(name, float(probs_NK[row, index]), None if names is None else name in names))
+            name, probability = bundle.class_names[index], float(probs_NK[row, index])
+            is_said = not is_multilabel or probability >= needed_K[index]
+            claims.append(Claim(name, probability, _is_true(name, names, is_said=is_said)))
             panels.append(overlay(panels[0], _enlarge(heat_NHW[row], Image.Resampling.BILINEAR)))
         yield HeatMap(image_id, tuple(claims), np.concatenate(panels, axis=1))
 
@@ -91,6 +93,8 @@ def _ask(probs_K: np.ndarray, true: Collection[int] | None) -> list[int]:
 def _ask_of_labels(probs_K: np.ndarray, true: Collection[int] | None, needed_K: np.ndarray) -> list[int]:
     """Multi-label: of the labels said that are wrong the most probable, then of the targets missed the least probable.
 
+    Where nothing is wrong the most probable of the labels said, or of all if none was said.
+
     Args:
         needed_K: the probability from which each label is said.
     """
@@ -98,7 +102,14 @@ def _ask_of_labels(probs_K: np.ndarray, true: Collection[int] | None, needed_K: 
     missed = [k for k in true or () if probs_K[k] < needed_K[k]]
     asked = [max(wrong, key=lambda k: probs_K[k])] if wrong else []
     asked += [min(missed, key=lambda k: probs_K[k])] if missed else []
-    return asked or [int(probs_K.argmax())]
+    return asked or [max(range(len(probs_K)), key=lambda k: (probs_K[k] >= needed_K[k], probs_K[k]))]
+
+
+def _is_true(name: str, targets: Collection[str] | None, *, is_said: bool) -> bool | None:
+    """As :class:`Claim` has it."""
+    if targets is None or (name not in targets and not is_said):
+        return None
+    return name in targets
 
 
 def _enlarge(values: np.ndarray, how: Image.Resampling) -> np.ndarray:

@@ -67,12 +67,18 @@ def test_several_labels_are_asked_about_the_worst_on_either_side(make_bundle, ta
 def test_a_label_is_said_from_its_own_threshold(make_bundle):
     bundle = make_bundle(task="multilabel", thresholds={"labels": {"cat": 0.9, "owl": 0.2}})
     for targets, said in (
+        (["dog", "owl"], [("dog", True)]),
         (["cat"], [("dog", False), ("cat", True)]),
         (["dog"], [("owl", False)]),
-        (["dog", "owl"], [("cat", False)]),
     ):
         heat_map = drawn(bundle, [0.875, 0.75, 0.25], targets)
         assert [(claim.class_name, claim.is_true) for claim in heat_map.claims] == said
+
+
+@pytest.mark.parametrize("targets", [[], None])
+def test_what_nobody_says_is_neither_right_nor_wrong(make_bundle, targets):
+    heat_map = drawn(make_bundle(task="multilabel"), [0.25, 0.375, 0.125], targets)
+    assert [(claim.class_name, claim.is_true) for claim in heat_map.claims] == [("dog", None)]
 
 
 def test_panels_stand_side_by_side_and_small_images_are_enlarged(make_bundle):
