@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,11 @@ class LabelledSplit:
         """The images chosen by a mask or by indices."""
         return LabelledSplit(self.row_ids_N[keep_N], self.truth[keep_N])
 
+    def in_order(self, order_K: np.ndarray) -> LabelledSplit:
+        """With the classes in another order: ``order_K`` are their indices in this one."""
+        place_K = np.argsort(order_K)
+        return LabelledSplit(self.row_ids_N, self.truth[:, order_K] if self.truth.ndim == 2 else place_K[self.truth])
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -77,11 +82,17 @@ class Labelled:
 
     task: Task
     class_names: tuple[str, ...]
-    """Sorted by name; the order of the logits."""
+    """The order of the logits: by name, or that of the model that training starts from."""
     splits: dict[str, LabelledSplit]
     """``train``, ``validation`` and, where the manifest has one, ``test``."""
     num_unused: int
     """Rows in no split that training knows."""
+
+    def in_order(self, class_names: tuple[str, ...]) -> Labelled:
+        """With the same classes in another order."""
+        order_K = np.array([self.class_names.index(name) for name in class_names])
+        splits = {split: images.in_order(order_K) for split, images in self.splits.items()}
+        return replace(self, class_names=class_names, splits=splits)
 
 
 def read_labelled(manifest: Manifest, *, task: str, limit: int | None = None) -> Labelled:
@@ -93,8 +104,8 @@ def read_labelled(manifest: Manifest, *, task: str, limit: int | None = None) ->
         limit: only the first so many rows.
 
     Raises:
-        UsageError: one line: no targets, no splits, a null target, a single class, or a class that is missing in
-            the train split.
+        UsageError: one line: no targets, no splits, a null target or one in a list, a single class, or a class that
+            is missing in the train split.
     """
     where = f"manifest {manifest.path}"
     column = _target_column(manifest, task, where)
@@ -111,6 +122,8 @@ def read_labelled(manifest: Manifest, *, task: str, limit: int | None = None) ->
     _require_targets(table[column], used_rows, column, where)
     targets = table[column].take(pa.array(used_rows)).to_pylist()
     multilabel = column == TARGETS
+    if multilabel:
+        _require_names(targets, used_rows, where)
     class_names = _class_names(targets, multilabel)
     resolved = task if task != "auto" else "multilabel" if multilabel else "binary" if len(class_names) == 2 else ""
     resolved = resolved or "multiclass"
@@ -184,6 +197,12 @@ def _require_targets(column: pa.ChunkedArray, used_rows: np.ndarray, name: str, 
         raise UsageError(
             f"{where}: row {row} (from 0): {name} is null{more}; fill it in or take the row out of its split"
         )
+
+
+def _require_names(targets: Sequence[Sequence[str | None]], used_rows: np.ndarray, where: str) -> None:
+    for row, names in zip(used_rows, targets, strict=True):
+        if None in names:
+            raise UsageError(f"{where}: row {row} (from 0): {TARGETS} holds a null; take it out of the list")
 
 
 def _class_names(targets: Sequence[Any], multilabel: bool) -> list[str]:

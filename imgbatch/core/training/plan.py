@@ -120,11 +120,8 @@ def plan_training(config: Config, map_parts: MapParts = in_threads) -> TrainingP
     manifest = open_manifest(config.input.manifest)
     labelled = read_labelled(manifest, task=train.task, limit=config.input.limit)
     check_class_counts(labelled, min_images=1 if baseline else 2, where=f"manifest {manifest.path}")
-    if start is not None and not baseline and start.class_names != labelled.class_names:
-        raise UsageError(
-            f"train.weights: the model at {start.path} has other classes ({', '.join(start.class_names[:5])}, …) "
-            f"than the manifest ({', '.join(labelled.class_names[:5])}, …); give its model.safetensors for a new head"
-        )
+    if start is not None and not baseline:
+        labelled = _in_order_of(start, labelled)
     if start is not None:
         _check_bands(config.geo, start)
     if train.metric != "auto" and train.metric != "loss" and not check_metric(train.metric, labelled.task):
@@ -259,6 +256,16 @@ def settle_job(plan: TrainingPlan, stores: dict[str, CropStore]) -> tuple[Traini
     if not storage.exists(job.paths.description):
         save_job(job)
     return job, failed
+
+
+def _in_order_of(start: ModelBundle, labelled: Labelled) -> Labelled:
+    """What the manifest teaches in the order of the bundle's logits; raises :class:`UsageError` for other classes."""
+    if {*start.class_names} != {*labelled.class_names}:
+        raise UsageError(
+            f"train.weights: the model at {start.path} has other classes ({', '.join(start.class_names[:5])}, …) "
+            f"than the manifest ({', '.join(labelled.class_names[:5])}, …); give its model.safetensors for a new head"
+        )
+    return labelled.in_order(start.class_names)
 
 
 def _check_bands(geo: GeoConfig, start: ModelBundle) -> None:

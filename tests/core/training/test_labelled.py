@@ -33,6 +33,9 @@ def test_classes_splits_and_targets(read):
     assert labelled.splits["test"].truth.tolist() == [1]
     assert labelled.num_unused == 1
     assert describe_counts(labelled)["train_images_by_class"] == {"a": 2, "b": 1, "c": 1}
+    turned = labelled.in_order(("c", "a", "b"))
+    assert turned.splits["train"].truth.tolist() == [2, 1, 0, 1]
+    assert describe_counts(turned)["train_images_by_class"] == {"a": 2, "b": 1, "c": 1}
 
 
 def test_two_classes_are_binary_unless_told_otherwise(read):
@@ -46,6 +49,9 @@ def test_lists_of_targets_are_multilabel(read):
     assert labelled.task == "multilabel"
     assert labelled.splits["train"].truth.tolist() == [[True, True], [False, False], [False, True], [True, False]]
     assert labelled.splits["train"].dense_truth(2).dtype == np.float32
+    turned = labelled.in_order(("b", "a"))
+    assert turned.class_names == ("b", "a")
+    assert turned.splits["train"].truth.tolist() == [[True, True], [False, False], [True, False], [False, True]]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +65,10 @@ def test_lists_of_targets_are_multilabel(read):
         (
             {"target": ["a", "b"] * 3 + ["a"], "split": ["train"] * 6 + ["test"]},
             "no rows of split 'validation'; 'imgbatch manifest build",
+        ),
+        (
+            {"targets": [["a"], ["a", None], ["b"], ["a"], ["b"], [], [None]]},
+            "row 1 (from 0): targets holds a null; take it out of the list",
         ),
         ({"targets": [["a"], ["a"], ["a"], ["a"], ["a"], [], []]}, "class 'a' is in all train images but 0"),
     ],

@@ -105,6 +105,16 @@ def test_a_bundle_of_the_same_classes_keeps_its_head_and_preprocessing(colour_co
     assert torch.equal(initial_network(plan).head.weight, load_network(bundle).head.weight)
 
 
+def test_a_bundle_keeps_the_order_of_its_classes(colour_config, start_from):
+    sorted_by_name = plan_training(colour_config).labelled
+    bundle = start_from(("red", "blue", "green"))
+    plan = plan_training(changed(colour_config, train__weights=bundle.path))
+    assert plan.labelled.class_names == bundle.class_names
+    for split, images in plan.labelled.splits.items():
+        expected = np.array(sorted_by_name.class_names)[sorted_by_name.splits[split].truth]
+        assert np.array(bundle.class_names)[images.truth].tolist() == expected.tolist()
+
+
 def test_a_weights_file_gets_a_new_head(colour_config, start_from):
     weights = f"{start_from(('a', 'b')).path}/model.safetensors"
     network = initial_network(plan_training(changed(colour_config, train__weights=weights)))
