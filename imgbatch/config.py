@@ -215,7 +215,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.05, ge=0)
     """Never of norms and biases."""
     warmup_epochs: float = Field(1.0, ge=0)
-    """Epochs over which learning rates rise from 0."""
+    """Epochs over which learning rates rise from 0; a fifth of a training that has no more."""
     clip_norm: float = Field(1.0, ge=0)
     """Longest gradient, as a norm over all weights; 0: any."""
     l1: float = Field(0.0, ge=0)

@@ -49,6 +49,7 @@ from imgbatch.core.training.optimisation import (
     rate_factor,
     set_rates,
     shrink_weights,
+    warmup_steps,
 )
 from imgbatch.core.training.sampling import BatchPlan, Draw, balancing_weights
 from imgbatch.core.training.workers import Worker
@@ -149,12 +150,9 @@ class Trainer:
         if self._is_exhausted() or self.epoch >= train.epochs:
             return
         images, num_classes = job.splits[TRAIN], len(job.class_names)
-        weights_N = balancing_weights(images.dense_truth(num_classes)) if train.imbalance == "sampler" else None
-        weights_K = (
-            class_weights(images.class_counts(num_classes), len(images), job.task)
-            if train.imbalance == "weights"
-            else None
-        )
+        counts_K = images.class_counts(num_classes)
+        weights_N = balancing_weights(images.truth, counts_K) if train.imbalance == "sampler" else None
+        weights_K = class_weights(counts_K, len(images), job.task) if train.imbalance == "weights" else None
         loss_of = build_loss(
             job.task, kind=train.loss, label_smoothing=train.label_smoothing, class_weights_K=weights_K
         )
@@ -212,12 +210,12 @@ class Trainer:
         epoch = self.epoch + 1
         torch.manual_seed(derived_seed(_NOISE, train.seed, epoch, self.worker.rank))
         num_steps = train.epochs * plan.steps_per_epoch
-        warmup_steps = round(train.warmup_epochs * plan.steps_per_epoch)
+        rising = warmup_steps(train, plan.steps_per_epoch)
         trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         loss_sum = torch.zeros((), device=self.worker.device, dtype=torch.float64)
         for step in range(plan.steps_per_epoch):
             done = self.epoch * plan.steps_per_epoch + step
-            set_rates(self.optimizer, rate_factor(done, num_steps=num_steps, warmup_steps=warmup_steps))
+            set_rates(self.optimizer, rate_factor(done, num_steps=num_steps, warmup_steps=rising))
             self.optimizer.zero_grad(set_to_none=True)
             for part in range(train.accumulate):
                 images_BCHW, truth_BK, row_ids_B = next(batches)
@@ -350,21 +348,25 @@ class Trainer:
     def _probs(self, split: str, *, exact: bool) -> np.ndarray:
         """probs_NK of a split, float32; ``exact``: computed in float32, as classification does it."""
         logits_NK = self._gather(split, self.network, exact=exact)
-        return (logits_NK.sigmoid() if self.job.task == "multilabel" else logits_NK.softmax(dim=1)).cpu().numpy()
+        return (logits_NK.sigmoid() if self.job.task == "multilabel" else logits_NK.softmax(dim=1)).numpy()
 
     def _gather(self, split: str, forward: Callable[[Tensor], Tensor], *, exact: bool = False) -> Tensor:
-        """What ``forward`` makes of every image of a split, float32, computed by all workers together."""
+        """What ``forward`` makes of every image of a split, float32 on the CPU, computed by all workers together."""
         self.network.eval()
         batch_size = _GPU_BATCH if self.worker.device.type == "cuda" else _CPU_BATCH
         batches = iter_evaluation_batches(self.job, split, self.worker, batch_size)
         with nullcontext() if exact else self._autocast():
-            mine = [forward(self.normalise(images_BCHW)).float() for images_BCHW in batches]
+            mine: list[Tensor] = []
+            for images_BCHW in batches:
+                # The batch before, which was computed while this one was cut out: a device may not hold all of them.
+                mine[-1:] = [rows.cpu() for rows in mine[-1:]]
+                mine.append(forward(self.normalise(images_BCHW)).float())
             if not mine:
                 # Fewer images than workers: no rows of this one's, but as wide as the others' are.
                 side = self.job.spec.crop_size
                 blank_BCHW = torch.zeros((1, self.job.spec.num_channels, side, side), dtype=torch.uint8)
                 mine = [forward(self.normalise(blank_BCHW)).float()[:0]]
-        return self.worker.gather_rows(torch.cat(mine), len(self.job.splits[split]))
+        return self.worker.gather_rows(torch.cat([rows.cpu() for rows in mine]), len(self.job.splits[split]))
 
     def _fit_head(self) -> None:
         """Logistic regression, or what the baseline asks for, on the frozen features of plain images.
@@ -385,7 +387,7 @@ class Trainer:
             )
             kind = job.baseline or LOGISTIC_REGRESSION
             with self.worker.fitting():
-                head = fit_head(kind, train_ND.cpu(), train_NK, validation_ND.cpu(), validation_NK, task=job.task)
+                head = fit_head(kind, train_ND, train_NK, validation_ND, validation_NK, task=job.task)
             head.install(self.network, job.arch)
         shapes = self.worker.hear_first(_shapes(self.network.state_dict()))
         if not self.worker.is_first:

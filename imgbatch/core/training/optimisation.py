@@ -58,6 +58,13 @@ def rate_factor(step: int, *, num_steps: int, warmup_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def warmup_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Steps in which learning rates rise: ``warmup_epochs``, but a fifth of a training that has no more epochs."""
+    if config.epochs <= config.warmup_epochs:
+        return config.epochs * steps_per_epoch // 5
+    return round(config.warmup_epochs * steps_per_epoch)
+
+
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group's learning rate becomes ``factor`` of its own highest."""
     for group in optimizer.param_groups:
@@ -78,7 +85,7 @@ def shrink_weights(optimizer: torch.optim.Optimizer, l1: float) -> None:
 
 
 class AveragedWeights:
-    """Exponential moving average of a network's state dict; statistics and counters are copied as they are.
+    """Exponential moving average of a network's state dict, statistics of batch norms too; counters are copied.
 
     The decay starts low, so that early weights are forgotten: ``min(decay, (1 + t) / (10 + t))`` at update t.
     """

@@ -71,9 +71,15 @@ def epoch_order(num_images: int, *, seed: int, epoch: int, weights_N: np.ndarray
     return rng.choice(num_images, size=num_images, p=weights_N / weights_N.sum())
 
 
-def balancing_weights(truth_NK: np.ndarray) -> np.ndarray:
-    """Weights that draw every class equally often, float64 (N,); multilabel: by an image's rarest class."""
-    counts_K = np.maximum(truth_NK.sum(axis=0), 1)
-    weights_N = (truth_NK / counts_K).max(axis=1)
+def balancing_weights(truth: np.ndarray, counts_K: np.ndarray) -> np.ndarray:
+    """Weights that draw every class equally often, float64 (N,); multilabel: by an image's rarest class.
+
+    Args:
+        truth: as ``LabelledSplit.truth``.
+        counts_K: images of each class.
+    """
+    weights_K = 1 / np.maximum(counts_K, 1)
+    if truth.ndim == 1:
+        return weights_K[truth]
     # An image of none of the classes is drawn like one of the commonest.
-    return np.where(weights_N > 0, weights_N, (1 / counts_K).min())
+    return np.broadcast_to(weights_K, truth.shape).max(axis=1, where=truth, initial=weights_K.min())

@@ -14,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
+_ROWS_AT_ONCE = 16_384
+"""Rows that workers add up on the device: 128 MiB of 2,048 features."""
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -52,10 +55,18 @@ class Worker:
             distributed.barrier()
 
     def gather_rows(self, mine: Tensor, num_rows: int) -> Tensor:
-        """Rows that the workers computed in turn (this one: rank, rank + world_size, ...), put together by all."""
-        everything = torch.zeros((num_rows, *mine.shape[1:]), dtype=mine.dtype, device=mine.device)
+        """Rows that the workers computed in turn (this one: rank, rank + world_size, ...), put together by all.
+
+        Args:
+            mine: on the CPU, as what is returned: only a part at a time is on the device.
+        """
+        if self.world_size == 1:
+            return mine
+        everything = torch.zeros((num_rows, *mine.shape[1:]), dtype=mine.dtype)
         everything[self.rank :: self.world_size] = mine
-        return self.sum(everything)
+        for part in everything.split(_ROWS_AT_ONCE):
+            part.copy_(self.sum(part.to(self.device)))
+        return everything
 
     def hear_first(self, value: T) -> T:
         """The first worker's plain value; every worker must call it."""

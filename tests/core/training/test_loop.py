@@ -207,6 +207,15 @@ def test_a_head_that_is_a_convolution_needs_no_features(colour_config, tmp_path)
     Trainer(job, ALONE)._fit_head()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_device_need_not_hold_the_features_of_all_images(colour_config):
+    job, _ = settle(colour_config)
+    trainer = Trainer(job, Worker(torch.device("cuda")))
+    features_ND = trainer._gather("train", lambda images_BCHW: images_BCHW.flatten(1))
+    assert features_ND.shape == (30, 3 * 16 * 16)
+    assert features_ND.device.type == "cpu"
+
+
 def test_a_loss_that_is_not_finite_is_one_line(colour_config):
     config = changed(colour_config, train__learning_rate=1e30, train__clip_norm=0.0, train__optimizer="sgd")
     with pytest.raises(ImgbatchError, match=r"the loss of epoch \d is not finite; lower train.learning_rate"):

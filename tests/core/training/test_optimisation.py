@@ -13,6 +13,7 @@ from imgbatch.core.training.optimisation import (
     rate_factor,
     set_rates,
     shrink_weights,
+    warmup_steps,
 )
 
 
@@ -51,6 +52,14 @@ def test_rates_rise_then_fall_to_nothing():
     assert factors[20] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("epochs", "warmup_epochs", "expected"),
+    [(20, 1.0, 30), (2, 1.0, 30), (3, 0.5, 15), (1, 1.0, 6), (2, 5.0, 12), (1, 0.0, 0)],
+)
+def test_a_training_is_never_all_warm_up(epochs, warmup_epochs, expected):
+    assert warmup_steps(TrainConfig(epochs=epochs, warmup_epochs=warmup_epochs), 30) == expected
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_schedule_scales_every_group(optimizer):
     config = TrainConfig(optimizer=optimizer)
@@ -76,9 +85,13 @@ def test_averaged_weights_follow_and_survive_storing():
     before = network[0].weight.detach().clone()
     with torch.no_grad():
         network[0].weight += 1
+        network[1].running_mean += 1
+        network[1].num_batches_tracked += 7
     average.update(network)
     decay = 2 / 11  # (1 + t) / (10 + t) at the first update
     torch.testing.assert_close(average.weights()["0.weight"], before + (1 - decay))
+    torch.testing.assert_close(average.weights()["1.running_mean"], torch.tensor([1 - decay]))
+    assert average.weights()["1.num_batches_tracked"] == 7
     other = AveragedWeights(network, decay=0.9)
     other.load_state_dict(average.state_dict())
     torch.testing.assert_close(other.weights(), average.weights())

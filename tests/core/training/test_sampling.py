@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -48,12 +50,28 @@ def test_fewer_images_than_a_batch_are_one_step():
 
 
 def test_balancing_draws_classes_equally_often():
-    truth_NK = np.zeros((100, 2), np.float32)
-    truth_NK[:90, 0] = truth_NK[90:, 1] = 1
-    drawn = np.concatenate(
-        [epoch_order(100, seed=0, epoch=epoch, weights_N=balancing_weights(truth_NK)) for epoch in range(20)]
-    )
+    truth_N = np.repeat([0, 1], [90, 10])
+    weights_N = balancing_weights(truth_N, np.array([90, 10]))
+    drawn = np.concatenate([epoch_order(100, seed=0, epoch=epoch, weights_N=weights_N) for epoch in range(20)])
     assert (drawn >= 90).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_image_of_several_classes_weighs_as_its_rarest_and_one_of_none_as_the_commonest():
+    truth_NK = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1], [0, 0, 0]], bool)
+    weights_N = balancing_weights(truth_NK, np.array([20, 4, 10]))
+    assert weights_N.tolist() == [1 / 20, 1 / 4, 1 / 10, 1 / 20]
+
+
+def test_weights_of_many_classes_take_no_more_memory_than_a_few_times_their_own():
+    truth_N = np.random.default_rng(0).integers(0, 10_000, 100_000)
+    counts_K = np.bincount(truth_N, minlength=10_000)
+    tracemalloc.start()
+    try:
+        balancing_weights(truth_N, counts_K)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10e6  # images by classes are 4 GB
 
 
 def test_an_image_that_is_drawn_again_is_told_from_the_first_time():

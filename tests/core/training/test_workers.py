@@ -14,9 +14,11 @@ from torch import distributed, multiprocessing
 from imgbatch.core.training.job import TrainingJob
 from imgbatch.core.training.labelled import VALIDATION
 from imgbatch.core.training.loop import Trainer
-from imgbatch.core.training.workers import Worker
+from imgbatch.core.training.workers import _ROWS_AT_ONCE, Worker
 from tests.conftest import changed
 from tests.core.training.conftest import settle
+
+_NUM_ROWS = 2 * _ROWS_AT_ONCE + 1
 
 
 def measure_on_both(job: TrainingJob, out: Path) -> list[dict[str, Any]]:
@@ -36,6 +38,7 @@ def _measure(rank: int, job: TrainingJob, out: Path) -> None:
     trainer.start(lambda _: None)
     probs = {split: torch.from_numpy(trainer._probs(split, exact=True)) for split in job.splits}
     measured = {"validation": trainer.history[0]["validation"], "probs": probs, "fitted": "sklearn" in sys.modules}
+    measured["rows"] = trainer.worker.gather_rows(torch.arange(rank, _NUM_ROWS, 2), _NUM_ROWS)
     torch.save(measured | {"weights": trainer.network.state_dict()}, out / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -52,6 +55,7 @@ def test_workers_measure_with_the_first_ones_statistics_even_a_split_of_one_imag
     assert len(expected["test"]) == 1
     for measured in measure_on_both(job, tmp_path):
         torch.testing.assert_close(measured["probs"], expected)
+        assert torch.equal(measured["rows"], torch.arange(_NUM_ROWS))
         assert measured["validation"]["loss"] == pytest.approx(alone._measure(VALIDATION)["loss"], rel=1e-5)
 
 
