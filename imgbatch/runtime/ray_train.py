@@ -88,11 +88,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     worker = Worker.current(device, loader_processes=loader_processes, fit_threads=cores)
     try:
         run_training(job, worker, lambda record: ray.train.report({"epoch": record["epoch"]}))
-        job.remove_local_copies()
     except ImgbatchError as error:
         # Trying again would not help: workers that start again find this file and leave.
         storage.write_json(job.paths.failure, {"message": str(error)})
+        job.remove_local_copies()
         raise
+    # After any other error workers start again, and need them.
+    job.remove_local_copies()
 
 
 def _node_cores() -> int:

@@ -5,6 +5,7 @@ plan_training -> store_start -> decode crops -> settle_job -> epochs (each a che
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,9 @@ from imgbatch.runtime.parts import map_parts_of
 from imgbatch.runtime.pools import choose_device, this_machine
 
 OnEpoch = Callable[[dict[str, Any]], None]
+
+_WORK = re.compile(r"(t|crops-)[0-9a-f]{12}")
+"""Directories of jobs and of decoded images."""
 
 
 class TrainEngine(Protocol):
@@ -74,10 +78,7 @@ def train(config: Config, console: Console | None = None, *, overwrite: bool = F
             return TrainResult(bundle, load_metrics(bundle.path), (), already_finished=True)
         storage.check_writable(plan.storage)
         engine = _build_engine(config)
-        stores = plan.stores()
-        if not storage.exists(plan.paths.description):  # from then on it is settled which images are used
-            for store in stores.values():
-                store.forget_what_may_pass()
+        stores = _choose_stores(plan)
         check_space(plan, stores)
         store_start(plan)
         for store in stores.values():
@@ -85,18 +86,41 @@ def train(config: Config, console: Console | None = None, *, overwrite: bool = F
         job, failed = settle_job(plan, stores)
         _announce(plan, job, failed, console)
         records = _Records(plan, job, console)
-        records.draw_contact_sheet()
-        if not storage.exists(job.paths.outcome):
-            engine.run(job, records.add)
-        records.draw_curves(failed)
-        job.remove_local_copies()
+        try:
+            records.draw_contact_sheet()
+            if not storage.exists(job.paths.outcome):
+                engine.run(job, records.add)
+            records.draw_curves(failed)
+        finally:
+            job.remove_local_copies()
     num_workers, device = int(config.train.num_workers), config.resources.device
     hardware = describe_hardware(num_workers=num_workers, device=device)
     bundle = save_trained(plan, job, failed, hardware=hardware)
     if config.train.storage is None:
-        for directory in (job.paths.directory, *(store.directory for store in stores.values())):
-            storage.remove(directory)
+        _remove_work(plan.storage)
     return TrainResult(bundle, load_metrics(bundle.path), tuple(failed), already_finished=False)
+
+
+def _choose_stores(plan: TrainingPlan) -> dict[str, CropStore]:
+    """Where the images are: those of a job that is settled, whatever limits this command decodes with, or new ones."""
+    if storage.exists(plan.paths.description):
+        settled = load_job(plan.paths.directory).stores
+        if all(storage.exists(store.rows_file) for store in settled.values()):
+            return settled
+        return plan.stores()
+    stores = plan.stores()
+    for store in stores.values():
+        store.forget_what_may_pass()
+    return stores
+
+
+def _remove_work(directory: str) -> None:
+    """Jobs and decoded images, also of trainings that were given up; what a person looks at stays."""
+    prefix = storage.listing_prefix(directory)
+    names = {info.uri.removeprefix(prefix).split("/", 1)[0] for info in storage.iter_files(directory)}
+    for name in names:
+        if _WORK.fullmatch(name):
+            storage.remove(storage.join(directory, name))
 
 
 class LocalTrainEngine:
@@ -164,7 +188,8 @@ class _Records:
         parts = [self._job.baseline or f"epoch {record['epoch']} of {self._job.train.epochs}"]
         if record["train_loss"] is not None:
             parts.append(f"loss {record['train_loss']:.4f}")
-        parts.append(f"validation {name} {validation[name]:.4f}{' (best)' if record['is_best'] else ''}")
+        value = "–" if validation[name] is None else f"{validation[name]:.4f}"
+        parts.append(f"validation {name} {value}{' (best)' if record['is_best'] else ''}")
         if record["images_per_s"]:
             parts.append(f"{record['images_per_s']:,.0f} images/s")
         done = record["epoch"] - int(self._first_epoch or 0)

@@ -18,10 +18,11 @@ from imgbatch.core.baselines import BASELINES
 from imgbatch.core.evaluate import evaluate
 from imgbatch.core.model import load_bundle
 from imgbatch.core.views import open_views
-from imgbatch.errors import UsageError
+from imgbatch.errors import ImgbatchError, UsageError
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.train import train
 from tests.conftest import changed
+from tests.core.training.conftest import settle
 
 
 @pytest.fixture
@@ -30,8 +31,10 @@ def config(colour_config: Config) -> Config:
 
 
 def test_a_training_leaves_a_bundle_that_says_what_it_is_worth(config, capsys):
-    result = train(config, Console(soft_wrap=True))
     out = Path(str(config.output.path))
+    for given_up in ("t0123456789ab/last.pt", "crops-0123456789ab/part-00000.npy"):
+        storage.create_if_absent(str(out / "training" / given_up), b"of other settings")
+    result = train(config, Console(soft_wrap=True))
     bundle = load_bundle(str(out))
     assert bundle.class_names == ("blue", "green", "red")
     assert bundle.provenance["train_images_by_class"] == {"blue": 10, "green": 10, "red": 10}
@@ -77,6 +80,31 @@ def test_training_may_keep_its_work_in_an_object_store(config, s3_bucket, tmp_pa
     assert sum(name.startswith("best-") for name in names) == 1
     assert not list(tmp_path.glob("imgbatch-crops-*"))
     assert train(changed(config, **elsewhere)).already_finished
+
+
+def test_a_training_that_goes_on_keeps_its_images_whatever_the_limits_are_now(config, tmp_path):
+    config = changed(config, train__storage=str(tmp_path / "work"), train__epochs=1)
+    settle(config)
+    stores = {path.name for path in (tmp_path / "work").glob("crops-*")}
+    train(changed(config, fetch__max_bytes=10**6))
+    assert {path.name for path in (tmp_path / "work").glob("crops-*")} == stores
+
+
+def test_copies_of_images_are_removed_when_a_training_fails(config, s3_bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    hopeless = {"train__learning_rate": 1e30, "train__clip_norm": 0.0, "train__optimizer": "sgd"}
+    with pytest.raises(ImgbatchError, match="is not finite"):
+        train(changed(config, train__storage=f"{s3_bucket}/work", train__batch_norm="frozen", **hopeless))
+    assert not list(tmp_path.glob("imgbatch-crops-*"))
+
+
+def test_an_epoch_whose_metric_is_not_defined_has_a_dash(config, colour_images, write_manifest, capsys):
+    uris = [uri for name in ("blue", "red") for uri in colour_images[name]]
+    split = (["train"] * 10 + ["validation"] * 6) * 2
+    targets = [["red"] if name == "train" and i >= 16 else [] for i, name in enumerate(split)]
+    manifest = write_manifest("labels.parquet", uri=uris, targets=targets, split=split)
+    train(changed(config, input__manifest=str(manifest), train__epochs=1), Console(soft_wrap=True))
+    assert "validation mean_average_precision –" in capsys.readouterr().out
 
 
 def test_labels_apply_from_thresholds_that_validation_chose(config, colour_images, write_manifest, tmp_path):

@@ -108,7 +108,10 @@ class CropStore:
         uri = self.pixels_file(part)
         if storage.is_local(uri):
             return storage.local_path(uri)
-        path = self._copy_directory / f"part-{part:05d}.npy"
+        # A part may have been decoded again since an earlier command copied it.
+        info = storage.file_info(uri)
+        version = hashlib.sha256(f"{info.size} {info.version}".encode()).hexdigest()[:12]
+        path = self._copy_directory / f"part-{part:05d}-{version}.npy"
         storage.create_if_absent(str(path), b"" if path.exists() else storage.read_bytes(uri))
         return path
 

@@ -94,7 +94,7 @@ class TrainingJob:
         return self.stores["train" if split == TRAIN else "evaluation"]
 
     def remove_local_copies(self) -> None:
-        """Of crops on remote storage, when training is over: workers have met in its last measurement by then."""
+        """Of crops on remote storage, when this machine needs them no more; what is mapped elsewhere stays readable."""
         for store in self.stores.values():
             store.remove_local_copy()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,22 @@ def test_what_failed_for_its_surroundings_is_tried_again(colour_images, write_ma
     assert [failed.status for failed in store.failed_images()] == ["NOT_AN_IMAGE"]
     store.forget_what_may_pass()
     assert store.missing_parts() == []
+
+
+def test_a_part_that_was_decoded_again_is_copied_again(colour_images, write_manifest, tmp_path, s3_bucket, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    late = tmp_path / "late.png"
+    path = write_manifest(uri=[str(late)])
+    config = load_config(flags={"input.manifest": str(path)})
+    store = create_store(s3_bucket, open_manifest(str(path)), np.arange(1), SPEC, config, identity="x")
+    decode_crops(store, config)
+    assert not store.open()[0].any()
+    late.write_bytes(Path(colour_images["red"][1]).read_bytes())
+    store.forget_what_may_pass()
+    decode_crops(store, config)
+    assert store.open()[0].any()
+    store.remove_local_copy()
+    assert not list(tmp_path.glob("imgbatch-crops-*"))
 
 
 def test_other_limits_are_another_store(colour_images, write_manifest, tmp_path):
