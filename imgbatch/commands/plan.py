@@ -48,16 +48,18 @@ def _rows(result: Forecast) -> list[tuple[str, str]]:
     ]
     for stage, ms in result.stage_ms.items():
         rows.append((stage, f"{ms:,.2f} ms an image in one process ({result.sampled} sampled)"))
-    if result.limit and result.images_per_s:
-        pools = ", ".join(f"{stage} {rate:,.0f}" for stage, rate in result.stage_images_per_s.items())
+    pools = ", ".join(f"{stage} {rate:,.0f}" for stage, rate in result.stage_images_per_s.items())
+    if result.images_per_s:
         rows.append(("images/s", f"{result.images_per_s:,.0f}, limit: {result.limit} ({pools})"))
+    elif pools:
+        rows.append(("images/s", f"unknown ({pools})"))
     if result.hours is not None:
         rows.append(("time", _duration(result.hours)))
     rows.append(("output", f"{result.output_mb:,.0f} MB before compression"))
     rows.append(("memory", result.memory))
     if result.price_per_hour is not None:
         whole = f", {result.cost:,.2f} in all" if result.cost is not None else ""
-        rows.append(("cost", f"{result.price_per_hour:,.2f} an hour{whole}"))
+        rows.append(("cost", f"{result.price_per_hour:,.2f} an hour{whole}: nodes only, without requests"))
     return rows
 
 

@@ -32,11 +32,16 @@ def choose_unit_rows(pixel_bytes: int, result_row_bytes: int, num_rows: int, *, 
         num_rows: rows of the manifest.
         on_cpus: whether CPUs run the model.
     """
-    fits = min(MAX_UNIT_PIXEL_BYTES // pixel_bytes, MAX_UNIT_RESULT_BYTES // result_row_bytes, MAX_UNIT_ROWS)
     num_fine = _FINE_UNITS_ON_CPUS if on_cpus else _FINE_UNITS
     fine = max(num_rows // num_fine, _FINE_UNIT_PIXEL_BYTES // pixel_bytes)
     enough = max(_SMALL_MANIFEST_ROWS, min(num_rows // _SMALL_MANIFEST_UNITS, fine))
-    return 1 << (max(1, min(fits, enough)).bit_length() - 1)
+    return min(max_unit_rows(pixel_bytes, result_row_bytes), 1 << (enough.bit_length() - 1))
+
+
+def max_unit_rows(pixel_bytes: int, result_row_bytes: int) -> int:
+    """As :func:`choose_unit_rows`, of a manifest of any size."""
+    fits = min(MAX_UNIT_PIXEL_BYTES // pixel_bytes, MAX_UNIT_RESULT_BYTES // result_row_bytes, MAX_UNIT_ROWS)
+    return 1 << (max(1, fits).bit_length() - 1)
 
 
 @dataclass(frozen=True, slots=True)

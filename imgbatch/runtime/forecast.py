@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +18,12 @@ from imgbatch.core.fingerprint import fingerprint_of, result_fields
 from imgbatch.core.layout import choose_layout, estimate_row_bytes
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.model import ModelBundle, float32_bytes
-from imgbatch.core.plan import DeviceKind, open_inputs, wanted_rows
+from imgbatch.core.plan import DeviceKind, open_inputs, read_plan, wanted_rows
 from imgbatch.core.regions import region_warnings
 from imgbatch.core.runs import list_runs
 from imgbatch.core.sample import DecodedSample, classify_sample, decode_sample, sample_rows
 from imgbatch.core.transforms import PreprocessSpec
-from imgbatch.core.units import UnitLayout
+from imgbatch.core.units import UnitLayout, max_unit_rows
 from imgbatch.errors import UsageError
 from imgbatch.runtime.memory import MemoryBudget, memory_budget
 from imgbatch.runtime.pools import Machine, Pools, choose_batch_size, choose_device, choose_pools, this_machine
@@ -96,23 +96,26 @@ def forecast(config: Config) -> Forecast:
     layout = choose_layout(config, manifest, wanted, bundle, spec, on_cpus=device == "cpu")
     backend = choose_backend(config.classify, bundle, spec, device, features=config.output.embeddings)
     fields = result_fields(config, manifest, bundle, spec, device, backend)
-    run_id, state, units_done = _existing(fields, out)
+    run_id, state, layout, done = _existing(fields, out, layout)
     sample, stage_s = _measure(config, manifest, bundle, spec, device, pools, backend, layout.unit_rows)
     rates = stage_rates(stage_s, pools, device, machine)
-    limit = min(rates, key=lambda stage: rates[stage]) if rates else None
-    left = layout.num_rows - units_done * layout.unit_rows
+    limit = min(rates, key=lambda stage: rates[stage]) if "classify" in rates else None
+    left = layout.num_rows - sum(layout.unit(index).num_rows for index in done)
     hours = (left / rates[limit] + _START_UP_S) / 3600 if limit and state != "finished" else None
     statuses = Counter(error.status.value for error in sample.decoded.errors if error) if sample else Counter()
     warnings += [*backend.left_out, *input_warnings(sample, bundle, spec)]
+    if rates and limit is None:
+        warnings.append("the model was not measured: no GPU here; so there is no limit, time or cost to tell")
     images = [row.get(URI) for row in sample.rows] if sample else []
     warnings += region_warnings([config.input.manifest, config.model.path, out, *images], regions)
     if config.decode.gpu_share and device == "cpu":
         warnings.append("decode.gpu_share: the model runs on the cores, where this only moves work from one to another")
-    warnings += unit_warnings(layout, rates[limit] if limit else None)
+    row_bytes = estimate_row_bytes(config, bundle)
+    warnings += unit_warnings(layout, rates[limit] if limit else None, max_unit_rows(spec.pixel_bytes, row_bytes))
     return Forecast(
         run_id=run_id,
         state=state,
-        units_done=units_done,
+        units_done=len(done),
         num_rows=layout.num_rows,
         num_units=layout.num_units,
         unit_rows=layout.unit_rows,
@@ -127,7 +130,7 @@ def forecast(config: Config) -> Forecast:
         limit=limit,
         images_per_s=rates[limit] if limit else None,
         hours=hours,
-        output_mb=layout.num_rows * estimate_row_bytes(config, bundle) / 1e6,
+        output_mb=layout.num_rows * row_bytes / 1e6,
         memory=_budget(config, bundle, spec, backend, device, pools, place, layout.unit_rows, sample).describe(pools),
         price_per_hour=price_per_hour(config.plan, config.report.price_per_hour),
         warnings=warnings,
@@ -159,15 +162,21 @@ def _place(config: Config) -> Iterator[_Place]:
     yield _Place(this_machine(), configured, [])
 
 
-def _existing(fields: dict[str, Any], out: str) -> tuple[str, str, int]:
-    """run_id, state and finished units of the run that the command would continue or start."""
+def _existing(
+    fields: dict[str, Any], out: str, new_layout: UnitLayout
+) -> tuple[str, str, UnitLayout, Collection[int]]:
+    """The run that the command would continue or start: run_id, state, its units and the indices of finished ones.
+
+    A run keeps the units that it was planned with, whatever the settings would make of them now.
+    """
     fingerprint = fingerprint_of(json.loads(json.dumps(fields)))
     for run in reversed(list_runs(out)):
         if run.plan["fingerprint"] == fingerprint and not run.abandoned:
+            layout = read_plan(run).layout
             if run.finished:
-                return run.run_id, "finished", run.plan["num_units"]
-            return run.run_id, "unfinished", len(run.paths.committed_units(run.plan["num_units"]))
-    return "r" + fingerprint[:12], "new", 0
+                return run.run_id, "finished", layout, range(layout.num_units)
+            return run.run_id, "unfinished", layout, run.paths.committed_units(layout.num_units)
+    return "r" + fingerprint[:12], "new", new_layout, ()
 
 
 def _measure(
@@ -241,16 +250,23 @@ def stage_rates(stage_s: Mapping[str, float], pools: Pools, device: DeviceKind, 
     return rates
 
 
-def unit_warnings(layout: UnitLayout, images_per_s: float | None) -> list[str]:
-    """Of units that are too many, or too small for what the pools do a second, where that costs more than a minute."""
+def unit_warnings(layout: UnitLayout, images_per_s: float | None, max_rows: int) -> list[str]:
+    """Of units that are too many, or too small for what the pools do a second, where that costs more than a minute.
+
+    Args:
+        max_rows: of the largest unit whose pixels and results still fit; see ``core.units.max_unit_rows``.
+    """
     warnings = []
+    advice = f"raise classify.unit_rows, which is {layout.unit_rows}, to {max_rows:,} at most"
+    if layout.unit_rows >= max_rows:
+        advice = "larger ones would not fit: cut the manifest, and give each part an output of its own"
     if layout.num_units > _MANY_UNITS:
-        warnings.append(f"{layout.num_units:,} units are many for one driver; raise classify.unit_rows")
+        warnings.append(f"{layout.num_units:,} units are many for one driver; {advice}")
     takes_minutes = layout.num_units > 60 * _UNITS_PER_S
     if takes_minutes and images_per_s and images_per_s > _UNITS_PER_S * layout.unit_rows:
         warnings.append(
             f"the pools could do {images_per_s / layout.unit_rows:,.0f} units a second, and a driver hands out "
-            f"{_UNITS_PER_S}; raise classify.unit_rows, which is {layout.unit_rows}"
+            f"{_UNITS_PER_S}; {advice}"
         )
     return warnings
 

@@ -22,6 +22,7 @@ def test_a_plan_for_people_tells_what_would_run_and_writes_nothing(
     assert rows["decode"].endswith(" ms an image in one process (32 sampled)")
     assert rows["time"].endswith(" (h:mm:ss)")
     assert rows["cost"].startswith("2.00 an hour, ")
+    assert rows["cost"].endswith(" in all: nodes only, without requests")
     assert {"pools", "model", "images", "fetch", "images/s", "output", "memory"} <= rows.keys()
     assert "sampled images have no pixels, like TRUNCATED" in printed.err
     assert list(tmp_path.iterdir()) == []

@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 from imgbatch.config import Config, PlanConfig
+from imgbatch.core import storage
 from imgbatch.core.plan import plan_run
 from imgbatch.core.units import UnitLayout
 from imgbatch.errors import UsageError
 from imgbatch.runtime.forecast import forecast, price_per_hour, stage_rates, unit_warnings, zone_warnings
 from imgbatch.runtime.job import classify
-from imgbatch.runtime.pools import Machine, Pools
+from imgbatch.runtime.pools import Machine, Pools, this_machine
 from tests.conftest import changed
 
 
@@ -32,6 +33,33 @@ def test_a_forecast_names_the_run_that_classify_makes_and_writes_nothing(photo_c
     classify(photo_config)
     done = forecast(photo_config)
     assert (done.state, done.units_done, done.hours) == ("finished", 8, None)
+
+
+def test_what_is_left_are_the_rows_of_pending_units(
+    photo_config: Config, photo_manifest: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    """Units end at row groups, here after 10 rows, and stay those of the run whatever is asked for now."""
+    table = pq.read_table(photo_manifest).drop_columns("uri")
+    embedded = table.append_column("bytes", [[path.read_bytes() for path in photos]])
+    pq.write_table(embedded, tmp_path / "embedded.parquet", row_group_size=10)
+    config = changed(photo_config, input__manifest=str(tmp_path / "embedded.parquet"))
+    run = plan_run(config, "cpu")
+    for index in range(9):
+        storage.create_if_absent(run.paths.unit_file(index), b"")
+    ahead = forecast(changed(config, classify__unit_rows=5))
+    assert (ahead.state, ahead.units_done, ahead.num_units, ahead.unit_rows) == ("unfinished", 9, 12, 16)
+    assert ahead.hours is not None
+    assert ahead.images_per_s is not None
+    assert 3600 * ahead.hours == pytest.approx(30 + 30 / ahead.images_per_s)
+
+
+@pytest.mark.skipif(bool(this_machine().num_gpus), reason="there is a GPU here")
+def test_a_model_for_a_gpu_that_is_not_here_is_not_measured(photo_config: Config) -> None:
+    pools = {"resources__decode_actors": 2, "resources__classify_actors": 1}
+    ahead = forecast(changed(photo_config, resources__device="cuda", report__price_per_hour=2.0, **pools))
+    assert set(ahead.stage_ms) == {"fetch", "decode"}
+    assert (ahead.limit, ahead.images_per_s, ahead.hours, ahead.cost) == (None, None, None, None)
+    assert any("the model was not measured: no GPU here" in warning for warning in ahead.warnings)
 
 
 def test_no_image_is_looked_at_where_none_is_wanted(photo_config: Config) -> None:
@@ -69,14 +97,17 @@ def test_the_limit_is_the_slowest_pool_or_the_shared_cores() -> None:
 
 
 def test_units_that_are_too_many_or_too_small_for_one_driver() -> None:
-    assert unit_warnings(UnitLayout(128, (1_000_000,)), 4_000.0) == []
-    assert unit_warnings(UnitLayout(128, (1_000_000,)), None) == []
-    assert unit_warnings(UnitLayout(128, (100_000,)), 12_800.0) == []
-    (too_small,) = unit_warnings(UnitLayout(128, (1_000_000,)), 12_800.0)
+    assert unit_warnings(UnitLayout(128, (1_000_000,)), 4_000.0, 512) == []
+    assert unit_warnings(UnitLayout(128, (1_000_000,)), None, 512) == []
+    assert unit_warnings(UnitLayout(128, (100_000,)), 12_800.0, 512) == []
+    (too_small,) = unit_warnings(UnitLayout(128, (1_000_000,)), 12_800.0, 512)
     assert "could do 100 units a second" in too_small
-    assert "classify.unit_rows, which is 128" in too_small
-    (too_many,) = unit_warnings(UnitLayout(1, (200_001,)), 30.0)
+    assert "raise classify.unit_rows, which is 128, to 512 at most" in too_small
+    (too_many,) = unit_warnings(UnitLayout(1, (200_001,)), 30.0, 512)
     assert too_many.startswith("200,001 units")
+    (at_the_limit,) = unit_warnings(UnitLayout(512, (10_000_000,)), 51_200.0, 512)
+    assert "classify.unit_rows" not in at_the_limit
+    assert "cut the manifest" in at_the_limit
 
 
 def test_the_price_is_of_all_nodes() -> None:
