@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 
 import ray.scripts.scripts
 from click.testing import CliRunner
@@ -50,6 +51,14 @@ def test_a_share_of_the_decoding_can_be_left_to_the_gpu():
     """In every image, because the driver asks for the package too."""
     for target in ("cpu", "cuda"):
         assert any("--extra nvjpeg" in line for line in targets()[target])
+
+
+def test_scenes_are_read_everywhere_and_variants_for_cpus_made_where_they_run():
+    extras = {name: set(re.findall(r"--extra (\S+)", " ".join(lines))) for name, lines in targets().items()}
+    assert "geo" in extras["cuda"]
+    assert extras["cpu"] - extras["cuda"] == {"openvino", "mnn"}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["cpu"] <= set(declared)
 
 
 def test_what_is_copied_exists_and_is_in_the_context():

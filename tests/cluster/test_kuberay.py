@@ -150,6 +150,16 @@ def test_kubernetes_accepts_the_nights():
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
+def test_ray_is_open_to_its_own_namespace_and_the_operator_alone():
+    (policy,) = documents("kuberay/networkpolicy.yaml")
+    kubernetes_validate.validate(policy, KUBERNETES, strict=True)
+    (rule,) = policy["spec"]["ingress"]
+    own, operator = rule["from"]
+    assert own == {"podSelector": {}}
+    assert operator["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"].isupper()
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+
+
 def test_the_nights_start_what_lies_beside_them_with_what_the_head_mounts():
     *_, cron = documents("kuberay/cronjob.yaml")
     spec = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]

@@ -27,6 +27,14 @@ def test_a_misspelt_key_would_be_found(config):
         validate_config(prepare_config(config))
 
 
+def test_nodes_stand_behind_a_security_group_of_yours(config):
+    """Ray makes one that is open to everybody for node types that name none."""
+    for node in config["available_node_types"].values():
+        for key in ("SubnetIds", "SecurityGroupIds"):
+            (placeholder,) = node["node_config"][key]
+            assert placeholder.isupper()
+
+
 def test_nothing_runs_on_the_head_and_it_is_no_spot_node(config):
     head = config["available_node_types"][config["head_node_type"]]
     assert head["resources"]["CPU"] == 0
