@@ -43,11 +43,12 @@ clean:
 	rm -rf $(VENV) out/demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# uv comes from its own entry in the lock, so that its hash is checked like every other.
+# uv comes from its own entry in the lock, so that its hash is checked like every other. An environment without pip is
+# what Debian's Python leaves behind where python3-venv is not installed.
 $(UV_READY): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "make: $(PYTHON) is no Python 3.11 or newer; say which one is: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	awk '/^uv==/ { found = 1; print; next } /^[^ ]/ { found = 0 } found' requirements.lock > $(VENV)/uv.txt
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r $(VENV)/uv.txt
 	touch $@

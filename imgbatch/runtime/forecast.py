@@ -162,9 +162,7 @@ def _place(config: Config) -> Iterator[_Place]:
     yield _Place(this_machine(), configured, [])
 
 
-def _existing(
-    fields: dict[str, Any], out: str, new_layout: UnitLayout
-) -> tuple[str, str, UnitLayout, Collection[int]]:
+def _existing(fields: dict[str, Any], out: str, new_layout: UnitLayout) -> tuple[str, str, UnitLayout, Collection[int]]:
     """The run that the command would continue or start: run_id, state, its units and the indices of finished ones.
 
     A run keeps the units that it was planned with, whatever the settings would make of them now.
