@@ -32,7 +32,8 @@ from imgbatch.errors import ExitCode, ImgbatchError
 
 TYPER_INTERRUPTED = 130
 """What typer makes of a KeyboardInterrupt."""
-_INTERRUPTED = "interrupted; the same command continues"
+_CONTINUED = ("classify", "retry", "repair", "train", "publish", "demo")
+"""Commands that go on where they were interrupted; the others begin anew."""
 
 app = typer.Typer(
     name="imgbatch",
@@ -93,7 +94,7 @@ def run(arguments: list[str]) -> int:
         code = app(arguments, standalone_mode=False) or ExitCode.DONE
         if code != TYPER_INTERRUPTED:
             return code
-        return _fail(_INTERRUPTED, ExitCode.INTERRUPTED, debug)
+        return _fail(_interrupted(arguments), ExitCode.INTERRUPTED, debug)
     except TyperException as error:
         message = error.format_message()
         if "\n" in message:  # a group without a command: the message is its help
@@ -103,9 +104,13 @@ def run(arguments: list[str]) -> int:
     except ImgbatchError as error:
         return _fail(str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(_INTERRUPTED, ExitCode.INTERRUPTED, debug)
+        return _fail(_interrupted(arguments), ExitCode.INTERRUPTED, debug)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.FAILED, debug)
+
+
+def _interrupted(arguments: list[str]) -> str:
+    return "interrupted; the same command continues" if arguments and arguments[0] in _CONTINUED else "interrupted"
 
 
 def _fail(message: str, code: ExitCode, debug: bool) -> int:

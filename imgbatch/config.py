@@ -388,21 +388,22 @@ class Config(Section):
 
 
 def load_config(
-    file: str | Path | None = None,
+    file: str | Path | Mapping[str, Mapping[str, Any]] | None = None,
     assignments: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Config:
     """The configuration from a YAML file, ``section.key=value`` assignments and flags, in rising precedence.
 
     Args:
-        file: a YAML file of sections, or none.
+        file: a YAML file of sections, what one holds (:func:`parse_sections`), or none.
         assignments: as given to ``--set``; values are read as YAML.
         flags: dotted key to value; a value of ``None`` was not given.
 
     Raises:
         UsageError: one line that names the key at fault.
     """
-    tree = _read_file(Path(file)) if file is not None else {}
+    sections = _read_file(Path(file)) if isinstance(file, str | Path) else file or {}
+    tree = {section: dict(keys) for section, keys in sections.items()}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -424,15 +425,17 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
+        given = _shown(first["input"])
         # pydantic appends the branch of a union to the location; a person knows only section.key.
         key = ".".join(str(part) for part in first["loc"][:2])
-        given = "" if first["type"] == "extra_forbidden" else f" (given: {_shown(first['input'])})"
-        reason = (
-            f"unknown key; one of {', '.join(_known_keys(first['loc']))}"
-            if first["type"] == "extra_forbidden"
-            else _lowered(first["msg"].removeprefix("Value error, "))
-        )
-        raise UsageError(f"configuration: {key}: {reason}{given}") from error
+        if first["type"] == "extra_forbidden":
+            reason = f"unknown key; one of {', '.join(_known_keys(first['loc']))}"
+        elif first["type"] == "tuple_type":
+            example = f", like [{given[1:-1]}]" if isinstance(first["input"], str) else ""
+            reason = f"expected a list{example} (given: {given})"
+        else:
+            reason = f"{_lowered(first['msg'].removeprefix('Value error, '))} (given: {given})"
+        raise UsageError(f"configuration: {key}: {reason}") from error
 
 
 def _shown(value: Any) -> str:
@@ -455,19 +458,26 @@ def option_names() -> list[str]:
     ]
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def parse_sections(content: bytes, *, where: str) -> dict[str, dict[str, Any]]:
+    """Section to keys of a YAML file, unchecked beyond that; raises :class:`UsageError`, which names ``where``."""
     try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"configuration file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        tree = yaml.safe_load(content)
+    except (yaml.YAMLError, RecursionError) as error:
         detail = " ".join(str(error).split())
-        raise UsageError(f"configuration file {path}: not valid YAML: {detail}") from error
+        raise UsageError(f"configuration file {where}: not valid YAML: {detail}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(v, dict | None) for v in tree.values()):
-        raise UsageError(f"configuration file {path}: expected sections of keys, like 'input: {{manifest: …}}'")
-    return {section: dict(keys or {}) for section, keys in tree.items()}
+        raise UsageError(f"configuration file {where}: expected sections of keys, like 'input: {{manifest: …}}'")
+    return {section: keys or {} for section, keys in tree.items()}
+
+
+def _read_file(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"configuration file {path}: {error.strerror or error}") from error
+    return parse_sections(content, where=str(path))
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -181,6 +181,11 @@ def test_a_value_may_hold_an_equals_sign():
         ("classify.engine=spark", "configuration: classify.engine: input should be 'ray' or 'local' (given: 'spark')"),
         ("decode.memory_mb=much", "configuration: decode.memory_mb: input should be a valid integer"),
         ("resources.decode_actors=many", "configuration: resources.decode_actors: "),
+        (
+            "output.partition_by=date",
+            "configuration: output.partition_by: expected a list, like [date] (given: 'date')",
+        ),
+        ("geo.value_range=3", "configuration: geo.value_range: expected a list (given: 3)"),
     ],
 )
 def test_a_wrong_assignment_is_one_line_that_names_it(assignment, message):

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imgbatch.commands.common import Assignments, ConfigFile, console, messages
+from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config
 from imgbatch.commands.report import report_after_run
-from imgbatch.config import Config, load_config
+from imgbatch.config import Config
 from imgbatch.errors import Status
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def classify(
         "input.skip_existing": True if skip_existing else None,
         "input.since_run": since_run,
     }
-    config = load_config(config_file, assignments or (), flags)
+    config = read_config(config_file, assignments, flags)
     with stop_on_signals() as stop:
         result = run_job(config, messages, stop)
     _report(result, config)
@@ -73,7 +73,7 @@ def retry(
     from imgbatch.runtime.interrupts import stop_on_signals
     from imgbatch.runtime.job import retry as retry_job
 
-    config = load_config(config_file, assignments or (), {"output.path": out, "classify.engine": engine})
+    config = read_config(config_file, assignments, {"output.path": out, "classify.engine": engine})
     with stop_on_signals() as stop:
         result = retry_job(config, run, messages, stop)
     if result is None:

@@ -6,17 +6,17 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from imgbatch.config import Config, load_config
+from imgbatch.config import Config, Section, StorageConfig, load_config, parse_sections
+from imgbatch.errors import UsageError
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("-c", "--config", help="YAML file of configuration sections.", show_default=False)
+    str | None, typer.Option("-c", "--config", help="YAML file of configuration sections.", show_default=False)
 ]
 Assignments = Annotated[
     list[str] | None,
@@ -37,10 +37,13 @@ messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """``command``, which reaches object stores as the configuration says; takes ``-c`` and ``--set`` if it did not.
 
-    A parameter of the type :class:`Config` is the configuration, and no option of the command line.
+    A parameter of the type :class:`Config`, or of one of its sections, is that of the configuration, and no option of
+    the command line. ``--set`` of what a command does not read is refused; a file may serve several commands.
     """
     signature = inspect.signature(command, eval_str=True)
-    given = [name for name, parameter in signature.parameters.items() if parameter.annotation is Config]
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    given = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
+    reads_all = "config_file" in signature.parameters or Config in given.values()
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in (("config_file", ConfigFile), ("assignments", Assignments))
@@ -51,15 +54,45 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def configured(**arguments: Any) -> None:
         from imgbatch.core import storage
 
-        config = load_config(arguments["config_file"], arguments["assignments"] or ())
+        config = read_config(arguments["config_file"], arguments["assignments"])
+        if not reads_all:
+            _refuse_unread(arguments["assignments"] or (), {StorageConfig, *given.values()})
         storage.configure(config.storage)
         own = {name: value for name, value in arguments.items() if name in signature.parameters}
-        command(**own, **dict.fromkeys(given, config))
+        parts: dict[type, Section] = {Config: config, **{type(section): section for _, section in config}}
+        command(**own, **{name: parts[kind] for name, kind in given.items()})
 
     parameters = [*(parameter for name, parameter in signature.parameters.items() if name not in given), *added]
     configured.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     configured.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return configured
+
+
+def read_config(
+    config_file: str | None, assignments: Sequence[str] | None, flags: Mapping[str, Any] | None = None
+) -> Config:
+    """As :func:`load_config`; a file in an object store is reached as ``--set storage.…`` says."""
+    from imgbatch.core import storage
+
+    assignments = assignments or ()
+    if config_file is None or storage.is_local(config_file):
+        return load_config(config_file, assignments, flags)
+    before = storage.settings()
+    storage.configure(load_config(assignments=assignments).storage)
+    try:
+        content = storage.read_bytes(config_file)
+    except OSError as error:
+        raise UsageError(f"configuration file {config_file}: {error.strerror or error}") from error
+    finally:
+        storage.configure(before)
+    return load_config(parse_sections(content, where=config_file), assignments, flags)
+
+
+def _refuse_unread(assignments: Iterable[str], read: set[type]) -> None:
+    names = [name for name, field in Config.model_fields.items() if field.annotation in read]
+    for assignment in assignments:
+        if assignment.partition(".")[0].strip() not in names:
+            raise UsageError(f"--set {assignment}: this command reads only {' and '.join(names)} of the configuration")
 
 
 def print_json(value: Any) -> None:

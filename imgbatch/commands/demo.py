@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from imgbatch.commands.common import Assignments, ConfigFile, console, messages
+from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config
 from imgbatch.commands.report import report_after_run
-from imgbatch.config import Config, load_config
+from imgbatch.config import Config
 
 if TYPE_CHECKING:
     from imgbatch.demo_steps import Labelled
@@ -30,11 +30,11 @@ def demo(
 ) -> None:
     """Draw a collection, train a small network, label every image, verify, and show what came out."""
     if satellite:
-        _satellite_demo(load_config(config_file, assignments or (), {"output.path": out}), scenes, seed)
+        _satellite_demo(read_config(config_file, assignments, {"output.path": out}), scenes, seed)
         return
     from imgbatch.demo import LABELS_QUERY, run_demo
 
-    config = load_config(config_file, assignments or (), {"output.path": out})
+    config = read_config(config_file, assignments, {"output.path": out})
     result = run_demo(config, num_images=images, seed=seed, console=messages)
     paths = result.paths
     errors = [(os.path.relpath(uri, paths.images), status, message) for uri, status, message in result.errors]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from imgbatch.commands.common import AsJson, console, print_json
-from imgbatch.config import Config
+from imgbatch.config import Config, PreprocessConfig
 from imgbatch.errors import UsageError
 
 app = typer.Typer(help="Make, inspect, optimize and export model bundles.", no_args_is_help=True)
@@ -23,6 +23,7 @@ _ITEMS_SHOWN = 10
 
 @app.command()
 def init(
+    preprocess: PreprocessConfig,
     output: Annotated[str, typer.Option("-o", "--output", metavar="MODEL", help="Directory to write.")],
     weights: Annotated[
         str,
@@ -51,14 +52,15 @@ def init(
     """Make a model bundle from weights and class names."""
     from imgbatch.core.model import init_bundle
 
+    sizes = {"resize_size": resize_size, "crop_size": crop_size}
+    overrides = preprocess.model_dump() | {name: size for name, size in sizes.items() if size is not None}
     bundle = init_bundle(
         output,
         arch=arch,
         weights=weights,
         classes=classes,
         task=task,
-        resize_size=resize_size,
-        crop_size=crop_size,
+        **overrides,
         num_bands=bands,
         value_range=_parse_range(value_range) if value_range is not None else None,
         overwrite=overwrite,

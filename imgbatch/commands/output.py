@@ -14,6 +14,7 @@ from typing import IO, Annotated, Any
 import typer
 
 from imgbatch.commands.common import AsJson, console, messages, print_json, print_table
+from imgbatch.config import OutputConfig
 from imgbatch.errors import CheckFailed, ExitCode, UsageError
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Output directory.")]
@@ -113,16 +114,16 @@ def query(
                 connection.sql(sql).write_parquet(str(staged))
                 return
             result = connection.execute(sql)
-        except duckdb.Error as error:
+            if result.description is None:
+                if staged:
+                    staged.touch()
+                return
+            columns = [column[0] for column in result.description]
+            rows = iter(lambda: result.fetchmany(FETCHED_ROWS), [])
+            with staged.open("w", newline="") if staged else contextlib.nullcontext(sys.stdout) as file:
+                _WRITERS[output_format](columns, itertools.chain.from_iterable(rows), file)
+        except duckdb.Error as error:  # which may come with any row
             raise UsageError(f"query: {error}") from error
-        if result.description is None:
-            if staged:
-                staged.touch()
-            return
-        columns = [column[0] for column in result.description]
-        rows = iter(lambda: result.fetchmany(FETCHED_ROWS), [])
-        with staged.open("w", newline="") if staged else contextlib.nullcontext(sys.stdout) as file:
-            _WRITERS[output_format](columns, itertools.chain.from_iterable(rows), file)
 
 
 def _opened(uri: str | None) -> contextlib.AbstractContextManager[Path | None]:
@@ -133,8 +134,11 @@ def _opened(uri: str | None) -> contextlib.AbstractContextManager[Path | None]:
 
 
 def compact(
+    output: OutputConfig,
     out: OutArgument,
-    target_file_mb: Annotated[int, typer.Option("--target-file-mb", min=1, help="Size that files aim at, MB.")] = 128,
+    target_file_mb: Annotated[
+        int | None, typer.Option("--target-file-mb", min=1, help="Size that files aim at, MB.", show_default="128")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the current label of every image, over all runs, as one dataset of large files: OUT/compacted/<id>/."""
@@ -142,7 +146,7 @@ def compact(
 
     from imgbatch.core.compact import compact as compact_output
 
-    result = compact_output(out, target_file_mb=target_file_mb)
+    result = compact_output(out, target_file_mb=target_file_mb or output.target_file_mb)
     if as_json:
         print_json(asdict(result))
         return

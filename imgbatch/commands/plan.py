@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imgbatch.commands.common import AsJson, Assignments, ConfigFile, console, messages, print_json, print_table
-from imgbatch.config import load_config
+from imgbatch.commands.common import (
+    AsJson,
+    Assignments,
+    ConfigFile,
+    console,
+    messages,
+    print_json,
+    print_table,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from imgbatch.runtime.forecast import Forecast
@@ -27,7 +35,7 @@ def plan(
     from imgbatch.runtime.forecast import forecast, to_json
 
     flags = {"model.path": model, "input.manifest": manifest, "output.path": out}
-    result = forecast(load_config(config_file, assignments or (), flags))
+    result = forecast(read_config(config_file, assignments, flags))
     if as_json:
         print_json(to_json(result))
         return

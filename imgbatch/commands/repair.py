@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from imgbatch.commands.common import Assignments, ConfigFile, console, messages
-from imgbatch.config import load_config
+from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config
 
 
 def repair(
@@ -22,7 +21,7 @@ def repair(
     """Write damaged or missing output files anew: from unit files if they were kept, else by classifying their rows."""
     from imgbatch.runtime.repair import repair as repair_output
 
-    config = load_config(config_file, assignments or (), {"output.path": out, "classify.engine": engine})
+    config = read_config(config_file, assignments, {"output.path": out, "classify.engine": engine})
     repaired = repair_output(config, run, messages)
     if not repaired:
         console.print("nothing to repair: every file is as files.json records it")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from imgbatch.commands.common import Assignments, ConfigFile, console, messages
-from imgbatch.config import Config, load_config
+from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config
+from imgbatch.config import Config
 from imgbatch.errors import normalise_message
 
 
@@ -36,7 +36,7 @@ def report(
     """Write one self-contained HTML page: what was labelled, how fast, what failed and why, how good."""
     from imgbatch.report.page import write_report
 
-    config = load_config(config_file, assignments or ())
+    config = read_config(config_file, assignments)
     written = write_report(
         out,
         file=file,

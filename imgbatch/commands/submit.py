@@ -13,8 +13,16 @@ from urllib.parse import urlsplit
 
 import typer
 
-from imgbatch.commands.common import AsJson, console, messages, print_json, print_table
-from imgbatch.config import load_config
+from imgbatch.commands.common import (
+    AsJson,
+    Assignments,
+    ConfigFile,
+    console,
+    messages,
+    print_json,
+    print_table,
+    read_config,
+)
 from imgbatch.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +54,7 @@ class Command:
 
     words: tuple[str, ...]
     config_file: Path | None
+    """On this machine; one in an object store the job reads from there."""
     read: tuple[str, ...]
     written: tuple[str, ...]
     endpoint_url: str | None = None
@@ -70,8 +79,15 @@ def submit(
         ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show what the job prints until it ends.")] = True,
+    config_file: ConfigFile = None,
+    assignments: Assignments = None,
 ) -> None:
-    """Run an imgbatch command on a Ray cluster: the job's output here, its exit code as ours."""
+    """Run an imgbatch command on a Ray cluster: the job's output here, its exit code as ours.
+
+    -c and --set belong to that command and stand after the --.
+    """
+    if config_file is not None or assignments:
+        raise UsageError("submit: -c and --set belong to the command that is sent; put them after the --")
     parsed = parse_command(command)
     from imgbatch.runtime.package import collect_package
     from imgbatch.runtime.submit import JobServer
@@ -143,6 +159,7 @@ def stop(job: JobId, address: Address = DEFAULT_ADDRESS) -> None:
 def parse_command(words: list[str]) -> Command:
     """``words`` as the cluster's imgbatch would read them; raises as it would."""
     from imgbatch.cli import app as whole
+    from imgbatch.core import storage
 
     command: Any = typer.main.get_command(whole)
     rest = [word for word in words if word != "--debug"]
@@ -153,7 +170,8 @@ def parse_command(words: list[str]) -> Command:
     if hasattr(command, "commands") or path[0] in NOT_SUBMITTED:
         raise UsageError(f"submit: {' '.join(words[:2])!r} is no command that a cluster runs (see imgbatch --help)")
     given = command.make_context(path[-1], list(rest)).params
-    config = load_config(given.get("config_file"), given.get("assignments") or ())
+    config_file = given.get("config_file")
+    config = read_config(config_file, given.get("assignments"))
     read = [given.get("model") or config.model.path, given.get("manifest") or config.input.manifest]
     out = given.get("out") or given.get("output") or config.output.path
     optimizes = path == ["model", "optimize"]
@@ -161,7 +179,7 @@ def parse_command(words: list[str]) -> Command:
         out = given["output"] or given["model"]  # where the variant goes
     return Command(
         words=tuple(words),
-        config_file=given.get("config_file"),
+        config_file=storage.local_path(config_file) if config_file and storage.is_local(config_file) else None,
         read=tuple(each for each in (*read, *map(given.get, READ)) if each),
         written=tuple(each for each in (out, *map(given.get, WRITTEN)) if each),
         endpoint_url=config.storage.endpoint_url,

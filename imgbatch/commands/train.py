@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from imgbatch.commands.common import Assignments, ConfigFile, console, messages
-from imgbatch.config import load_config
+from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config
 
 if TYPE_CHECKING:
     from imgbatch.runtime.train import TrainResult
@@ -58,7 +57,7 @@ def train(
         "train.seed": seed,
         "classify.engine": engine,
     }
-    _report(run_training(load_config(config_file, assignments or (), flags), messages, overwrite=overwrite))
+    _report(run_training(read_config(config_file, assignments, flags), messages, overwrite=overwrite))
 
 
 def _report(result: TrainResult) -> None:

@@ -24,7 +24,7 @@ from imgbatch.core.bands import BandSpec
 from imgbatch.core.classes import check_class_names, read_class_names
 from imgbatch.core.description import FORMAT_VERSION, Task, check_description, read_description
 from imgbatch.core.model_card import build_model_card
-from imgbatch.core.transforms import PreprocessSpec
+from imgbatch.core.transforms import PreprocessSpec, ResizeMode
 from imgbatch.core.weights import (
     adapt_channels,
     count_parameters,
@@ -273,6 +273,9 @@ def init_bundle(
     task: Task = "multiclass",
     resize_size: int | None = None,
     crop_size: int | None = None,
+    resize_mode: ResizeMode | None = None,
+    median_size: int | None = None,
+    reducing_gap: float | None = None,
     num_bands: int | None = None,
     value_range: tuple[float, float] | None = None,
     overwrite: bool = False,
@@ -283,8 +286,9 @@ def init_bundle(
         path: the directory to write.
         weights: see ``weights.read_state_dict``; stored in the type they have, used as float32.
         classes: ``imagenet1k``, or a file: see ``classes.read_class_names``.
-        resize_size: px, in place of what the architecture is published with; see ``PreprocessSpec.with_sizes``.
+        resize_size: px, in place of what the architecture is published with; see ``PreprocessSpec.overridden``.
         crop_size: px, likewise.
+        resize_mode: likewise, as are the next two.
         num_bands: for rasters, bands 1 to this; weights for RGB are adapted (see ``weights.adapt_channels``), and
             every band is normalised by the mean of what red, green and blue are.
         value_range: of a raster's values: what becomes 0 and what becomes 255; goes with ``num_bands``.
@@ -296,9 +300,15 @@ def init_bundle(
     check_architecture(arch)
     class_names = check_class_names(read_class_names(classes), task=task, where=f"--classes {classes}")
     try:
-        preprocess = default_preprocess(arch, published_name(weights) or "DEFAULT").with_sizes(resize_size, crop_size)
+        preprocess = default_preprocess(arch, published_name(weights) or "DEFAULT").overridden(
+            resize_size=resize_size,
+            crop_size=crop_size,
+            resize_mode=resize_mode,
+            median_size=median_size,
+            reducing_gap=reducing_gap,
+        )
     except ValueError as error:
-        raise UsageError(f"--resize-size, --crop-size: {error}") from error
+        raise UsageError(f"preprocess: {error}") from error
     state_dict = read_state_dict(weights, arch)
     if num_bands is not None or value_range is not None:
         preprocess = _with_bands(preprocess, num_bands, value_range)

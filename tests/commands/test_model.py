@@ -31,6 +31,15 @@ def test_init_makes_a_model_and_says_which(
     assert capsys.readouterr().out == f"{path}: simple_cnn, 2 classes, model_id {bundle.model_id}\n"
 
 
+def test_init_takes_preprocessing_from_the_configuration_too(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "night.yaml").write_text("preprocess: {crop_size: 24, median_size: 3}\n")
+    path = str(tmp_path / "model")
+    given = ["-c", str(tmp_path / "night.yaml"), "--set", "preprocess.resize_size=48", "--crop-size", "40"]
+    assert run([*arguments, "-o", path, *given]) == 0
+    made = load_bundle(path).preprocess
+    assert (made.resize_size, made.crop_size, made.median_size) == (48, 40, 3)
+
+
 def test_init_does_not_overwrite_another_model_unless_told(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -151,6 +152,16 @@ def test_a_wrong_query_is_one_line(out, arguments, words, capsys):
     assert words in refused(capsys, "query", out, *arguments)
 
 
+@pytest.mark.parametrize("output_format", ["table", "csv", "json"])
+def test_what_fails_at_a_late_row_is_one_line_too(out, output_format, tmp_path, capsys):
+    sql = "select case when range < 500000 then 'row' else error('too late') end from range(1000000)"
+    file = tmp_path / "result"
+    message = refused(capsys, "query", out, sql, "--format", output_format, "-o", file)
+    assert message.startswith("imgbatch: query: ")
+    assert "too late" in message
+    assert list(tmp_path.glob("*result*")) == []
+
+
 @pytest.mark.parametrize(
     "arguments", [("status",), ("verify",), ("query", "select 1"), ("clean", "--run", "r0", "--yes")]
 )
@@ -199,6 +210,26 @@ def test_verify_finds_a_stray_file(copied, capsys):
     (part,) = (copied / "predictions").rglob("*.parquet")
     shutil.copy(part, part.with_name("part-00001.parquet"))
     assert "part-00001.parquet: not in files.json" in refused(capsys, "verify", copied, code=5)
+
+
+def test_compact_takes_the_size_of_files_from_the_configuration_too(copied, capsys):
+    setting = ("--set", "output.target_file_mb=7")
+    assert "nothing to do" not in printed(capsys, "compact", copied, *setting)
+    assert "nothing to do" in printed(capsys, "compact", copied, "--target-file-mb", "7")
+    assert "nothing to do" not in printed(capsys, "compact", copied, "--target-file-mb", "8", *setting)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("query", "select 1"), "interrupted"), (("retry",), "interrupted; the same command continues")],
+)
+def test_an_interruption_promises_what_the_command_keeps(arguments, message, out, monkeypatch, capsys):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(duckdb, "connect", interrupt)
+    command, *rest = arguments
+    assert refused(capsys, command, out, *rest, code=4) == f"imgbatch: {message}\n"
 
 
 def test_clean_removes_a_run_and_nothing_else(copied, capsys):

@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from imgbatch.cli import run
 from imgbatch.commands.submit import check_paths, endpoint_warning, parse_command, with_config
+from imgbatch.core import storage
 from imgbatch.errors import ExitCode, UsageError
 from imgbatch.runtime.package import collect_package
 from imgbatch.runtime.submit import read_token
@@ -54,6 +55,22 @@ def test_a_command_is_read_as_the_cluster_will_read_it():
     assert command.config_file.name == "night.yaml"
     assert command.read == ("s3://b/model", "m.parquet")
     assert command.written == ("s3://b/labels",)
+
+
+def test_a_configuration_in_an_object_store_is_read_there_and_by_the_job(s3_bucket):
+    file = storage.join(s3_bucket, "night.yaml")
+    storage.replace(file, b"model: {path: s3://b/model}\noutput: {path: s3://b/labels}\n")
+    command = parse_command(["classify", "-c", file, "--manifest", "s3://b/m.parquet"])
+    assert (command.config_file, command.read) == (None, ("s3://b/model", "s3://b/m.parquet"))
+    assert with_config(command.words, None)[:3] == ["classify", "-c", file]
+
+
+@pytest.mark.usefixtures("night")
+@pytest.mark.parametrize("given", [["-c", "night.yaml"], ["--set", "classify.unit_rows=5"]])
+def test_the_configuration_of_a_command_is_no_part_of_submit(given, capsys):
+    assert run(["submit", "--address", "http://127.0.0.1:9", *given, "--", *CLASSIFY]) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "put them after the --" in line
 
 
 @pytest.mark.usefixtures("night")

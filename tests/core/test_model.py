@@ -270,7 +270,7 @@ def test_init_names_both_counts_when_classes_do_not_match(tmp_path: Path, weight
         ({"arch": "resnet18"}, "not weights of resnet18"),
         ({"arch": "lenet"}, "--arch lenet: unknown architecture; one of alexnet"),
         ({"weights": "imagenet"}, "simple_cnn: there are no published weights; give a file"),
-        ({"resize_size": 32, "crop_size": 64}, "--resize-size, --crop-size: resize_size 32 must be at least"),
+        ({"resize_size": 32, "crop_size": 64}, "preprocess: resize_size 32 must be at least"),
         ({"task": "odd"}, "unknown task 'odd'"),
     ],
 )

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imgbatch.cli import run
+from imgbatch.commands.common import read_config
+from imgbatch.config import StorageConfig
+from imgbatch.core import storage
+from imgbatch.errors import ExitCode, UsageError
+
+
+def test_a_configuration_lies_in_an_object_store_too(
+    s3_server: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = storage.join(s3_bucket, "night.yaml")
+    storage.replace(file, b"output: {top_k: 3}\nstorage: {read_timeout_s: 7}\n")
+    storage.replace(storage.join(s3_bucket, "wrong.yaml"), b"output: {path: [}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    before = StorageConfig(region="eu-west-1")
+    storage.configure(before)
+    config = read_config(file, [f"storage.endpoint_url={s3_server}"], {"output.path": "labels"})
+    assert (config.output.top_k, config.output.path, config.storage.read_timeout_s) == (3, "labels", 7)
+    assert storage.settings() is before
+    for name, reason in (("gone.yaml", ""), ("wrong.yaml", "not valid YAML")):
+        with pytest.raises(UsageError, match=rf"{s3_bucket}/{name}: {reason}"):
+            read_config(storage.join(s3_bucket, name), [f"storage.endpoint_url={s3_server}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["verify", "OUT"], "only storage of"),
+        (["jobs", "list"], "only storage of"),
+        (["compact", "OUT"], "only output and storage of"),
+        (["model", "init", "--weights", "w", "--classes", "c", "-o", "m"], "only preprocess and storage of"),
+    ],
+)
+def test_a_setting_that_a_command_does_not_read_is_refused(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*words, "--set", "fetch.retries=1"]) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--set fetch.retries=1: " in line
+    assert named in line
+
+
+def test_a_file_may_serve_several_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "night.yaml").write_text("fetch: {retries: 1}\nstorage: {region: eu-west-1}\n")
+    assert run(["verify", str(tmp_path / "gone"), "-c", str(tmp_path / "night.yaml")]) == ExitCode.USAGE
+    assert "gone" in capsys.readouterr().err
