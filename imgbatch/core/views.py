@@ -72,8 +72,8 @@ def view_statements(out: str, runs: Sequence[CurrentRun]) -> list[str]:
 
 
 def _read(base: str, files: Sequence[str], partition_types: Mapping[str, str]) -> str:
-    paths = ", ".join(_quote(storage.join(base, file)) for file in files)
-    types = ", ".join(f"{_quote(name)}: {kind}" for name, kind in {"run_id": "varchar", **partition_types}.items())
+    paths = ", ".join(quote(storage.join(base, file)) for file in files)
+    types = ", ".join(f"{quote(name)}: {kind}" for name, kind in {"run_id": "varchar", **partition_types}.items())
     return f"select * from read_parquet([{paths}], hive_partitioning=true, hive_types={{{types}}})"
 
 
@@ -83,8 +83,8 @@ def _union(selects: Sequence[str]) -> str:
 
 def _runs_table(runs: Sequence[CurrentRun]) -> str:
     rows = ", ".join(
-        f"({_quote(run.run_id)}, {_quote(run.parent)}, timestamptz {_quote(run.predicted_at)}, "
-        f"{_quote(run.model_id)}, {run.num_predictions}, {run.num_errors})"
+        f"({quote(run.run_id)}, {quote(run.parent)}, timestamptz {quote(run.predicted_at)}, "
+        f"{quote(run.model_id)}, {run.num_predictions}, {run.num_errors})"
         for run in runs
     )
     return f"select * from (values {rows}) t(run_id, parent, predicted_at, model_id, predictions, errors)"
@@ -116,5 +116,6 @@ def _current_embeddings(runs: Sequence[CurrentRun]) -> str:
     return "select * from all_embeddings semi join predictions using (run_id, row_id)"
 
 
-def _quote(text: str | None) -> str:
+def quote(text: str | None) -> str:
+    """As SQL writes it."""
     return "null" if text is None else "'" + text.replace("'", "''") + "'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgbatch.config import Config
+from imgbatch.config import Config, StorageConfig
+from imgbatch.core import storage
 from imgbatch.core.output_files import EMBEDDINGS, KINDS
+from imgbatch.core.readers import duckdb_script, s3_statements
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.views import open_views
 from imgbatch.runtime.job import classify
@@ -50,6 +53,65 @@ def test_the_python_program_prints_the_labels(finished: RunPaths) -> None:
         timeout=60,
     )
     assert [label for label in labels(finished) if label not in done.stdout] == []
+
+
+@pytest.fixture
+def finished_in_s3(photo_config: Config, s3_server: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
+    """A run whose settings alone name the server."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    out = storage.join(s3_bucket, "out")
+    config = changed(photo_config, output__path=out, storage__endpoint_url=s3_server, storage__requester_pays=True)
+    return RunPaths(out, classify(config).run_id)
+
+
+def test_the_sql_takes_duckdb_to_the_server_and_names_no_credentials(finished_in_s3: RunPaths, s3_server: str) -> None:
+    sql = storage.read_bytes(finished_in_s3.query_sql).decode()
+    assert len(duckdb.extract_statements(sql)) == 5 + 1 + 7
+    server = s3_server.removeprefix("http://")
+    assert (
+        f"create or replace secret imgbatch (type s3, scope '{finished_in_s3.out}', provider credential_chain, "
+        f"endpoint '{server}', url_style 'path', use_ssl false, requester_pays true);"
+    ) in sql
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in re.findall(r"\w+", sql)
+
+
+def test_the_sql_reads_from_the_server(finished_in_s3: RunPaths) -> None:
+    with duckdb.connect() as connection:
+        try:
+            connection.execute("load httpfs; load aws")
+        except duckdb.Error:
+            pytest.skip("DuckDB's extensions httpfs and aws are not installed")
+        connection.execute(storage.read_bytes(finished_in_s3.query_sql).decode())
+        assert connection.sql("select count(*) from predictions").fetchall() == [(114,)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "secret"),
+    [
+        (StorageConfig(), "(type s3, scope 's3://b/it''s', provider credential_chain)"),
+        (
+            StorageConfig(profile="night", region="eu-west-1"),
+            "(type s3, scope 's3://b/it''s', provider credential_chain, profile 'night', region 'eu-west-1')",
+        ),
+        (
+            StorageConfig(anonymous=True, endpoint_url="https://host/"),
+            "(type s3, scope 's3://b/it''s', endpoint 'host', url_style 'path', use_ssl true)",
+        ),
+    ],
+)
+def test_the_secret_says_what_the_settings_say(settings: StorageConfig, secret: str) -> None:
+    *extensions, created = s3_statements("s3://b/it's", settings)
+    assert created == f"create or replace secret imgbatch {secret}"
+    assert ("load aws" in extensions) is not settings.anonymous
+
+
+def test_the_python_program_finds_the_server(finished_in_s3: RunPaths, tmp_path: Path) -> None:
+    program = tmp_path / "query.py"
+    program.write_bytes(storage.read_bytes(finished_in_s3.query_py))
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=60)
+    assert [label for label in labels(finished_in_s3) if label not in done.stdout] == []
+    program.write_text(duckdb_script([], StorageConfig(anonymous=True, profile="night", region="eu-west-1")))
+    assert "(anon=True, profile='night', client_kwargs={'region_name': 'eu-west-1'})" in program.read_text()
 
 
 def test_files_hold_no_type_that_spark_fails_to_read(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
