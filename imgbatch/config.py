@@ -303,7 +303,8 @@ class RunConfig(Section):
     new_run: bool = False
     """Start a second run although one with this fingerprint has finished."""
     log_format: Literal["text", "json"] = "text"
-    """``json``: one object a line on standard error, with run_id and unit_id, for a log collector."""
+    """``json``: what a run says while it works is one object a line on standard error, with run_id and unit_id, for a
+    log collector."""
     no_progress_s: float = Field(1800.0, gt=0)
     """Seconds without a committed unit after which the units under way are tried apart, or, where nothing came since
     the last time, the run ends with exit code 4. A unit's files and pixels may take 0.8 of it; the rows left fail."""

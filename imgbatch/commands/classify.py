@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config
+from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config, this_command
 from imgbatch.commands.report import report_after_run
 from imgbatch.config import Config
 from imgbatch.errors import Status
@@ -96,6 +96,5 @@ def _report(result: RunResult, config: Config) -> None:
             console.print(f"  {count:>9,} {status}", markup=False)
     console.print(f"labels:  {result.out}/predictions/run_id={result.run_id}/", markup=False)
     report_after_run(result.out, result.run_id, keep=result.already_finished, config=config)
-    console.print(
-        f'next:    imgbatch query {result.out} "select label, count(*) n from predictions group by 1"', markup=False
-    )
+    next_command = f'{this_command()} query {result.out} "select label, count(*) n from predictions group by 1"'
+    console.print(f"next:    {next_command}", markup=False)

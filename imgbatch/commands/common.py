@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
@@ -93,6 +96,12 @@ def _refuse_unread(assignments: Iterable[str], read: set[type]) -> None:
     for assignment in assignments:
         if assignment.partition(".")[0].strip() not in names:
             raise UsageError(f"--set {assignment}: this command reads only {' and '.join(names)} of the configuration")
+
+
+def this_command() -> str:
+    """``imgbatch`` as it can be typed where it was started: by its path where no search finds it."""
+    is_script = Path(sys.argv[0]).name == "imgbatch"
+    return shlex.quote(sys.argv[0]) if is_script and shutil.which("imgbatch") is None else "imgbatch"
 
 
 def print_json(value: Any) -> None:

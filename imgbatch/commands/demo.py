@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config
+from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config, this_command
 from imgbatch.commands.report import report_after_run
 from imgbatch.config import Config
 
@@ -69,7 +69,7 @@ def _show(
     labels: Path,
     places: dict[str, Path],
 ) -> None:
-    console.print(f'\nimgbatch query {labels} "{query}"\n', markup=False)
+    console.print(f'\n{this_command()} query {labels} "{query}"\n', markup=False)
     _print_answer(result.columns, result.rows)
     console.print()
     for where, accuracy in accuracies.items():
@@ -81,7 +81,7 @@ def _show(
     for what, path in places.items():
         console.print(f"  {what:<9} {path}", markup=False)
     report_after_run(str(labels), result.run.run_id, keep=True)
-    console.print(f"\ncheck it again: imgbatch verify {labels}", markup=False)
+    console.print(f"\ncheck it again: {this_command()} verify {labels}", markup=False)
 
 
 def _print_answer(columns: list[str], rows: list[tuple[Any, ...]]) -> None:

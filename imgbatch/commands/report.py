@@ -60,6 +60,7 @@ def report_after_run(out: str, run_id: str, *, keep: bool, config: Config | None
     from imgbatch.core import storage
     from imgbatch.core.runs import RunPaths
     from imgbatch.report.page import write_report
+    from imgbatch.runtime.reporter import Reporter
 
     try:
         page = RunPaths(out, run_id).report
@@ -67,4 +68,5 @@ def report_after_run(out: str, run_id: str, *, keep: bool, config: Config | None
             write_report(out, file=page, config=config)
         console.print(f"report:  {page}", markup=False)
     except Exception as error:
-        messages.print(f"no report: {normalise_message(error)}", markup=False)
+        as_json = config is not None and config.run.log_format == "json"
+        Reporter(messages, run_id=run_id, as_json=as_json).say(f"no report: {normalise_message(error)}")

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from imgbatch.cli import run
-from imgbatch.commands.common import read_config
+from imgbatch.commands.common import read_config, this_command
 from imgbatch.config import StorageConfig
 from imgbatch.core import storage
 from imgbatch.errors import ExitCode, UsageError
@@ -44,6 +45,21 @@ def test_a_setting_that_a_command_does_not_read_is_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert "--set fetch.retries=1: " in line
     assert named in line
+
+
+@pytest.mark.parametrize(
+    ("started", "path", "typed"),
+    [
+        (".venv/bin/imgbatch", "", ".venv/bin/imgbatch"),
+        ("/with space/imgbatch", "", "'/with space/imgbatch'"),
+        (".venv/bin/imgbatch", str(Path(sys.executable).parent), "imgbatch"),
+        ("-c", "", "imgbatch"),
+    ],
+)
+def test_what_is_said_to_be_typed_can_be(started: str, path: str, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [started])
+    monkeypatch.setenv("PATH", path)
+    assert this_command() == typed
 
 
 def test_a_file_may_serve_several_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from imgbatch.cli import run
 from imgbatch.commands.report import report_after_run
+from imgbatch.config import load_config
 
 pytest.importorskip("jinja2", reason="the report extra is not installed")
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
@@ -48,6 +50,10 @@ def test_a_run_does_not_fail_with_its_page(classify_command, monkeypatch, capsys
 def test_whatever_goes_wrong_with_the_page_is_one_line(tmp_path, capsys):
     report_after_run(str(tmp_path), "r1", keep=False)
     assert capsys.readouterr().err.splitlines() == [f"no report: {tmp_path}: no finished run there"]
+    report_after_run(str(tmp_path), "r1", keep=False, config=load_config(None, ["run.log_format=json"]))
+    (line,) = capsys.readouterr().err.splitlines()
+    record = json.loads(line)
+    assert (record["run_id"], record["message"]) == ("r1", f"no report: {tmp_path}: no finished run there")
 
 
 def test_report_of_nothing_is_wrong_usage(tmp_path, capsys):
