@@ -13,16 +13,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from imgbatch.commands.common import (
-    AsJson,
-    Assignments,
-    ConfigFile,
-    console,
-    messages,
-    print_json,
-    print_table,
-    read_config,
-)
+from imgbatch.commands.common import AsJson, console, messages, print_json, print_table, read_config
 from imgbatch.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -79,8 +70,8 @@ def submit(
         ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show what the job prints until it ends.")] = True,
-    config_file: ConfigFile = None,
-    assignments: Assignments = None,
+    config_file: Annotated[str | None, typer.Option("-c", "--config", hidden=True)] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", hidden=True)] = None,
 ) -> None:
     """Run an imgbatch command on a Ray cluster: the job's output here, its exit code as ours.
 
