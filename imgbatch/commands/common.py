@@ -27,6 +27,8 @@ Assignments = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+_SECTIONS = {type(section): name for name, section in Config()}
+"""Class of each section of the configuration to its name."""
 _UNBOUNDED_WIDTH = 1000
 
 # A class may be called :id:, which is an emoji to rich.
@@ -41,12 +43,14 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """``command``, which reaches object stores as the configuration says; takes ``-c`` and ``--set`` if it did not.
 
     A parameter of the type :class:`Config`, or of one of its sections, is that of the configuration, and no option of
-    the command line. ``--set`` of what a command does not read is refused; a file may serve several commands.
+    the command line. ``--set`` of a section that the command does not read is refused; a file may serve several
+    commands. The attribute ``read`` lists the classes of the sections that it reads.
     """
     signature = inspect.signature(command, eval_str=True)
     kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     given = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
     reads_all = "config_file" in signature.parameters or Config in given.values()
+    read = list(_SECTIONS) if reads_all else [StorageConfig, *given.values()]
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in (("config_file", ConfigFile), ("assignments", Assignments))
@@ -58,8 +62,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         from imgbatch.core import storage
 
         config = read_config(arguments["config_file"], arguments["assignments"])
-        if not reads_all:
-            _refuse_unread(arguments["assignments"] or (), {StorageConfig, *given.values()})
+        check_read(arguments["assignments"], read)
         storage.configure(config.storage)
         own = {name: value for name, value in arguments.items() if name in signature.parameters}
         parts: dict[type, Section] = {Config: config, **{type(section): section for _, section in config}}
@@ -68,6 +71,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [*(parameter for name, parameter in signature.parameters.items() if name not in given), *added]
     configured.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     configured.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    configured.read = read  # type: ignore[attr-defined]
     return configured
 
 
@@ -91,9 +95,10 @@ def read_config(
     return load_config(parse_sections(content, where=config_file), assignments, flags)
 
 
-def _refuse_unread(assignments: Iterable[str], read: set[type]) -> None:
-    names = [name for name, field in Config.model_fields.items() if field.annotation in read]
-    for assignment in assignments:
+def check_read(assignments: Sequence[str] | None, read: Sequence[type]) -> None:
+    """Raises :class:`UsageError` for ``--set`` of a section whose class is not among those ``read``."""
+    names = [name for kind, name in _SECTIONS.items() if kind in read]
+    for assignment in assignments or ():
         if assignment.partition(".")[0].strip() not in names:
             raise UsageError(f"--set {assignment}: this command reads only {' and '.join(names)} of the configuration")
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from imgbatch.commands.common import AsJson, console, messages, print_json, print_table, read_config
+from imgbatch.commands.common import AsJson, check_read, console, messages, print_json, print_table, read_config
 from imgbatch.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ def parse_command(words: list[str]) -> Command:
     given = command.make_context(path[-1], list(rest)).params
     config_file = given.get("config_file")
     config = read_config(config_file, given.get("assignments"))
+    check_read(given.get("assignments"), command.callback.read)
     read = [given.get("model") or config.model.path, given.get("manifest") or config.input.manifest]
     out = given.get("out") or given.get("output") or config.output.path
     optimizes = path == ["model", "optimize"]

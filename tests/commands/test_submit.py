@@ -81,6 +81,7 @@ def test_the_configuration_of_a_command_is_no_part_of_submit(given, capsys):
         (["classify", "--limit", "many"], "--limit"),
         (["classify", "-c", "gone.yaml"], "gone.yaml"),
         (["classify", "-c", "night.yaml", "--set", "classify.unit_row=5"], "classify.unit_row"),
+        (["verify", "s3://b/labels", "--set", "fetch.retries=1"], "fetch.retries"),
         (["clasify"], "clasify"),
         (["manifest"], "manifest"),
         (["manifest", "bild", "x"], "bild"),
