@@ -57,10 +57,15 @@ def main(settings: ChildSettings, connection: socket.socket) -> None:
             row, size = FRAME.unpack(header)
             if row == END_UNIT:
                 break
-            data = _receive(connection, abs(size))
-            if len(data) < abs(size):
-                return
-            _decode_row(unit, row, partial(decode, data, is_request=size < 0), settings.timeout_s)
+            # From here on the row is what this process dies of: its bytes alone may be more than the memory holds.
+            unit.states_N[row] = RowState.STARTED
+            try:
+                data = _receive(connection, abs(size))
+                if len(data) < abs(size):
+                    return
+                _decode_row(unit, row, partial(decode, data, is_request=size < 0), settings.timeout_s)
+            except MemoryError:
+                os._exit(EXIT_OUT_OF_MEMORY)
         connection.sendall(DONE)
 
 
@@ -126,7 +131,6 @@ def _silence_standard_error() -> None:
 
 def _decode_row(unit: UnitBuffer, row: int, decode: Callable[[], Decoded | RowError], timeout_s: float) -> None:
     started = time.perf_counter()
-    unit.states_N[row] = RowState.STARTED
     signal.setitimer(signal.ITIMER_REAL, timeout_s)
     outcome = decode()
     failpoint("decode.row", row)

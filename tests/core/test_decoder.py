@@ -17,6 +17,7 @@ from PIL import Image
 from imgbatch.config import DecodeConfig
 from imgbatch.core.decoder import DecodedUnit, Decoder
 from imgbatch.core.images import Decoded, decode_image
+from imgbatch.core.raster_request import RasterRequest
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import ImgbatchError, RowError, Stage, Status, row_error
 
@@ -127,6 +128,24 @@ def test_memory_is_bounded_for_the_child_and_not_for_this_process() -> None:
     assert unit.errors[1] is not None
     assert (unit.errors[1].status, unit.errors[1].attempts) == (Status.OUT_OF_MEMORY, 2)
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+
+
+def test_an_image_larger_than_the_memory_costs_its_row() -> None:
+    payloads = [jpeg(), jpeg() + bytes(80 << 20), jpeg(seed=1)]
+    with Decoder(SPEC, DecodeConfig(memory_mb=64)) as decoder:
+        unit = decoder.decode(payloads, 3)
+    assert_all_decoded(unit, payloads, except_rows={1})
+    assert unit.errors[1] is not None
+    assert (unit.errors[1].status, unit.errors[1].attempts) == (Status.OUT_OF_MEMORY, 2)
+
+
+def test_an_embedded_raster_that_fits_into_the_memory_only_once_costs_its_row() -> None:
+    pytest.importorskip("rasterio")
+    with Decoder(SPEC, DecodeConfig(memory_mb=64), max_nodata=0.5) as decoder:
+        too_large, photograph = decoder.decode([RasterRequest(data=bytes(40 << 20)), jpeg()], 2).errors
+    assert too_large is not None
+    assert (too_large.status, too_large.attempts) == (Status.OUT_OF_MEMORY, 2)
+    assert photograph is None
 
 
 def test_a_progressive_jpeg_that_needs_more_memory_is_not_called_damaged() -> None:
