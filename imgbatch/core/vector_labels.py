@@ -63,16 +63,17 @@ class VectorLabels:
         return [self._target(shapely.from_wkb(tile)) if tile is not None else None for tile in tiles.to_pylist()]
 
     def _target(self, tile: Any) -> str | None:
-        weights: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+        parts: dict[str, list[Any]] = defaultdict(list)
         for index in self._tree.query(tile, predicate="intersects"):
             geometry = self._geometries[index]
             common = geometry.intersection(tile)
             if common.area == 0 and shapely.get_dimensions(geometry) == _POLYGONAL:
                 # It lies beside the tile, with an edge or a corner in common.
                 continue
-            area, points = weights[self._classes[index]]
-            weights[self._classes[index]] = (area + common.area, points + len(shapely.get_parts(common)))
-        return min(weights, key=lambda name: (-weights[name][0], -weights[name][1], name)) if weights else None
+            parts[self._classes[index]].extend(shapely.get_parts(common))
+        # Together, because what two polygons of a class have in common is covered once.
+        areas = {name: shapely.union_all(common).area for name, common in parts.items()}
+        return min(parts, key=lambda name: (-areas[name], -len(parts[name]), name)) if parts else None
 
 
 def _read_geojson(data: bytes, field: str, path: str) -> tuple[list[str], list[Any]]:

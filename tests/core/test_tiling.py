@@ -193,6 +193,17 @@ def test_a_polygon_beside_a_tile_says_nothing_about_it(tmp_path):
     assert targets == ["water", None, None, "tower", "road"]
 
 
+def test_what_two_polygons_of_a_class_have_in_common_counts_once(tmp_path):
+    drawn = [("water", shapely.box(0, 0, 0.4, 1))] * 2 + [("town", shapely.box(0.4, 0, 1, 1))]
+    features = [
+        {"type": "Feature", "properties": {"use": use}, "geometry": json.loads(shapely.to_geojson(shape))}
+        for use, shape in drawn
+    ]
+    path = tmp_path / "labels.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    assert VectorLabels(str(path), "use").targets(pa.array([shapely.box(0, 0, 1, 1).wkb])) == ["town"]
+
+
 def test_two_scenes_of_one_name_and_no_scene_at_all_are_refused(tmp_path, scenes):
     (tmp_path / "other").mkdir()
     write_raster(tmp_path / "other" / "b.tif", noise(1, 8, 8))
