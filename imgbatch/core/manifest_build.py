@@ -187,7 +187,7 @@ def _check_one_kind(sources: Sequence[Source]) -> None:
 
 def _iter_tables(sources: Sequence[Source], schema: pa.Schema, options: BuildOptions) -> Iterator[pa.Table]:
     for source in sources:
-        for rows in source.iter_rows():
+        for rows in _iter_rows(source):
             made: dict[str, pa.Array | pa.ChunkedArray] = {}
             if options.targets_from:
                 made[TARGET] = pa.array(_map_uris(rows, source, _parent_name), pa.string())
@@ -202,6 +202,13 @@ def _iter_tables(sources: Sequence[Source], schema: pa.Schema, options: BuildOpt
                 made[name] if name in made else _column_or_nulls(rows.table, name, schema) for name in schema.names
             ]
             yield pa.table(columns, schema=schema)
+
+
+def _iter_rows(source: Source) -> Iterator[SourceRows]:
+    try:
+        yield from source.iter_rows()
+    except (OSError, pa.ArrowException) as error:  # damaged behind what opening it reads
+        raise UsageError(f"{source.path}: cannot be read ({normalise_message(error)})") from error
 
 
 def _column_or_nulls(table: pa.Table, name: str, schema: pa.Schema) -> pa.ChunkedArray | pa.Array:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from imgbatch.core import storage
 from imgbatch.core.byte_ranges import ByteRange, ranged_uri
-from imgbatch.core.manifest_sources import IMAGE_SUFFIXES, SourceRows, iter_matches
+from imgbatch.core.manifest_sources import IMAGE_SUFFIXES, SourceRows, check_unicode, iter_matches
 from imgbatch.core.storage import FileInfo
 from imgbatch.errors import UsageError, normalise_message
 from imgbatch.schema import ETAG, IMAGE_ID, SIZE, TARGET, URI
@@ -106,6 +106,7 @@ def _read_members(shard: str, *, with_classes: bool) -> list[_Member]:
                     if image.issparse():
                         raise UsageError(f"{shard}: {image.name} is a sparse member, which is not read in place")
                     if not any(part.startswith(".") for part in image.name.removeprefix("./").split("/")):
+                        check_unicode(f"{shard}/{image.name}")
                         place = ByteRange(image.offset_data, image.offset_data + image.size - 1)
                         found.append(_Member(image.name.removeprefix("./"), place, target))
             _check_end(file, tar.offset, shard)

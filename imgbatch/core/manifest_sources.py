@@ -11,6 +11,7 @@ import gzip
 import io
 import posixpath
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -147,9 +148,10 @@ def _open_source(path: str, given: str, options: TableOptions, leave_out: str | 
         yield ImageFolder(path)
 
 
-_URI_SCHEMA = pa.schema([(URI, pa.string())])
-_OBJECT_SCHEMA = pa.schema([(URI, pa.string()), (SIZE, pa.int64()), (ETAG, pa.string())])
+OBJECT_COLUMNS = pa.schema([(SIZE, pa.int64()), (ETAG, pa.string())])
 """What an object store's listing knows, by which a later run sees that an object changed."""
+_URI_SCHEMA = pa.schema([(URI, pa.string())])
+_OBJECT_SCHEMA = pa.schema([*_URI_SCHEMA, *OBJECT_COLUMNS])
 
 
 def _image_schema(path: str) -> pa.Schema:
@@ -236,7 +238,7 @@ class ListFile:
                         )
                     if cells:
                         yield cells
-        except (csv.Error, UnicodeDecodeError, OSError, EOFError) as error:
+        except (csv.Error, UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
             raise UsageError(f"{self.path} line {line + 1}: {normalise_message(error)}") from error
 
 
@@ -324,7 +326,7 @@ def iter_matches(root: str, pattern: str) -> Iterator[FileInfo]:
             if not matches(name) or any(part.startswith(".") for part in name.split("/")):
                 continue
             if not name.isascii():
-                _check_unicode(info.uri)
+                check_unicode(info.uri)
             yield info
     except UsageError:
         raise
@@ -332,7 +334,8 @@ def iter_matches(root: str, pattern: str) -> Iterator[FileInfo]:
         raise UsageError(f"{root}: cannot be listed ({normalise_message(error)})") from error
 
 
-def _check_unicode(uri: str) -> None:
+def check_unicode(uri: str) -> None:
+    """Raises :class:`UsageError` for a file whose name is not UTF-8, which no column of strings holds."""
     try:
         uri.encode()
     except UnicodeEncodeError as error:
@@ -346,7 +349,8 @@ def _split_glob(path: str) -> tuple[str, str]:
 
 
 def _normal(path: str) -> str:
-    return posixpath.normpath(storage.absolute(path)) if storage.is_local(path) else path.rstrip("/")
+    absolute = storage.absolute(path)
+    return posixpath.normpath(absolute) if storage.is_local(path) else absolute
 
 
 def _exists(path: str) -> bool:

@@ -166,7 +166,10 @@ def open_dataset(path: str) -> ParquetDataset:
 
 
 def rechunk(tables: Iterable[pa.Table], num_rows: int, max_bytes: int | None = None) -> Iterator[pa.Table]:
-    """The same rows in tables of ``num_rows`` each, or fewer where ``max_bytes`` are reached first."""
+    """The same rows in tables of ``num_rows`` each, or fewer where ``max_bytes`` are reached first.
+
+    Only a row that is larger by itself makes a table of more than ``max_bytes``.
+    """
     pending: list[pa.Table] = []
     pending_rows = pending_bytes = 0
     for table in tables:
@@ -175,7 +178,12 @@ def rechunk(tables: Iterable[pa.Table], num_rows: int, max_bytes: int | None = N
             if max_bytes is not None:
                 while take > 1 and pending_bytes + table.slice(0, take).nbytes > max_bytes:
                     take //= 2
-                pending_bytes += table.slice(0, take).nbytes
+                size = table.slice(0, take).nbytes
+                if pending and pending_bytes + size > max_bytes:
+                    yield pa.concat_tables(pending)
+                    pending, pending_rows, pending_bytes = [], 0, 0
+                    continue
+                pending_bytes += size
             pending.append(table.slice(0, take))
             pending_rows += take
             table = table.slice(take)

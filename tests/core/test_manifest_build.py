@@ -270,6 +270,18 @@ def test_a_list_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
         build(tmp_path, path)
 
 
+def test_a_source_that_is_damaged_further_on_is_named(tmp_path: Path) -> None:
+    parquet, compressed = tmp_path / "in.parquet", tmp_path / "list.csv.gz"
+    pq.write_table(pa.table({"uri": [f"{n}.jpg" for n in range(1000)]}), parquet, compression="zstd")
+    compressed.write_bytes(gzip.compress(b"uri\n" + b"".join(b"%d.jpg\n" % n for n in range(1000))))
+    for path, message in ((parquet, r"in\.parquet: cannot be read"), (compressed, r"list\.csv\.gz line \d+: ")):
+        data = bytearray(path.read_bytes())
+        data[20:200] = b"\xff" * 180
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match=message):
+            build(tmp_path, path)
+
+
 def test_embedded_images_and_uris_do_not_mix(tmp_path: Path, photos: Path) -> None:
     pq.write_table(pa.table({"bytes": [b"x"]}), tmp_path / "in.parquet")
     with pytest.raises(UsageError, match="build a manifest of each"):
@@ -318,6 +330,13 @@ def test_objects_keep_their_size_and_etag(s3_bucket: str, tmp_path: Path) -> Non
     assert table["size"].to_pylist() == [1, 2, 3, 1, None]
     digests = [hashlib.md5(bytes(size)).hexdigest() for size in (1, 2, 3, 1)]
     assert table["etag"].to_pylist() == [*digests, None]
+
+
+def test_s3a_is_s3(s3_bucket: str, tmp_path: Path) -> None:
+    for name in ("a.jpg", "list.csv"):
+        storage.replace(f"{s3_bucket}/images/{name}", b"uri\nb.jpg\n")
+    sources = [f"{s3_bucket.replace('s3:', 's3a:')}/images/{name}" for name in ("a.jpg", "list.csv")]
+    assert build(tmp_path, *sources)["uri"].to_pylist() == [f"{s3_bucket}/images/{name}" for name in ("a.jpg", "b.jpg")]
 
 
 def test_what_a_folder_in_a_bucket_holds_is_told_by_one_page(s3_bucket: str, s3_server: str) -> None:

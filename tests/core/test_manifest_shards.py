@@ -95,6 +95,12 @@ def test_gnu_headers_are_read_as_well(tmp_path: Path) -> None:
     assert contents(build(tmp_path, shard)["uri"].to_pylist()) == [b"long", b"short"]
 
 
+def test_a_member_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "old.tar", {"a.jpg": b"a", "caf\udce9.jpg": b"b"}, tarfile.GNU_FORMAT)
+    with pytest.raises(UsageError, match=r"old\.tar/caf\\udce9\.jpg': the file's name is not UTF-8"):
+        build(tmp_path, shard)
+
+
 def test_targets_are_classes_or_folders(shards: Path, tmp_path: Path) -> None:
     of_classes = build(tmp_path, shards / "train-000.tar", table=TableOptions(targets_from_cls=True))
     assert of_classes["target"].to_pylist() == ["7", None]
