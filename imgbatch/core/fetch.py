@@ -20,6 +20,7 @@ from imgbatch.core.failpoints import failpoint
 from imgbatch.core.fetch_objects import ObjectClient, ObjectTooLarge, RequestFailed, choose_client, open_client
 from imgbatch.core.https import HttpsReader
 from imgbatch.core.retry import backoff_s
+from imgbatch.core.s3 import unquoted_etag
 from imgbatch.errors import RowError, Stage, Status, row_error
 
 _TRANSIENT_ERRNO = frozenset(
@@ -153,8 +154,11 @@ class Fetcher:
             return _whole(file.read(size), byte_range)
 
     def _read_remote(self, uri: str, etag: str | None) -> bytes:
+        place, byte_range = split_range(uri)
         if check_scheme(uri, self._config) != "https":
-            return self._read_object(*split_range(uri), etag)
+            return self._read_object(place, byte_range, etag)
+        if byte_range is not None:
+            raise _Rejected(Status.REFUSED, "a part of a tar file is read from local files and s3:// only")
         with self._lock:
             reader = self._https = self._https or HttpsReader(self._config)
         try:
@@ -172,7 +176,7 @@ class Fetcher:
             found = client.get(bucket, key, max_bytes=self._config.max_bytes, byte_range=byte_range)
         except ObjectTooLarge as error:
             raise self._too_large(f"{error.size} bytes, more") from error
-        if etag and self._if_changed != "ignore" and found.etag and found.etag != etag.strip('"'):
+        if etag and self._if_changed != "ignore" and found.etag and found.etag != unquoted_etag(etag):
             with self._lock:
                 self.num_changed += 1
             if self._if_changed == "error":

@@ -30,6 +30,7 @@ ClientName = Literal["s3fs", "obstore"]
 _CREDENTIALS_ASKED_EVERY = timedelta(minutes=5)
 _ANSWERED = re.compile(r"status code: (\d{3})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_BEYOND_THE_END = 416
 
 
 class StoredObject(NamedTuple):
@@ -37,6 +38,9 @@ class StoredObject(NamedTuple):
 
     data: bytes
     etag: str
+
+
+_NOTHING = StoredObject(b"", "")
 
 
 class ObjectTooLarge(Exception):
@@ -64,7 +68,7 @@ class ObjectClient(Protocol):
 
     def get(self, bucket: str, key: str, *, max_bytes: int, byte_range: ByteRange | None = None) -> StoredObject:
         """One attempt: one request, or two where hedging is on. With a ``byte_range`` only those bytes, fewer where the
-        object ends before.
+        object ends before, and none where it ends before their first.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -110,6 +114,8 @@ class S3fsClient:
         except (ObjectTooLarge, FileNotFoundError, PermissionError, TimeoutError):
             raise
         except Exception as error:
+            if byte_range and http_status(error) == _BEYOND_THE_END:
+                return _NOTHING
             raise _translated(error) from error
 
     async def _get(self, bucket: str, key: str, max_bytes: int, byte_range: ByteRange | None) -> StoredObject:
@@ -166,7 +172,10 @@ class ObstoreClient:
         except exceptions.BaseError as error:
             message = _first_line(error)
             answered = _ANSWERED.search(message)
-            raise RequestFailed(message, may_pass=not answered or int(answered[1]) in TRANSIENT_HTTP) from error
+            status = int(answered[1]) if answered else None
+            if byte_range and status == _BEYOND_THE_END:
+                return _NOTHING
+            raise RequestFailed(message, may_pass=status is None or status in TRANSIENT_HTTP) from error
 
     def _ask(self, store: Any, key: str, max_bytes: int, byte_range: ByteRange | None) -> StoredObject:
         import obstore

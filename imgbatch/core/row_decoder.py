@@ -13,6 +13,7 @@ from imgbatch.config import Config, FetchConfig
 from imgbatch.core import storage
 from imgbatch.core.access import Refused, allowed_path, check_scheme
 from imgbatch.core.bands import require_rasterio
+from imgbatch.core.byte_ranges import split_range
 from imgbatch.core.decoder import DecodedUnit, Decoder, Payload
 from imgbatch.core.fetch import Fetcher
 from imgbatch.core.manifest import Manifest
@@ -179,6 +180,8 @@ def find_raster(uri: str | None, config: FetchConfig) -> str | RowError:
     """
     if not uri:
         return row_error(Status.NOT_FOUND, Stage.FETCH, "the uri is empty")
+    if split_range(uri)[1] is not None:
+        return row_error(Status.REFUSED, Stage.FETCH, "rasters are not read out of tar files; unpack the shard")
     try:
         if storage.is_s3(uri):
             check_scheme(uri, config)

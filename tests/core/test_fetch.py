@@ -213,14 +213,14 @@ def test_a_connection_that_breaks_may_hold_the_next_time(key: str) -> None:
 
 @pytest.mark.usefixtures("objects")
 def test_an_object_that_changed_is_an_error_or_counted_or_nothing() -> None:
-    uris: list[str | None] = ["s3://bucket/a", "s3://bucket/b", "s3://bucket/c"]
-    etags = ['"etag-1"', "other", None]
+    uris: list[str | None] = ["s3://bucket/a", "s3://bucket/b", "s3://bucket/c", "s3://bucket/d"]
+    etags = ['"etag-1"', "other", None, 'W/"etag-1"']
     outcomes: dict[str, tuple[object, int]] = {}
     modes: tuple[IfChanged, ...] = ("error", "warn", "ignore")
     for mode in modes:
         with Fetcher(FetchConfig(), if_changed=mode) as fetcher:
-            first, second, third = fetcher.fetch(uris, etags)
-            assert (first, third) == (b"a" * 10, b"c" * 10)
+            first, second, third, fourth = fetcher.fetch(uris, etags)
+            assert (first, third, fourth) == (b"a" * 10, b"c" * 10, b"d" * 10)
             outcomes[mode] = (second.status if isinstance(second, RowError) else second, fetcher.num_changed)
     assert outcomes == {"error": (Status.CHANGED, 1), "warn": (b"b" * 10, 1), "ignore": (b"b" * 10, 0)}
 

@@ -130,6 +130,12 @@ def test_a_file(server: str) -> None:
     assert fetched(f"{server}/redirect//image.jpg") == IMAGE
 
 
+def test_a_part_of_a_tar_file_is_refused(server: str) -> None:
+    status, message = error(f"{server}/000.tar#bytes=0-9")
+    assert status is Status.REFUSED
+    assert "local files and s3:// only" in message
+
+
 def test_https_is_off_unless_it_is_asked_for(server: str) -> None:
     assert error(f"{server}/image.jpg", schemes=("file", "s3"))[0] is Status.REFUSED
     status, message = error(f"{server}/image.jpg", private_addresses=False)

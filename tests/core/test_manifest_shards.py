@@ -201,8 +201,9 @@ def test_shards_in_a_bucket_are_read_in_place(
         storage.replace(storage.join(s3_bucket, "shards", "train-000.tar"), b"another" * 1000)
         (changed_since,) = fetcher.fetch(uris[:1], etags[:1])
         beyond = ranged_uri(storage.join(s3_bucket, "shards", "train-000.tar"), ByteRange(6990, 7010))
-        (cut,) = fetcher.fetch([beyond])
+        (cut, gone) = fetcher.fetch([beyond, beyond.replace("6990-7010", "7000-7010")])
     assert isinstance(changed_since, RowError)
     assert changed_since.status is Status.CHANGED
-    assert isinstance(cut, RowError)
-    assert cut.status is Status.CHANGED
+    for outcome in (cut, gone):
+        assert isinstance(outcome, RowError)
+        assert (outcome.status, outcome.attempts) == (Status.CHANGED, 1)
