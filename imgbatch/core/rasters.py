@@ -45,7 +45,7 @@ from imgbatch.core.raster_samples import (
     turned,
 )
 from imgbatch.core.raster_store import gdal_options, gdal_path, status_of_remote
-from imgbatch.core.signatures import end_is_missing, sniff_format
+from imgbatch.core.signatures import end_is_missing, sniff_format, tiff_directory_is_missing
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, Stage, Status, row_error
 
@@ -196,9 +196,9 @@ class RasterDecoder:
             raise RasterRejected(
                 Status.UNSUPPORTED_FORMAT, f"{len(bands)} bands are asked for, but the model takes {channels}"
             )
-        if not 1 <= min(bands) <= max(bands) <= scene.count:
+        if strangers := [band for band in bands if not band or not 1 <= band <= scene.count]:
             raise RasterRejected(
-                Status.UNSUPPORTED_FORMAT, f"band {max(bands)} is asked for, but there are {scene.count}"
+                Status.UNSUPPORTED_FORMAT, f"band {strangers[0]} is asked for, but there are {scene.count}"
             )
         return bands
 
@@ -281,6 +281,8 @@ def checked_window(scene: DatasetReader, window: Window | None) -> Window:
     """``window``, or all of the scene; raises :class:`RasterRejected` unless it lies within the scene."""
     if window is None:
         return Window(0, 0, scene.width, scene.height)
+    if any(field is None for field in window):
+        raise RasterRejected(Status.BAD_WINDOW, f"a field of the window is null: {', '.join(map(str, window))}")
     fits = (
         min(window.col_off, window.row_off) >= 0
         and min(window.width, window.height) > 0
@@ -314,8 +316,7 @@ class _Ends(NamedTuple):
         """Whether a file of the format ``name`` stops before its own end."""
         if name != "TIFF":
             return end_is_missing(self.tail, name)
-        directory = int.from_bytes(self.head[4:8], "little" if self.head[:2] == b"II" else "big")
-        return self.size < 8 or directory >= self.size
+        return tiff_directory_is_missing(self.head, self.size)
 
 
 def _ends(uri: str, data: bytes | None) -> _Ends:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 _PREFIXES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -30,6 +32,8 @@ _PREFIXES: tuple[tuple[bytes, str], ...] = (
     (b"\x59\xa6\x6a\x95", "Sun raster"),
 )
 _ISO_MEDIA_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"mif1": "HEIF"}
+_TIFF_HEADER_BYTES = 16
+"""Of a BigTIFF; a plain one has half of that, and then at least a directory."""
 _TGA_FOOTER = b"TRUEVISION-XFILE.\0"
 
 
@@ -79,5 +83,12 @@ def end_is_missing(data: bytes, name: str) -> bool:
         case "BMP":
             return len(data) < 26 or int.from_bytes(data[2:6], "little") > len(data)
         case "TIFF":
-            return len(data) < 8 or int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") >= len(data)
+            return tiff_directory_is_missing(data, len(data))
     return False
+
+
+def tiff_directory_is_missing(head: bytes, size: int) -> bool:
+    """Whether a TIFF or BigTIFF of ``size`` bytes, which begins with ``head``, ends before its first directory does."""
+    order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+    is_big = head[2:4] in (b"+\0", b"\0+")
+    return size < _TIFF_HEADER_BYTES or int.from_bytes(head[8:16] if is_big else head[4:8], order) >= size
