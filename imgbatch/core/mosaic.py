@@ -43,8 +43,9 @@ _MAX_BYTE_CLASSES = 255
 
 _TILES = """
 select uri, image_id, "window".col_off, "window".row_off, "window".width, "window".height, probabilities
-from predictions where "window" is not null order by uri, row_id
+from predictions where "window" is not null and uri is not null order by uri, row_id
 """
+_EMBEDDED = 'select count(*) from predictions where "window" is not null and uri is null'
 
 
 @dataclass
@@ -55,7 +56,7 @@ class MosaicTally:
     num_tiles: int = 0
     """Those that are in the files."""
     failed: list[str] = field(default_factory=list)
-    """Scenes that are not there any more, or not as large as their tiles say, and why."""
+    """Scenes that are not there any more, or not as large as their tiles say, and why; embedded ones in one line."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ def write_mosaics(
         columns = [column[0] for column in views.execute("describe predictions").fetchall()]
         if "window" not in columns:
             raise UsageError(f"{out}: its images are no tiles of scenes (there is no column 'window')")
+        ((num_embedded,),) = views.execute(_EMBEDDED).fetchall()
+        if num_embedded:
+            tally.failed.append(f"{num_embedded:,} tiles of embedded rasters, which have no file to take the grid from")
         for tiles in _by_scene(views.sql(_TILES).to_arrow_reader()):
             try:
                 target = _target(storage.local_path(directory), tiles, class_name, tally.files)

@@ -83,6 +83,15 @@ def test_a_scene_that_is_gone_or_has_shrunk_is_said(tmp_path, scene, store_run):
     assert "No such file" in write_mosaics(out, str(tmp_path / "maps")).failed[0]
 
 
+def test_tiles_of_embedded_rasters_are_said_and_cost_no_other(tmp_path, scene, store_run):
+    columns = {"window": [tile(0, 0), tile(0, 0)], "uri": [str(scene), None]}
+    probs = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
+    out = str(store_run(CLASSES, probs, columns=columns, image_ids=["a.tif#0,0,20,20", "7"]))
+    tally = write_mosaics(out, str(tmp_path / "maps"))
+    assert (tally.files, tally.num_tiles) == ([str(tmp_path / "maps/a.labels.tif")], 1)
+    assert tally.failed == ["1 tiles of embedded rasters, which have no file to take the grid from"]
+
+
 def test_an_image_id_cannot_lead_out_of_the_folder(tmp_path, scene, store_run):
     out = store_run(
         CLASSES,
