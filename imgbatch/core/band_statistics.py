@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from imgbatch.config import Config, FetchConfig, GeoConfig, StorageConfig
 from imgbatch.core import storage
@@ -30,7 +29,7 @@ from imgbatch.core.manifest import Manifest
 from imgbatch.core.parallel import MapParts, in_threads
 from imgbatch.core.raster_request import RasterRequest, Window
 from imgbatch.core.row_decoder import find_raster
-from imgbatch.core.rows import EmbeddedImages
+from imgbatch.core.rows import EmbeddedImages, take_rows
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import ImgbatchError, RowError, UsageError, normalise_message
 from imgbatch.schema import BANDS, URI, WINDOW
@@ -176,7 +175,7 @@ def _requests(
 ) -> Iterator[RasterRequest]:
     """What to read of the rows; those that are not there are added to ``failed``."""
     names = [name for name in (URI, WINDOW, BANDS) if name in manifest.schema.names]
-    rows = pa.concat_tables(manifest.iter_batches(names)).take(pa.array(row_ids_N)).to_pylist() if names else []
+    rows = take_rows(manifest.iter_batches(names), row_ids_N).to_pylist() if names else []
     images = EmbeddedImages(manifest).read(row_ids_N.tolist()) if manifest.has_bytes else (None for _ in row_ids_N)
     for row, data in zip(rows or [{} for _ in row_ids_N], images, strict=True):
         window = Window(**row[WINDOW]) if row.get(WINDOW) else None

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from imgbatch.config import Config
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.row_decoder import RowDecoder, image_columns
+from imgbatch.core.rows import take_rows
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, UsageError
 from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, TARGET, TARGETS, URI, WINDOW
@@ -82,7 +83,7 @@ def _choose(
         raise UsageError(f"manifest {manifest.path}: no row has a target that the model knows ({TARGET} or {TARGETS})")
     count = min(limit or num_rows, num_rows)
     chosen = np.linspace(0, num_rows - 1, count).round().astype(np.int64)
-    return _take(manifest, chosen if known_N is None else known_N[chosen])
+    return take_rows(_iter_slim(manifest), chosen if known_N is None else known_N[chosen])
 
 
 def _find(manifest: Manifest, wanted: pa.Array, known: frozenset[str] | None) -> pa.Table:
@@ -112,16 +113,6 @@ def _is_known(targets: pa.ChunkedArray, known: frozenset[str]) -> np.ndarray:
     """bool per row, of a column of names or of lists of them."""
     lists = ([names] if isinstance(names, str) else names for names in targets.to_pylist())
     return np.fromiter((names is not None and known.issuperset(names) for names in lists), bool, len(targets))
-
-
-def _take(manifest: Manifest, row_ids: np.ndarray) -> pa.Table:
-    """The rows of these ids, which ascend."""
-    taken = []
-    for table in _iter_slim(manifest):
-        first_row = table[ROW_ID][0].as_py()
-        start, stop = np.searchsorted(row_ids, (first_row, first_row + table.num_rows))
-        taken.append(table.take(row_ids[start:stop] - first_row))
-    return pa.concat_tables(taken)
 
 
 def _iter_slim(manifest: Manifest) -> Iterator[pa.Table]:

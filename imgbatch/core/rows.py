@@ -147,6 +147,17 @@ def select_rows(tables: Iterable[pa.Table], row_ids: pa.Array) -> Iterator[pa.Ta
             yield chosen
 
 
+def take_rows(tables: Iterable[pa.Table], row_ids_N: np.ndarray) -> pa.Table:
+    """The rows of these ids, which ascend, of a manifest's tables in row order; holds one table at a time."""
+    taken = []
+    first_row = 0
+    for table in tables:
+        start, stop = np.searchsorted(row_ids_N, (first_row, first_row + table.num_rows))
+        taken.append(table.take(row_ids_N[start:stop] - first_row))
+        first_row += table.num_rows
+    return pa.concat_tables(taken)
+
+
 def read_selected(reader: RowsReader, units: Iterable[Unit], row_ids: pa.Array) -> Iterator[pa.Table]:
     """The rows of a run whose row_id is in ``row_ids``, which are in order; units without any are not read."""
     wanted = row_ids.to_numpy()

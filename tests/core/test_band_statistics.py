@@ -78,6 +78,33 @@ def test_embedded_rasters_are_sampled_and_damaged_ones_say_why(tmp_path):
     assert ["no raster begins" in failure or "no bytes" in failure for failure in sample.failed] == [True, True]
 
 
+REQUESTS = """
+import sys
+import numpy as np
+import pyarrow as pa
+from imgbatch.config import FetchConfig
+from imgbatch.core.band_statistics import _requests
+from imgbatch.core.manifest import open_manifest
+
+failed = []
+assert not list(_requests(open_manifest(sys.argv[1]), np.array([7, 299_999]), None, FetchConfig(), failed))
+print(*(line.partition(": ")[0] for line in failed), pa.default_memory_pool().max_memory())
+"""
+
+
+def test_of_a_large_manifest_only_the_rows_chosen_stay_in_memory(tmp_path):
+    """In a process of its own, whose most bytes in Arrow's memory are those of this alone."""
+    uris = np.zeros(300_000, np.int32)
+    uris[[7, 299_999]] = 1, 2
+    names = ["/nowhere/" + "x" * 300, "/nowhere/7", "/nowhere/299999"]
+    path = tmp_path / "manifest.parquet"
+    pq.write_table(pa.table({"uri": pa.DictionaryArray.from_arrays(uris, names)}), path)
+    command = [sys.executable, "-c", REQUESTS, str(path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert printed[:2] == names[1:]
+    assert int(printed[2]) < 60e6  # all rows are 95 MB
+
+
 def test_a_tile_that_never_comes_costs_no_other(tmp_path):
     os.mkfifo(tmp_path / "pipe.tif")
     scene = RasterRequest(str(write_raster(tmp_path / "scene.tif", noise(1, 16, 16))))
