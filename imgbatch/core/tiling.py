@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rasterio.enums import MaskFlags
+from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
 from rasterio.warp import transform as to_crs
 
@@ -29,20 +30,22 @@ from imgbatch.core import geoparquet, storage
 from imgbatch.core.bands import RASTER_SUFFIXES
 from imgbatch.core.geoparquet import BBOX, BBOX_TYPE, CRS, GEOMETRY, TRANSFORM
 from imgbatch.core.manifest_build import SPLIT_FOLDERS, draw_split, split_of_folders
-from imgbatch.core.manifest_sources import TableOptions, open_sources
+from imgbatch.core.manifest_sources import OBJECT_COLUMNS, Source, TableOptions, open_sources
 from imgbatch.core.parquet import BATCH_ROWS, rechunk
 from imgbatch.core.raster_samples import RasterRejected
 from imgbatch.core.rasters import gdal_env, open_raster
 from imgbatch.core.row_decoder import find_raster
 from imgbatch.core.vector_labels import VectorLabels
-from imgbatch.errors import RowError, UsageError, normalise_message
-from imgbatch.schema import BANDS, IMAGE_ID, SPLIT, TARGET, URI, WINDOW, WINDOW_TYPE
+from imgbatch.errors import MAY_PASS, ImgbatchError, RowError, UsageError, normalise_message
+from imgbatch.schema import BANDS, ETAG, IMAGE_ID, SIZE, SPLIT, TARGET, URI, WINDOW, WINDOW_TYPE
 
 LONGITUDE_LATITUDE = "OGC:CRS84"
 _MASK_SIDE = 1024
 """Longest side of the mask from which a scene's tiles are judged, px."""
 _SMALL_SCENE_PIXELS = 4_000_000
 """A scene up to this size is judged without overviews."""
+_NO_WINDOW = dict.fromkeys((part.name for part in WINDOW_TYPE), 0)
+"""Of a scene that cannot be opened: no raster has it, so that the scene never gets one label as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ class TileTally:
     num_left_out: int = 0
     """Tiles of which too much is missing."""
     failed: list[str] = field(default_factory=list)
-    """Scenes that cannot be opened, and why; each has one row without a window, which the job makes an error row."""
+    """Scenes that cannot be opened, and why; each has one row with an empty window, which becomes an error row."""
 
 
 def tile_scenes(
@@ -98,22 +101,25 @@ def tile_scenes(
     """Write the tiles of the scenes that ``sources`` name to the Parquet file ``output``, as GeoParquet.
 
     A tile's ``image_id`` is the scene's path below its source with ``#col_off,row_off,width,height``: it stays the
-    same when the collection moves.
+    same when the collection moves. Tiles of objects have their scene's ``size`` and ``etag``.
 
     Args:
         config: where scenes may lie (section ``fetch``); none: the defaults.
 
     Raises:
         UsageError: a source that cannot be read, two scenes of one name, no scene, or ``output`` exists.
+        ImgbatchError: a scene that cannot be read now, and perhaps can later.
     """
     if storage.exists(output) and not (overwrite and storage.is_file(output)):
         raise UsageError(f"output {output}: exists; choose another name or give --overwrite")
     tally = TileTally()
     access = (config or Config()).fetch
     geometry = geoparquet.FileGeometry(geoparquet.geo_metadata())
-    schema = _schema(options)
+    # Earlier tiles in the folder of their scenes are not what they are listed by.
+    opened = open_sources(sources, TableOptions(), leave_out=output)
+    schema = _schema(options, opened)
     with gdal_env(), storage.staged_file(output) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for table in rechunk(_iter_tables(sources, options, schema, tally, access), BATCH_ROWS):
+        for table in rechunk(_iter_tables(opened, options, schema, tally, access), BATCH_ROWS):
             geometry.add(table)
             writer.write_table(table, row_group_size=table.num_rows)
         if tally.num_scenes == 0:
@@ -136,8 +142,10 @@ def _offsets(length: int, options: TileOptions) -> np.ndarray:
     return offsets if offsets[-1] == last else np.append(offsets, last)
 
 
-def _schema(options: TileOptions) -> pa.Schema:
+def _schema(options: TileOptions, sources: Sequence[Source]) -> pa.Schema:
     fields = [(URI, pa.string()), (IMAGE_ID, pa.string()), (WINDOW, WINDOW_TYPE)]
+    known = [column for column in OBJECT_COLUMNS if any(column in source.schema for source in sources)]
+    fields += [(column.name, column.type) for column in known]
     fields += [(BANDS, pa.list_(pa.int32()))] if options.bands else []
     fields += [(TARGET, pa.string())] if options.labels else []
     fields += [(SPLIT, pa.string())] if options.split_shares or options.split_from else []
@@ -146,26 +154,45 @@ def _schema(options: TileOptions) -> pa.Schema:
 
 
 def _iter_tables(
-    sources: Sequence[str], options: TileOptions, schema: pa.Schema, tally: TileTally, access: FetchConfig
+    sources: Sequence[Source], options: TileOptions, schema: pa.Schema, tally: TileTally, access: FetchConfig
 ) -> Iterator[pa.Table]:
     seen: set[str] = set()
-    for uri, name in _iter_scenes(sources):
+    for listed in _iter_scenes(sources):
+        uri, name = listed.uri, listed.name
         if name in seen:
             raise UsageError(f"{uri}: another scene is called {name} too; tile the folder that holds both")
         seen.add(name)
         tally.num_scenes += 1
         try:
             with open_raster(_place(uri, access)) as scene:
-                table = _tiles(scene, uri, name, options, tally).select(schema.names).cast(schema)
+                table = _tiles(scene, listed, options, tally).select(schema.names).cast(schema)
         except UsageError:
             raise
         except Exception as error:  # a damaged file raises anything
+            if _may_pass(error, uri):
+                raise ImgbatchError(
+                    f"{uri}: cannot be read now ({normalise_message(error)}); run the command again, or name the other "
+                    "scenes in a list"
+                ) from error
             tally.failed.append(f"{uri}: {normalise_message(error)}")
-            row = {URI: uri, IMAGE_ID: name, BANDS: list(options.bands) if options.bands else None}
-            yield pa.Table.from_pylist([{key: row.get(key) for key in schema.names}], schema=schema)
+            yield _failed_row(listed, options, schema)
             continue
         tally.num_tiles += table.num_rows
         yield table
+
+
+def _failed_row(listed: _Listed, options: TileOptions, schema: pa.Schema) -> pa.Table:
+    row = {URI: listed.uri, IMAGE_ID: listed.name, WINDOW: _NO_WINDOW, SIZE: listed.size, ETAG: listed.etag}
+    row[BANDS] = list(options.bands) if options.bands else None
+    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names}], schema=schema)
+
+
+def _may_pass(error: Exception, uri: str) -> bool:
+    """Whether a scene that failed like this may well be read later: then its tiles must not be missing."""
+    if isinstance(error, RasterRejected):
+        return error.status in MAY_PASS
+    # GDAL says the same of a damaged block and of a server that failed for a moment.
+    return isinstance(error, RasterioError) and storage.is_s3(uri)
 
 
 def _place(uri: str, access: FetchConfig) -> str:
@@ -175,17 +202,30 @@ def _place(uri: str, access: FetchConfig) -> str:
     return place
 
 
-def _iter_scenes(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """URI and name of every scene."""
-    for source in open_sources(sources, TableOptions()):
+class _Listed(NamedTuple):
+    """A scene as its source lists it; size and etag are null of what is not in an object store."""
+
+    uri: str
+    name: str
+    size: int | None
+    etag: str | None
+
+
+def _iter_scenes(sources: Sequence[Source]) -> Iterator[_Listed]:
+    for source in sources:
         for rows in source.iter_rows():
             uris = rows.table[URI].to_pylist()
-            for uri, name in zip(uris, rows.names or uris, strict=True):
+            unknown = [None] * len(uris)
+            sizes, etags = (
+                rows.table[column.name].to_pylist() if column in source.schema else unknown for column in OBJECT_COLUMNS
+            )
+            for uri, name, size, etag in zip(uris, rows.names or uris, sizes, etags, strict=True):
                 if uri and uri.lower().endswith(RASTER_SUFFIXES):
-                    yield uri, name or uri
+                    yield _Listed(uri, name or uri, size, etag)
 
 
-def _tiles(scene: DatasetReader, uri: str, name: str, options: TileOptions, tally: TileTally) -> pa.Table:
+def _tiles(scene: DatasetReader, listed: _Listed, options: TileOptions, tally: TileTally) -> pa.Table:
+    uri, name = listed.uri, listed.name
     windows_N4 = tile_windows(scene.width, scene.height, options)
     if options.min_valid > 0 and (valid_N := _valid_shares(scene, windows_N4)) is not None:
         tally.num_left_out += int((valid_N < options.min_valid).sum())
@@ -200,6 +240,8 @@ def _tiles(scene: DatasetReader, uri: str, name: str, options: TileOptions, tall
             URI: pa.repeat(pa.scalar(uri), count),
             IMAGE_ID: pa.array([f"{name}#{','.join(map(str, window))}" for window in windows_N4.tolist()], pa.string()),
             WINDOW: pa.StructArray.from_arrays(columns, fields=list(WINDOW_TYPE)),
+            SIZE: pa.repeat(pa.scalar(listed.size, pa.int64()), count),
+            ETAG: pa.repeat(pa.scalar(listed.etag, pa.string()), count),
             CRS: pa.repeat(pa.scalar(_crs_name(scene) if placed else None, pa.string()), count),
             TRANSFORM: pa.array(list(_transforms(scene, windows_N4)), pa.list_(pa.float64())),
             GEOMETRY: geometry,

@@ -29,6 +29,8 @@ _MAP_PX = 320
 _LABELS_NAMED = 3
 _IS_PLACED = " and ".join(f'"{WINDOW}".{side}' for side in ("col_off >= 0", "row_off >= 0", "width > 0", "height > 0"))
 """Of a tile that can be drawn; the windows of rows that failed may be anything, null included."""
+_IS_WHOLE = f'coalesce("{WINDOW}".width = 0 and "{WINDOW}".height = 0, "{WINDOW}" is null)'
+"""Of a row that stands for a whole file: tiling gives one with an empty window to a scene that it cannot open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def summarise_scenes(connection: duckdb.DuckDBPyConnection) -> Scenes | None:
     tiles = f'select uri, "{WINDOW}", label from predictions where "{WINDOW}" is not null'
     unopened: list[Scene] = []
     if _has_windows(connection, "errors"):
-        tiles += f' union all select uri, "{WINDOW}", null from {UNLABELLED} where "{WINDOW}" is not null'
+        tiles += f' union all select uri, "{WINDOW}", null from {UNLABELLED} where not {_IS_WHOLE}'
         unopened = _unopened(connection, tiles)
     opened = connection.sql(
         f"""select uri, count(*), count(*) filter (label is null) from ({tiles})
@@ -108,10 +110,10 @@ def summarise_scenes(connection: duckdb.DuckDBPyConnection) -> Scenes | None:
 
 
 def _unopened(connection: duckdb.DuckDBPyConnection, tiles: str) -> list[Scene]:
-    """Files that look like rasters and failed as a whole: tiling makes one row without a window of such a scene."""
+    """Files that look like rasters and failed as a whole."""
     suffixes = " or ".join(f"lower(uri) like '%{suffix}'" for suffix in RASTER_SUFFIXES)
     rows = connection.sql(
-        f"""select uri, count(*), min(status) from {UNLABELLED} where "{WINDOW}" is null and ({suffixes})
+        f"""select uri, count(*), min(status) from {UNLABELLED} where {_IS_WHOLE} and ({suffixes})
             and uri not in (select uri from ({tiles}) where uri is not null) group by uri order by 2 desc, uri"""
     ).fetchall()
     return [Scene(uri, 0, num_errors, (), None, status) for uri, num_errors, status in rows]

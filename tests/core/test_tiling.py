@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import geopandas
@@ -15,10 +18,15 @@ from affine import Affine
 from rasterio.enums import Resampling
 
 from imgbatch.cli import run
+from imgbatch.config import Config
+from imgbatch.core import storage
 from imgbatch.core.manifest import open_manifest
+from imgbatch.core.row_decoder import RowDecoder
 from imgbatch.core.tiling import TileOptions, tile_scenes, tile_windows
+from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.vector_labels import VectorLabels
-from imgbatch.errors import UsageError
+from imgbatch.errors import Status, UsageError
+from tests.faults.proxy import Fault, faulty_server
 from tests.rasters import noise, write_raster
 
 
@@ -69,8 +77,77 @@ def test_the_manifest_says_where_every_tile_is(tmp_path, scenes):
     nowhere = next(row for row in rows if row["image_id"] == "b.tif#0,0,32,32")
     assert (nowhere["crs"], nowhere["geometry"], nowhere["bbox"]) == (None, None, None)
     broken = next(row for row in rows if row["image_id"] == "c.tif")
-    assert (broken["uri"], broken["window"]) == (str(scenes / "c.tif"), None)
+    empty = {"col_off": 0, "row_off": 0, "width": 0, "height": 0}
+    assert (broken["uri"], broken["window"]) == (str(scenes / "c.tif"), empty)
     assert open_manifest(str(tmp_path / "tiles.parquet")).num_rows == 8
+
+
+def test_a_scene_that_could_not_be_opened_never_gets_one_label_as_a_whole(tmp_path, scenes):
+    tile_scenes([str(scenes)], str(tmp_path / "tiles.parquet"), TileOptions(size=32))
+    tiles = pq.read_table(tmp_path / "tiles.parquet")
+    broken = tiles.filter(pa.array([name == "c.tif" for name in tiles["image_id"].to_pylist()]))
+    write_raster(scenes / "c.tif", noise(3, 64, 64, dtype="uint8", high=255))
+    with RowDecoder(PreprocessSpec(32, 32), Config(), columns=broken.column_names) as decoder:
+        (error,) = decoder.decode(broken).errors
+    assert error is not None
+    assert error.status is Status.BAD_WINDOW
+
+
+def test_a_scene_that_may_be_there_later_ends_the_command(tmp_path, scenes, capsys):
+    """As a share that is away for the moment: here a link that leads nowhere but to itself."""
+    (tmp_path / "loop.tif").symlink_to(tmp_path / "loop.tif")
+    with (tmp_path / "scenes.csv").open("w") as file:
+        csv.writer(file).writerows([["uri"], [scenes / "b.tif"], [tmp_path / "loop.tif"], [scenes / "north" / "a.tif"]])
+    assert run(["manifest", "tile", str(tmp_path / "scenes.csv"), "-o", str(tmp_path / "tiles.parquet")]) == 1
+    assert f"{tmp_path / 'loop.tif'}: cannot be read now" in "".join(capsys.readouterr().err.split("\n"))
+    assert not (tmp_path / "tiles.parquet").exists()
+
+
+def tile_in_another_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """GDAL holds its process while it waits for an answer, and with it the server's threads."""
+    command = [sys.executable, "-c", "from imgbatch.cli import main; main()", "manifest", "tile", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_tiles_keep_the_size_and_etag_of_their_scene_in_an_object_store(tmp_path, scenes, s3_bucket):
+    """By which a scene that is replaced is told from the one that was labelled."""
+    uris = [f"{s3_bucket}/{name}.tif" for name in ("whole", "broken")]
+    storage.replace(uris[0], (scenes / "north" / "a.tif").read_bytes())
+    storage.replace(uris[1], b"no raster")
+    output = tmp_path / "tiles.parquet"
+    tiling = tile_in_another_process(*uris, scenes / "b.tif", "-o", output, "--size", "64")
+    assert "3 tiles of 3 scenes" in tiling.stdout, tiling.stderr
+    listed = [storage.file_info(uri) for uri in uris]
+    rows = pq.read_table(output).select(["image_id", "size", "etag"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("whole.tif#0,0,64,64", listed[0].size, listed[0].version),
+        ("whole.tif#32,0,64,64", listed[0].size, listed[0].version),
+        ("broken.tif", 9, listed[1].version),
+        ("b.tif#0,0,32,32", None, None),
+    ]
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["opened", "its mask is read"])
+def test_a_server_that_fails_while_a_scene_is(after, tmp_path, s3_bucket, s3_server, monkeypatch):
+    samples = noise(1, 512, 512, dtype="uint8", high=255)
+    scene = write_raster(tmp_path / "scene.tif", samples, nodata=0, tiled=True, blockxsize=256, blockysize=256)
+    storage.replace(f"{s3_bucket}/scene.tif", scene.read_bytes())
+    output = tmp_path / "tiles.parquet"
+    with faulty_server(s3_server) as (url, server):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        server.faults = [Fault("GET", r"/scene\.tif", "403", after=after)]
+        tiling = tile_in_another_process(f"{s3_bucket}/scene.tif", "-o", output, "--min-valid", "0.5")
+    assert server.acted
+    assert tiling.returncode == 1
+    assert "scene.tif: cannot be read now" in "".join(tiling.stderr.split("\n"))
+    assert not output.exists()
+
+
+def test_scenes_are_tiled_again_into_their_own_folder(scenes):
+    output = str(scenes / "tiles.parquet")
+    for _ in range(2):
+        tally = tile_scenes([str(scenes)], output, TileOptions(size=32), overwrite=True)
+        assert (tally.num_scenes, tally.num_tiles) == (3, 7)
 
 
 def test_geopandas_reads_the_tiles_and_they_lie_where_the_scene_does(tmp_path, scenes):
