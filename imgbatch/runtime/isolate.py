@@ -26,7 +26,7 @@ from imgbatch.schema import ROW_ID, UNIT_SCHEMA
 FORWARD_TIMEOUT_S = 120.0
 _START_TIMEOUT_S = 300.0
 _START_TRIES = 2
-"""A process that is killed while it loads the model says nothing about the model, once."""
+"""A process that is killed while it loads the model, or a store that is away, says nothing about the model, once."""
 LONGEST_STEP_S = FORWARD_TIMEOUT_S + _START_TRIES * _START_TIMEOUT_S
 """Between two rows of a unit, at most."""
 _PR_SET_PDEATHSIG = 1
@@ -38,7 +38,7 @@ def classify_isolated(run: Run, unit_index: int) -> Receipt:
     """Decode, classify row by row in a process of its own, and commit; always ends with every row's outcome.
 
     Raises:
-        ImgbatchError: the model does not even load in a fresh process.
+        ImgbatchError: the model does not load even in a fresh process; that very error, where loading raised one.
     """
     *_, receipt = classify_row_by_row(run, unit_index, watched=False)
     assert receipt is not None
@@ -95,16 +95,18 @@ def _judge(error: Exception) -> RowError:
 def _start(run: Run) -> ProcessPoolExecutor:
     error: Exception | None = None
     for _ in range(_START_TRIES):
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_load, initargs=(run,))
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare)
         try:
-            pool.submit(_is_loaded).result(timeout=_START_TIMEOUT_S)
-        except (BrokenProcessPool, TimeoutError) as failure:
+            pool.submit(_load, run).result(timeout=_START_TIMEOUT_S)
+        except Exception as failure:  # whatever the model's libraries raise, or the process died
             _kill(pool)
             error = failure
         else:
             return pool
+    if isinstance(error, ImgbatchError):
+        raise error
     raise ImgbatchError(
-        f"model {run.bundle.path}: does not load in a fresh process ({error or 'timed out'}); check it with "
+        f"model {run.bundle.path}: does not load in a fresh process ({type(error).__name__}: {error}); check it with "
         f"`imgbatch model inspect`"
     ) from error
 
@@ -115,18 +117,17 @@ def _kill(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _load(run: Run) -> None:
-    global _classify
+def _prepare() -> None:
     if sys.platform == "linux":
         # Who kills the process that looks after this one, as Ray does, does not know of this one.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Ctrl-C reaches the whole process group; what to do about it is the driver's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _load(run: Run) -> None:
+    global _classify
     _classify = ClassifyStage(run, batch_size=1, num_threads=1)
-
-
-def _is_loaded() -> bool:
-    return _classify is not None
 
 
 def _classify_one(cell: pa.Table) -> pa.Table:

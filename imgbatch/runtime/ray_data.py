@@ -21,7 +21,7 @@ from typing import Any, ClassVar, cast
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from imgbatch.core.parallel import Context, Part, Result
@@ -286,11 +286,19 @@ def units_done_by_stage() -> dict[str, int]:
 
 def describe_failure(error: BaseException) -> str:
     """Class and message of what an actor raised, or else of the last thing that is known, in one line."""
-    while error.__cause__ is not None and not isinstance(error, RayTaskError):
+    while error.__cause__ is not None and not _holds_traceback(error):
         error = error.__cause__
+    if not _holds_traceback(error):
+        return f"{type(error).__name__}: {error}"
+    text = str(error)
     if isinstance(error, RayTaskError):
         # Ray Data puts an exception of its own around the actor's, whose traceback is all that arrives of it.
-        lines = str(error).partition("\nThe above exception was the direct cause")[0].strip().splitlines()
-        frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
-        return " ".join(lines[frames[-1] + 1 if frames else 0 :])
-    return f"{type(error).__name__}: {error}"
+        text = text.partition("\nThe above exception was the direct cause")[0]
+    lines = text.strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    return " ".join(lines[frames[-1] + 1 if frames else 0 :])
+
+
+def _holds_traceback(error: BaseException) -> bool:
+    """Whether its text is that of what was raised elsewhere: in a task, or while an actor was made."""
+    return isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)

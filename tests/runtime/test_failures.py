@@ -7,6 +7,7 @@ import traceback
 
 import pyarrow as pa
 import pytest
+from ray.data.exceptions import SystemException
 from ray.exceptions import ActorDiedError, RayError, RayTaskError, UserCodeException
 
 from imgbatch.errors import CannotWrite
@@ -33,6 +34,18 @@ def test_the_actors_own_exception_is_what_is_told(wrapped: bool) -> None:
     assert (
         describe_failure(arrived(ValueError("unit 3: two\nlines"), wrapped=wrapped)) == "ValueError: unit 3: two lines"
     )
+
+
+def test_why_an_actor_could_not_be_made_is_what_is_told() -> None:
+    try:
+        try:
+            raise OSError("the cause")
+        except OSError as cause:
+            raise ValueError("model.json: two\nlines") from cause
+    except ValueError as error:
+        died = ActorDiedError(RayTaskError("__init__", traceback.format_exc(), error))
+    died.__cause__ = SystemException()  # as Ray Data adds
+    assert describe_failure(died) == "ValueError: model.json: two lines"
 
 
 def test_an_actor_that_died_says_so() -> None:

@@ -5,10 +5,13 @@ import time
 
 import psutil
 import pyarrow.parquet as pq
+import pytest
 
 from imgbatch.config import Config
 from imgbatch.core.plan import plan_run
+from imgbatch.errors import UsageError
 from imgbatch.runtime.isolate import classify_isolated
+from tests.conftest import changed
 
 
 def kill_first_child(stop: threading.Event, killed: list[int]) -> None:
@@ -33,6 +36,12 @@ def test_every_row_of_an_isolated_unit_has_an_outcome(photo_config: Config) -> N
     table = pq.read_table(run.paths.unit_file(0))
     assert table["row_id"].to_pylist() == list(range(16))
     assert receipt.counts == {"OK": 15, "TRUNCATED": 1}
+
+
+def test_why_a_model_does_not_load_is_told_as_it_is(photo_config: Config, damaged_model: str) -> None:
+    run = plan_run(changed(photo_config, model__path=damaged_model), "cpu")
+    with pytest.raises(UsageError, match=r"model\.safetensors: not the weights that model\.json describes"):
+        classify_isolated(run, 0)
 
 
 def test_a_process_that_dies_in_isolation_costs_a_row_at_most(photo_config: Config) -> None:

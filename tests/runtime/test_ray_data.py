@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from rich.console import Console
 
 from imgbatch.config import Config
 from imgbatch.core import finalize as finalize_module
@@ -24,7 +27,7 @@ from imgbatch.core.plan import open_inputs, open_run, plan_run
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
-from imgbatch.errors import Interrupted
+from imgbatch.errors import Interrupted, UsageError
 from imgbatch.runtime import ray_data
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.pools import Machine, choose_pools
@@ -79,6 +82,19 @@ def test_ray_gives_what_the_loop_gives(photo_config: Config, tmp_path: Path) -> 
     assert record["sessions"][0]["units"] == 8
     assert record["engine_ready_at"] < record["finished_at"]
     assert set(record["stage_seconds"]) == {"fetch", "decode", "classify", "commit"}
+
+
+def test_a_model_that_does_not_load_ends_the_command_as_it_does_in_the_loop(
+    photo_config: Config, damaged_model: str, tmp_path: Path
+) -> None:
+    printed = StringIO()
+    config = on_ray(changed(photo_config, model__path=damaged_model), tmp_path)
+    with pytest.raises(
+        UsageError, match=rf"^{damaged_model}/model\.safetensors: not the weights .* \(sha256 differs\)"
+    ):
+        classify(config, Console(file=printed, width=1000))
+    reason = rf"a pass ended early: \S*UsageError: {damaged_model}/model\.safetensors: not the weights"
+    assert re.search(reason, printed.getvalue())
 
 
 def test_finalize_in_tasks_gives_the_bytes_of_finalize_in_threads(
