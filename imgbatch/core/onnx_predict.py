@@ -5,8 +5,13 @@ Shape suffixes: B image of the batch, H height, W width, C channel, K class.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ class OnnxGraph:
     """uint8 ``images_BHWC`` on the device in, float32 ``logits_BK`` there out; several threads may call at once.
 
     For batches of exactly ``batch_size``. On a GPU TensorRT builds its engine for them when the graph is loaded first,
-    which takes minutes, and keeps it in ``$XDG_CACHE_HOME/imgbatch/tensorrt`` for the next process on that machine.
+    which takes minutes; it is kept for the next process on that machine (see :func:`load_with_engines`).
 
     Args:
         model: the serialised graph.
@@ -45,16 +50,13 @@ class OnnxGraph:
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         self._device = torch.device(device)
-        providers: list[Any] = ["CPUExecutionProvider"]
         if self._device.type == "cuda":
             _load_tensorrt(runtime)
-            index = self._device.index or 0
-            # TensorRT leaves to CUDA what it cannot do.
-            tensorrt = (_TENSORRT, _tensorrt_options(model, index, batch_size))
-            providers = [tensorrt, ("CUDAExecutionProvider", {"device_id": index}), *providers]
-        self._session = runtime.InferenceSession(model, options, providers=providers)
-        if self._device.type == "cuda" and _TENSORRT not in self._session.get_providers():
-            raise UsageError("TensorRT could not be loaded; pip install 'imgbatch[tensorrt]', in place of onnxruntime")
+            # ONNX Runtime names an engine after the graph alone, and would load one that was built for other batches.
+            name = f"{hashlib.sha256(model).hexdigest()[:16]}-{batch_size}"
+            self._session = load_with_engines(name, partial(_on_gpu, model, options, self._device.index or 0))
+        else:
+            self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         (output,) = self._session.get_outputs()
         self._output, self._num_classes = output.name, output.shape[1]
 
@@ -94,17 +96,54 @@ def _load_tensorrt(runtime: Any) -> None:
     runtime.preload_dlls()
 
 
-def _tensorrt_options(model: bytes, index: int, batch_size: int) -> dict[str, Any]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "imgbatch", "tensorrt")
-    # ONNX Runtime names an engine after the graph alone, and would load one that was built for other batches.
-    engines = cache / f"{hashlib.sha256(model).hexdigest()[:16]}-{batch_size}"
-    engines.mkdir(parents=True, exist_ok=True)
+def _on_gpu(model: bytes, options: Any, index: int, engines: Mapping[str, Any]) -> Any:
+    """A session in which TensorRT leaves to CUDA what it cannot do."""
+    tensorrt = {"device_id": index, "trt_int8_enable": True, "trt_fp16_enable": True, **engines}
+    providers = [(_TENSORRT, tensorrt), ("CUDAExecutionProvider", {"device_id": index}), "CPUExecutionProvider"]
+    session = import_onnxruntime().InferenceSession(model, options, providers=providers)
+    if _TENSORRT not in session.get_providers():
+        raise UsageError("TensorRT could not be loaded; pip install 'imgbatch[tensorrt]', in place of onnxruntime")
+    return session
+
+
+def load_with_engines(name: str, load: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """What ``load`` makes with TensorRT's options for engines, which are kept for the next process on this machine.
+
+    They come whole to ``$XDG_CACHE_HOME/imgbatch/tensorrt/NAME``, whoever is killed or builds them at the same time.
+    Those that do not serve, as after an update of TensorRT, are built once more. Where nothing can be written there
+    are no options, and nothing is kept.
+    """
+    from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
+
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "imgbatch", "tensorrt")
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # there may be no home directory
+        return load({})
+    kept = cache / name
+    if any(kept.glob("*")):
+        try:
+            return load(_engine_options(kept))
+        except EPFail as error:
+            if "could not deserialize engine" not in str(error):
+                raise
+            shutil.rmtree(kept, ignore_errors=True)
+    try:
+        building = tempfile.TemporaryDirectory(prefix=f"{name}-", dir=cache)
+    except OSError:
+        return load({})
+    with building:
+        loaded = load(_engine_options(Path(building.name)))
+        with contextlib.suppress(OSError):  # another process was first
+            Path(building.name).rename(kept)
+    return loaded
+
+
+def _engine_options(engines: Path) -> dict[str, Any]:
     return {
-        "device_id": index,
-        "trt_int8_enable": True,
-        "trt_fp16_enable": True,
         "trt_engine_cache_enable": True,
         "trt_engine_cache_path": str(engines),
+        # How long each layer took is true for other engines too.
         "trt_timing_cache_enable": True,
-        "trt_timing_cache_path": str(cache),
+        "trt_timing_cache_path": str(engines.parent),
     }

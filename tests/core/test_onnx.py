@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from imgbatch.config import Config
-from imgbatch.core import onnx_build, onnx_predict
+from imgbatch.core import onnx_build
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle
-from imgbatch.core.onnx_predict import OnnxGraph
+from imgbatch.core.onnx_predict import OnnxGraph, load_with_engines
 from imgbatch.core.optimize import optimize_bundle
 from imgbatch.core.pictures import load_pictures
 from imgbatch.core.predict import Predictor
@@ -26,6 +28,7 @@ from imgbatch.core.variants import Variant
 from imgbatch.errors import UsageError
 
 pytest.importorskip("onnxruntime", reason="needs the extra onnxruntime")
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
 
 @pytest.fixture(name="images_NHWC", scope="module")
@@ -131,14 +134,64 @@ def test_the_extra_for_gpus_brings_the_libraries_that_torch_does_not():
     assert {name for name in needed - set(toolkit[1].split(",")) if f"nvidia-{name}" not in extra} == set()
 
 
-def test_engines_for_other_batches_lie_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+class Builder:
+    """Keeps engines as ONNX Runtime does: loads one that is there, and writes one that it has built."""
+
+    def __init__(self, *, is_ended: bool = False) -> None:
+        self.is_ended = is_ended
+        self.places: list[Path] = []
+        """Where it has built one."""
+        self.timings: set[str] = set()
+
+    def __call__(self, options: Mapping[str, Any]) -> str:
+        if not options:
+            return "not kept"
+        engine = Path(options["trt_engine_cache_path"], "a.engine")
+        self.timings.add(options["trt_timing_cache_path"])
+        if engine.exists():
+            if engine.read_text() != "whole":
+                raise EPFail(f"TensorRT EP could not deserialize engine from cache: {engine}")
+            return "loaded"
+        engine.write_text("torn")
+        if self.is_ended:
+            raise KeyboardInterrupt
+        engine.write_text("whole")
+        self.places.append(engine.parent)
+        return "built"
+
+
+@pytest.fixture(name="cache")
+def cache_in_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = [onnx_predict._tensorrt_options(*built_for) for built_for in ((b"a", 0, 8), (b"a", 0, 1), (b"b", 0, 8))]
-    engines = {each["trt_engine_cache_path"] for each in options}
-    assert len(engines) == 3
-    assert all(Path(path).is_dir() for path in engines)
+    return tmp_path / "imgbatch" / "tensorrt"
+
+
+def test_an_engine_is_built_once_and_comes_whole(cache: Path):
+    builder = Builder()
+    assert [load_with_engines(name, builder) for name in ("a-8", "a-8", "a-1")] == ["built", "loaded", "built"]
+    assert sorted(path.name for path in cache.iterdir()) == ["a-1", "a-8"]
+    assert not any(place.exists() for place in builder.places), "they were built beside where they are kept"
     # How long each layer took is true for all of them.
-    assert {each["trt_timing_cache_path"] for each in options} == {str(tmp_path / "imgbatch" / "tensorrt")}
+    assert builder.timings == {str(cache)}
+
+
+def test_whoever_is_ended_while_it_builds_an_engine_leaves_none(cache: Path):
+    with pytest.raises(KeyboardInterrupt):
+        load_with_engines("a-8", Builder(is_ended=True))
+    assert list(cache.iterdir()) == []
+    assert load_with_engines("a-8", Builder()) == "built"
+
+
+def test_an_engine_that_does_not_serve_is_built_once_more(cache: Path):
+    (cache / "a-8").mkdir(parents=True)
+    (cache / "a-8" / "a.engine").write_text("torn")
+    assert [load_with_engines("a-8", Builder()) for _ in range(2)] == ["built", "loaded"]
+
+
+def test_engines_are_not_kept_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load_with_engines("a-8", Builder()) == "not kept"
 
 
 def test_without_the_package_one_line_says_what_to_install(
