@@ -21,6 +21,8 @@ DEFAULT_ARCHITECTURE = "resnet50"
 SIMPLE_CNN = "simple_cnn"
 HOG_COLOR = "hog_color"
 """Hand-made features, which need no weights."""
+_MIN_HOG_PX = 16
+"""Two pixels to each of its 8 x 8 cells."""
 
 _NAMES_BY_HEAD: dict[str, tuple[str, ...]] = {
     "head": (SIMPLE_CNN, HOG_COLOR, "swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b"),
@@ -65,6 +67,18 @@ def check_architecture(arch: str) -> None:
         family = arch.rstrip("0123456789")
         near = [name for name in ARCHITECTURES if family and name.startswith(family)] or list(ARCHITECTURES)
         raise UsageError(f"--arch {arch}: unknown architecture; one of {', '.join(near)}")
+
+
+def check_crop_size(arch: str, crop_size: int) -> None:
+    """Raise :class:`UsageError` if the network cannot take images of that side, px."""
+    if arch.startswith("vit_"):
+        patch_size = int(arch.rsplit("_", 1)[1])
+        if crop_size % patch_size:
+            raise UsageError(f"{arch}: crop_size {crop_size} must be a multiple of its patches of {patch_size} px")
+    if arch == "maxvit_t" and crop_size != 224:
+        raise UsageError(f"maxvit_t: takes images of 224 px only, not crop_size {crop_size}")
+    if arch == HOG_COLOR and crop_size < _MIN_HOG_PX:
+        raise UsageError(f"{HOG_COLOR}: crop_size {crop_size} must be at least {_MIN_HOG_PX}")
 
 
 _FIRST_CONVOLUTIONS = {
@@ -119,24 +133,19 @@ def build_network(
     """
     import torch
 
-    from imgbatch.core.hog_color import MIN_CROP_PX, HogColor
+    from imgbatch.core.hog_color import HogColor
     from imgbatch.core.simple_cnn import SimpleCNN
 
     check_architecture(arch)
     options: dict[str, Any] = {}
     if arch in _AUXILIARY_HEADS:
         options = {"aux_logits": False, "init_weights": not empty}
-    if arch.startswith("vit_") and crop_size is not None:
-        patch_size = int(arch.rsplit("_", 1)[1])
-        if crop_size % patch_size:
-            raise UsageError(f"{arch}: crop_size {crop_size} must be a multiple of its patches of {patch_size} px")
-        options = {"image_size": crop_size}
-    if arch == "maxvit_t" and crop_size not in (None, 224):
-        raise UsageError(f"maxvit_t: takes images of 224 px only, not crop_size {crop_size}")
+    if crop_size is not None:
+        check_crop_size(arch, crop_size)
+        if arch.startswith("vit_"):
+            options = {"image_size": crop_size}
     if arch == HOG_COLOR and num_channels != 3:
         raise UsageError(f"{HOG_COLOR}: describes RGB, not {num_channels} bands; take another --arch")
-    if arch == HOG_COLOR and crop_size is not None and crop_size < MIN_CROP_PX:
-        raise UsageError(f"{HOG_COLOR}: crop_size {crop_size} must be at least {MIN_CROP_PX}")
     # regnet computes its widths with tensors, which the meta device cannot.
     with torch.device("meta" if empty and not arch.startswith("regnet_") else "cpu"):
         if arch == HOG_COLOR:

@@ -25,7 +25,6 @@ _COLOR_GRID = 2
 _LEVELS = 4
 """Of each channel of the colour histogram."""
 
-MIN_CROP_PX = 2 * _GRID
 NUM_FEATURES = (_GRID - _BLOCK + 1) ** 2 * _BLOCK**2 * _ORIENTATIONS + _COLOR_GRID**2 * _LEVELS**3
 
 

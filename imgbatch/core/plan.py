@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from imgbatch.config import Config, parse_config
 from imgbatch.core import storage
+from imgbatch.core.architectures import check_crop_size
 from imgbatch.core.backends import Backend, choose_backend, planned_backend
 from imgbatch.core.bands import require_rasterio
 from imgbatch.core.database import spilling
@@ -133,6 +134,7 @@ def open_inputs(config: Config) -> tuple[Manifest, ModelBundle, PreprocessSpec]:
         spec = bundle.preprocess.overridden(**overrides.model_dump())
     except ValueError as error:
         raise UsageError(f"preprocess: {error}") from error
+    check_crop_size(bundle.arch, spec.crop_size)
     if reads_rasters(manifest.schema.names, spec):
         require_rasterio()
     check_gpu_share(config.decode, spec)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import pytest
 
 from imgbatch.config import Config, option_names
 from imgbatch.core import plan, storage
+from imgbatch.core.architectures import build_network
 from imgbatch.core.backends import Backend
 from imgbatch.core.fingerprint import fingerprint_of, result_fields
 from imgbatch.core.manifest import open_manifest
-from imgbatch.core.model import load_bundle
+from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.plan import RunPlan, plan_run
 from imgbatch.core.rows import RowsReader
 from imgbatch.errors import UsageError
@@ -250,6 +252,16 @@ def test_rasters_need_the_extra_that_reads_them(
     monkeypatch.setitem(sys.modules, "rasterio", None)
     with pytest.raises(UsageError, match=r"imgbatch\[geo\]"):
         plan_run(changed(photo_config, input__manifest=str(manifest)), "cpu")
+
+
+def test_a_crop_that_the_network_cannot_take_is_known_before_anything_is_written(
+    photo_config: Config, make_bundle: Callable[..., ModelBundle]
+) -> None:
+    bundle = make_bundle(arch="hog_color", state_dict=build_network("hog_color", 3).state_dict())
+    config = changed(photo_config, model__path=bundle.path, preprocess__crop_size=15)
+    with pytest.raises(UsageError, match="hog_color: crop_size 15 must be at least 16"):
+        plan_run(config, "cpu")
+    assert not Path(str(config.output.path)).exists()
 
 
 def test_what_cannot_be_done_is_refused(photo_config: Config) -> None:
