@@ -22,6 +22,7 @@ from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.openvino_predict import compile_network, import_openvino
 from imgbatch.core.pictures import load_pictures
 from imgbatch.core.predict import Predictor
+from imgbatch.core.predictions import require_predictions
 from imgbatch.core.variants import ONNX_INPUT
 from imgbatch.errors import CheckFailed, UsageError
 
@@ -58,8 +59,8 @@ def export_bundle(
         config: how images are fetched and decoded; none: the defaults.
 
     Raises:
-        UsageError: another suffix, no image to compare on, a package that is not installed, or a network that cannot
-            be converted.
+        UsageError: another suffix, no image to compare on, one of which the model says nothing, a package that is not
+            installed, or a network that cannot be converted.
         CheckFailed: a probability differs by more than :data:`MAX_DIFFERENCE`; nothing was written.
     """
     suffix = _SUFFIXES[file_format]
@@ -75,7 +76,7 @@ def export_bundle(
         write = _write_onnx if file_format == "onnx" else _write_openvino
         write(bundle, staged)
         result = _compare(bundle, staged, images_NHWC)
-        if result.largest_difference > MAX_DIFFERENCE:
+        if not result.largest_difference <= MAX_DIFFERENCE:  # it may be NaN
             raise CheckFailed(
                 f"{model}: as {file_format} a probability differs by {result.largest_difference:.2g} from torch's, "
                 f"more than {MAX_DIFFERENCE:g}; nothing was written"
@@ -121,7 +122,9 @@ def describe(bundle: ModelBundle) -> dict[str, str]:
 
 def _compare(bundle: ModelBundle, path: Path, images_NHWC: np.ndarray) -> ExportResult:
     """OpenVINO reads both formats."""
-    expected_NK = Predictor(bundle, batch_size=8).predict(images_NHWC).probs_NK
+    expected = Predictor(bundle, batch_size=8).predict(images_NHWC)
+    require_predictions(expected, f"{bundle.path}: the model")
+    expected_NK = expected.probs_NK
     compiled = compile_network(import_openvino().Core().read_model(str(path)), num_threads=None)
     batches: list[Any] = [compiled(images_NHWC[start : start + 8])[0] for start in range(0, len(images_NHWC), 8)]
     given_NK = np.concatenate(batches)

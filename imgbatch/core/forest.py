@@ -27,6 +27,8 @@ _SURE = 1e-4
 class ForestHead(nn.Module):
     """Features ``[B, D]`` to logits ``[B, K]``: the logarithm of the trees' mean probability, or its log odds.
 
+    NaN where a feature is not finite: every node would send it right, and the label would look sure.
+
     Args:
         num_trees: and ``num_nodes`` of the largest; smaller trees end in nodes that nothing leads to.
     """
@@ -64,7 +66,8 @@ class ForestHead(nn.Module):
                 break
             node_BT = next_BT
         probs_BK = self.shares[trees_T, node_BT].mean(dim=1).clamp(_SURE, 1 - _SURE)
-        return torch.where(self.multilabel, probs_BK.logit(), probs_BK.log())
+        logits_BK = torch.where(self.multilabel, probs_BK.logit(), probs_BK.log())
+        return torch.where(features_BD.isfinite().all(dim=1, keepdim=True), logits_BK, torch.nan)
 
 
 @dataclass(frozen=True)

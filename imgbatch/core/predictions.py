@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imgbatch.core.model import ModelBundle
-from imgbatch.errors import RowError, Stage, Status, row_error
+from imgbatch.errors import RowError, Stage, Status, UsageError, row_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,19 @@ class BatchOutput:
     """Zeros where not finite."""
     finite_B: npt.NDArray[np.bool_]
     features_BD: npt.NDArray[np.float32] | None = None
+
+
+def require_predictions(predictions: Predictions, who: str) -> None:
+    """Raise :class:`UsageError` if any image has none: what was measured on the others would hide it.
+
+    Args:
+        who: gave them, for the message.
+    """
+    errors = [error for error in predictions.errors if error is not None]
+    if errors:
+        raise UsageError(
+            f"{who} gave nothing for {len(errors)} of {len(predictions.errors)} images: {errors[0].message}"
+        )
 
 
 class BatchedPredictor(ABC):
@@ -143,8 +156,10 @@ class BatchedPredictor(ABC):
 
 def probabilities(logits_BK: npt.NDArray[np.float32], task: str, temperature: float | tuple[float, ...]) -> BatchOutput:
     """Softmax, or sigmoid where classes do not exclude each other, of logits divided by the temperature."""
-    finite_B: npt.NDArray[np.bool_] = np.all(np.isfinite(logits_BK), axis=1)
-    scaled_BK = np.where(finite_B[:, None], logits_BK, 0.0) / np.asarray(temperature, np.float32)
+    with np.errstate(over="ignore"):
+        scaled_BK = logits_BK / np.asarray(temperature, np.float32)
+    finite_B: npt.NDArray[np.bool_] = np.all(np.isfinite(scaled_BK), axis=1)
+    scaled_BK = np.where(finite_B[:, None], scaled_BK, 0.0)
     if task == "multilabel":
         # exp of a positive number may overflow.
         small_BK = np.exp(-np.abs(scaled_BK))

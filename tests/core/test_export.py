@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from imgbatch.config import Config
 from imgbatch.core import export
+from imgbatch.core.architectures import build_network
 from imgbatch.core.export import export_bundle
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle
@@ -55,14 +57,27 @@ def test_an_onnx_file_says_what_it_is(tiny_model: ModelBundle, photo_manifest: P
 
 
 @pytest.mark.usefixtures("openvino")
+@pytest.mark.parametrize("limit", [-1.0, float("nan")])  # which compares as a difference that is NaN does
 def test_a_file_that_differs_is_not_written(
-    tiny_model: ModelBundle, photo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: ModelBundle, photo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ):
-    monkeypatch.setattr(export, "MAX_DIFFERENCE", -1.0)
+    monkeypatch.setattr(export, "MAX_DIFFERENCE", limit)
     path = tmp_path / "model.xml"
     with pytest.raises(CheckFailed, match=r"as openvino a probability differs by .* nothing was written"):
         export_bundle(tiny_model.path, file_format="openvino", output=str(path), manifest=str(photo_manifest), limit=10)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("openvino")
+def test_a_model_that_says_nothing_has_nothing_to_compare(
+    make_bundle: Callable[..., ModelBundle], photo_manifest: Path, tmp_path: Path
+):
+    weights = build_network("simple_cnn", 3).state_dict()
+    weights["head.bias"][1] = float("nan")
+    path, bundle = tmp_path / "new" / "model.xml", make_bundle(state_dict=weights)
+    with pytest.raises(UsageError, match=r"the model gave nothing for (\d+) of \1 images: .* holds NaN or infinity$"):
+        export_bundle(bundle.path, file_format="openvino", output=str(path), manifest=str(photo_manifest), limit=10)
+    assert not path.parent.exists()
 
 
 def test_the_suffix_goes_with_the_format(tiny_model: ModelBundle, photo_manifest: Path):

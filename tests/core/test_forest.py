@@ -63,6 +63,15 @@ def test_a_forest_is_stored_and_predicts_like_any_head(make_bundle):
         refuse_forest(network, "simple_cnn", where="here")
 
 
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_what_is_no_number_has_no_label(points, task):
+    points_ND, truth_NK = points
+    odd_ND = points_ND[:4].clone()
+    odd_ND[0, 5], odd_ND[2, 1] = torch.nan, torch.inf
+    fitted = fit_forest(points_ND, truth_NK.float(), task=task, min_images=1)
+    assert fitted.logits(odd_ND).isfinite().all(dim=1).tolist() == [False, True, False, True]
+
+
 def test_a_forest_goes_to_the_device_of_its_network():
     network = build_network("simple_cnn", 2, empty=True)
     FittedForest(ForestHead(2, 3, 2, 128)).install(network, "simple_cnn")
