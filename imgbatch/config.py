@@ -6,6 +6,7 @@ stored with the run. Where a value is ``auto``, what it became is stored too (``
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -347,6 +348,11 @@ class RayConfig(Section):
     object_store_mb: PositiveInt | None = None
     """Size of the object store of a Ray of its own, MB; none: sized from the units in flight."""
 
+    @property
+    def cluster_address(self) -> str | None:
+        """The cluster to connect to; none: a Ray of our own."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
+
 
 class PlanConfig(Section):
     """Looking ahead: ``imgbatch plan``."""
@@ -386,6 +392,11 @@ class Config(Section):
     ray: RayConfig = RayConfig()
     plan: PlanConfig = PlanConfig()
     report: ReportConfig = ReportConfig()
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether the model runs on a cluster's machines, of whose processors nothing is known here."""
+        return self.classify.engine == "ray" and self.ray.cluster_address is not None
 
 
 def load_config(

@@ -12,9 +12,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from imgbatch.config import ClassifyConfig
+from imgbatch.config import Config
 from imgbatch.core.machine import has_bfloat16
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.predictions import BatchedPredictor
@@ -23,7 +23,6 @@ from imgbatch.core.variants import ONNX_FILE, Target, Variant, load_variants, re
 from imgbatch.errors import UsageError
 
 TORCH = "torch"
-_NO_BFLOAT16 = "this processor has no bfloat16 arithmetic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +56,25 @@ class Backend:
         )
 
 
-def choose_backend(
-    settings: ClassifyConfig, bundle: ModelBundle, spec: PreprocessSpec, device: str, *, features: bool
-) -> Backend:
+def choose_backend(config: Config, bundle: ModelBundle, spec: PreprocessSpec, device: str) -> Backend:
     """The backend that ``classify.backend`` means for this bundle on this device; a variant's files are checked.
 
     ``auto`` takes the fastest variant that fits and falls back on torch; any other name is taken or refused.
 
     Args:
         spec: the preprocessing after overrides.
-        features: whether embeddings are wanted, which only torch gives.
 
     Raises:
         UsageError: the backend that was asked for does not serve, or a variant's files are damaged.
     """
-    wanted = settings.backend
+    wanted = config.classify.backend
     if wanted == TORCH:
         return Backend(device=device)
     left_out: list[str] = []
     for variant in load_variants(bundle):
         if wanted != "auto" and not variant.backend.startswith(wanted):
             continue
-        reason = _why_not(variant, settings, bundle, spec, device, features=features)
+        reason = _why_not(variant, config, bundle, spec, device)
         if reason is None and wanted == "auto" and variant.speedup < 1:
             reason = f"where it was made it had {variant.speedup:.2f} of torch's speed"
         if reason is None:
@@ -133,13 +129,20 @@ def build_predictor(
         streams: threads that may run it at once.
 
     Raises:
-        UsageError: weights or variant are not what the bundle describes.
+        UsageError: weights or variant are not what the bundle describes, or this machine lacks its arithmetic.
         ValueError: features of a variant, which gives none.
     """
     variant = backend.variant
     if variant is not None:
         if features:
             raise ValueError("a variant gives no features")
+        # The machines of a cluster differ, and a run must not mix what they would give.
+        if part := without_bfloat16(variant.target, device):
+            raise UsageError(
+                f"this machine's {part} has no bfloat16 arithmetic, and the run was planned with {variant.target}; "
+                f"keep the model to machines that have it (resources.classify_labels), or classify anew with another "
+                f"classify.backend and --set run.on_unfinished=abandon"
+            )
         return variant_predictor(
             bundle,
             variant.target,
@@ -204,15 +207,22 @@ def is_compiled(target: Target, device: str) -> bool:
     return target == "torch-compile" or (target == "torch-bf16" and device != "cpu")
 
 
-def _why_not(
-    variant: Variant,
-    settings: ClassifyConfig,
-    bundle: ModelBundle,
-    spec: PreprocessSpec,
-    device: str,
-    *,
-    features: bool,
-) -> str | None:
+def without_bfloat16(target: Target, device: str) -> Literal["processor", "GPU"] | None:
+    """What of this machine lacks the arithmetic of a variant, so that it would give something else; none: it has it.
+
+    OpenVINO then computes in float32; torch rounds to bfloat16 on any processor.
+    """
+    if target == "openvino-bf16":
+        return None if has_bfloat16() else "processor"
+    if target == "torch-bf16" and device != "cpu":
+        import torch
+
+        # GPUs before Ampere emulate it, slower than they compute in float32.
+        return None if torch.cuda.is_bf16_supported(including_emulation=False) else "GPU"
+    return None
+
+
+def _why_not(variant: Variant, config: Config, bundle: ModelBundle, spec: PreprocessSpec, device: str) -> str | None:
     """Why a variant does not serve, and what to do about it; none if it does."""
     again = f"make it again with `imgbatch model optimize {bundle.path} --target {variant.target}`"
     if variant.weights_sha256 != bundle.weights_sha256:
@@ -223,13 +233,19 @@ def _why_not(
         return f"it takes images of {variant.crop_size} px, and this run has {spec.crop_size}"
     if variant.device != device:
         return f"it is for {variant.device}, and this run is on {device}"
-    if features:
+    if config.output.embeddings:
         return "embeddings come from torch only"
-    if variant.agreement.labels < settings.min_agreement:
+    min_agreement = config.classify.min_agreement
+    if variant.agreement.labels < min_agreement:
         return (
             f"its labels agree with torch on {variant.agreement.labels:.2%} of {variant.agreement.images:,} images, "
-            f"below classify.min_agreement {settings.min_agreement:g}"
+            f"below classify.min_agreement {min_agreement:g}"
         )
+    needs_bfloat16 = variant.target in ("openvino-bf16", "torch-bf16") and device == "cpu"
+    # A cluster's processors may have it, and tell when they load the model.
+    is_named = config.on_cluster and config.classify.backend == variant.backend
+    if needs_bfloat16 and not is_named and not has_bfloat16():
+        return "this processor has no bfloat16 arithmetic"
     return _missing_tool(variant)
 
 
@@ -237,8 +253,6 @@ def _missing_tool(variant: Variant) -> str | None:
     if variant.backend.startswith("openvino"):
         if importlib.util.find_spec("openvino") is None:
             return "openvino is not installed here; pip install 'imgbatch[openvino]'"
-        if variant.target == "openvino-bf16" and not has_bfloat16():
-            return _NO_BFLOAT16
     elif variant.backend.startswith("mnn"):
         if importlib.util.find_spec("MNN") is None:
             return "MNN is not installed here; pip install 'imgbatch[mnn]'"
@@ -252,10 +266,7 @@ def _missing_tool(variant: Variant) -> str | None:
     elif variant.device == "cuda":
         if _lacks_compiler(Path("/dev")):
             return "torch.compile needs a C compiler; install gcc or name one in CC"
-    elif variant.target == "torch-bf16":
-        if not has_bfloat16():
-            return _NO_BFLOAT16
-    elif shutil.which(os.environ.get("CXX", "g++")) is None:
+    elif variant.target == "torch-compile" and shutil.which(os.environ.get("CXX", "g++")) is None:
         return "torch.compile needs a C++ compiler; install g++ or name one in CXX"
     return None
 

@@ -18,14 +18,13 @@ import torch
 from imgbatch import __version__
 from imgbatch.config import Config
 from imgbatch.core import mnn_build, onnx_build, openvino_build, storage
-from imgbatch.core.backends import is_compiled, variant_predictor
-from imgbatch.core.machine import has_bfloat16
+from imgbatch.core.backends import is_compiled, variant_predictor, without_bfloat16
 from imgbatch.core.manifest import open_manifest
-from imgbatch.core.model import ModelBundle, load_bundle, load_metrics, recalibrate_bundle
+from imgbatch.core.model import DESCRIPTION_FILE, ModelBundle, load_bundle, load_metrics, recalibrate_bundle
 from imgbatch.core.openvino_build import Calibration
 from imgbatch.core.pictures import Pictures, load_pictures
 from imgbatch.core.predict import Predictor
-from imgbatch.core.predictions import BatchedPredictor
+from imgbatch.core.predictions import BatchedPredictor, require_predictions
 from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.units import choose_unit_rows
@@ -85,13 +84,19 @@ def optimize_bundle(
             too, and int8 is made with accuracy control.
         output: a copy of the bundle that gets the variant; none: the bundle itself.
         limit: at most so many images, spread over the manifest.
-        config: how images are fetched and decoded; none: the defaults.
+        config: how images are fetched and decoded, and the device; none: the defaults.
 
     Raises:
-        UsageError: too few images, a network that cannot be converted, or a package that is not installed.
+        UsageError: too few images, a network that cannot be converted, a package or a device that is not there, or
+            another model at ``output``.
     """
+    config = config or Config()
     bundle = load_bundle(model)
-    pictures = load_pictures(open_manifest(calibration), bundle.preprocess, config or Config(), limit=limit)
+    there = bundle if output is None else _copied_before(bundle, output)
+    device = _device(target, config.resources.device)
+    if part := without_bfloat16(target, device):
+        raise UsageError(f"{target}: this {part} has no bfloat16 arithmetic; make the variant on one that has")
+    pictures = load_pictures(open_manifest(calibration), bundle.preprocess, config, limit=limit)
     num_images = len(pictures.images_NHWC)
     if num_images < MIN_IMAGES:
         others = f" (the others: {pictures.reasons})" if pictures.failed else ""
@@ -100,7 +105,7 @@ def optimize_bundle(
             f"{others}"
         )
     class_index_N = _class_indices(pictures, bundle)
-    built = _build(bundle, target, Calibration(pictures.images_NHWC[::2], class_index_N[::2]))
+    built = _build(bundle, target, device, Calibration(pictures.images_NHWC[::2], class_index_N[::2]))
     held_out_NHWC = pictures.images_NHWC[1::2]
     batch_size, images_per_s = _measure(bundle, built, held_out_NHWC)
     original = Predictor(bundle, device=built.device, batch_size=_ORIGINAL_BATCH_SIZES[built.device])
@@ -124,17 +129,35 @@ def optimize_bundle(
             "versions": _versions(),
         },
     )
-    if output is not None and storage.absolute(output) != bundle.path:
-        bundle = _copy(bundle, output)
+    bundle = there or _copy(bundle, str(output))
     save_variant(bundle, variant, built.contents)
     return bundle, variant
 
 
-def _build(bundle: ModelBundle, target: Target, calibration: Calibration) -> _Built:
+def _copied_before(bundle: ModelBundle, output: str) -> ModelBundle | None:
+    """The bundle as it is at ``output``, with what was added to it there; raises :class:`UsageError` for another."""
+    if not storage.exists(storage.join(storage.absolute(output), DESCRIPTION_FILE)):
+        return None
+    there = load_bundle(output)
+    if there.model_id != bundle.model_id:
+        raise UsageError(f"{there.path}: holds another model ({there.model_id}); choose another place")
+    return there
+
+
+def _device(target: Target, wanted: str) -> str:
+    """``cpu`` or ``cuda``: what ``resources.device`` asks for, where the target leaves a choice."""
+    if wanted == "cpu" or target.startswith(_ON_CPU):
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise UsageError(f"{target}: resources.device is cuda, and torch finds no GPU here")
+    return "cpu"
+
+
+def _build(bundle: ModelBundle, target: Target, device: str, calibration: Calibration) -> _Built:
     contents: dict[str, bytes] = {}
     how: dict[str, str] = {}
-    if target == "openvino-bf16" and not has_bfloat16():
-        raise UsageError(f"{target}: this processor has no bfloat16 arithmetic; make the variant on one that has")
     if target in ("openvino-fp32", "openvino-bf16"):
         contents = openvino_build.network_files(openvino_build.convert_network(bundle))
     elif target == "openvino-int8":
@@ -147,8 +170,7 @@ def _build(bundle: ModelBundle, target: Target, calibration: Calibration) -> _Bu
         network = onnx_build.convert_network(bundle, output="logits")
         contents = {ONNX_FILE: onnx_build.quantize_network(network, calibration.images_NHWC)}
         how["quantised"] = "post-training, symmetric, the accuracy measured but not controlled"
-    on_gpu = torch.cuda.is_available() and not target.startswith(_ON_CPU)
-    return _Built(bundle, target, "cuda" if on_gpu else "cpu", contents, how)
+    return _Built(bundle, target, device, contents, how)
 
 
 def _class_indices(pictures: Pictures, bundle: ModelBundle) -> np.ndarray:
@@ -164,13 +186,8 @@ def _compare(
 ) -> Agreement:
     bundle = original.bundle
     expected, given = original.predict(images_NHWC), variant.predict(images_NHWC)
-    for name, predictions in (("the original", expected), ("the variant", given)):
-        errors = [error for error in predictions.errors if error is not None]
-        if errors:
-            raise UsageError(
-                f"{bundle.path}: {name} gave nothing for {len(errors)} of {len(images_NHWC)} images: "
-                f"{errors[0].message}"
-            )
+    require_predictions(expected, f"{bundle.path}: the original")
+    require_predictions(given, f"{bundle.path}: the variant")
     expected_N = _labels(bundle, expected.probs_NK)
     given_N = _labels(bundle, given.probs_NK)
     difference_NK = np.abs(expected.probs_NK - given.probs_NK)

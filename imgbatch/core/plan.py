@@ -149,7 +149,7 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
         UsageError: bad input, or an unfinished run with other settings stands in the way.
     """
     manifest, bundle, spec = open_inputs(config)
-    backend = choose_backend(config.classify, bundle, spec, device, features=config.output.embeddings)
+    backend = choose_backend(config, bundle, spec, device)
     fields = result_fields(config, manifest, bundle, spec, device, backend)
     fingerprint = fingerprint_of(fields)
     out = storage.absolute(str(config.output.path))

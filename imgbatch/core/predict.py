@@ -48,8 +48,7 @@ class Predictor(BatchedPredictor):
         num_threads: of the CPU for one forward pass, or none to leave it. Several threads may call at once; on a GPU
             each has a stream of its own.
         compiled: by ``torch.compile``, for batches of exactly ``batch_size``: smaller ones are filled up; no features.
-        reduced: convolutions and products of matrices in bfloat16 (``torch.autocast``), the rest in float32; all of it
-            in float32 on a GPU that only emulates bfloat16.
+        reduced: convolutions and products of matrices in bfloat16 (``torch.autocast``), the rest in float32.
         graph: what runs instead of the bundle's network: uint8 ``images_BHWC`` on the device in, float32 ``logits_BK``
             out, for batches of exactly ``batch_size``, as when compiled; no features.
 
@@ -78,7 +77,7 @@ class Predictor(BatchedPredictor):
         # Another size would be compiled anew, or refused; fewer images are filled up to it.
         self._fills_up = compiled or graph is not None
         self.device = torch.device(device)
-        self._reduced = reduced and _has_bfloat16(self.device)
+        self._reduced = reduced
         self._graph = graph
         if graph is None:
             network = load_network(bundle).requires_grad_(False)
@@ -200,8 +199,3 @@ class Predictor(BatchedPredictor):
             return Status.CLASSIFY_FAILED
         torch.cuda.empty_cache()
         return Status.OUT_OF_MEMORY
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """GPUs before Ampere emulate it, slower than they compute in float32."""
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from imgbatch.core import results, storage
+from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.decoder import DecodedUnit, Payload
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.gpu_share import LeftToGpu
@@ -174,8 +175,6 @@ class ClassifyStage:
 
     def __init__(self, run: Run, *, batch_size: int, num_threads: int | None, streams: int = 1) -> None:
         """``num_threads``: of one unit on a CPU, or none for as many as the library likes."""
-        from imgbatch.core.backends import build_predictor
-
         storage.configure(run.config.storage)
         plan = run.plan
         self._spec = run.spec
@@ -187,7 +186,12 @@ class ClassifyStage:
             bundle,
             run.backend,
             device=plan.device,
-            batch_size=_fitting(batch_size, run),
+            batch_size=fitting_batch_size(
+                batch_size,
+                unit_rows=plan.layout.unit_rows,
+                backend=run.backend,
+                configured=run.config.classify.batch_size,
+            ),
             features=plan.config.output.embeddings,
             num_threads=num_threads,
             streams=streams,
@@ -310,13 +314,17 @@ def _errors_of(block: pa.Table) -> list[RowError | None]:
     ]
 
 
-def _fitting(batch_size: int, run: Run) -> int:
-    """What is compiled for larger batches than a unit would fill all of them up."""
-    variant, configured = run.backend.variant, run.config.classify.batch_size
-    if variant is not None and variant.target == "onnx-int8" and run.plan.device == "cuda":
+def fitting_batch_size(batch_size: int, *, unit_rows: int, backend: Backend, configured: int | str) -> int:
+    """What is compiled for larger batches than a unit would fill all of them up.
+
+    Args:
+        configured: ``classify.batch_size``.
+    """
+    variant = backend.variant
+    if variant is not None and variant.target == "onnx-int8" and variant.device == "cuda":
         # TensorRT builds an engine for each size, in minutes; that of the variant's own is there already.
         return configured if isinstance(configured, int) else variant.batch_size
-    return min(batch_size, run.plan.layout.unit_rows)
+    return min(batch_size, unit_rows)
 
 
 def _constant(value: float, num_rows: int, arrow_type: pa.DataType) -> pa.Array:

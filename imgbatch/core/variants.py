@@ -114,7 +114,7 @@ class Variant(_Plain):
         """
         agreement = self.agreement
         low, high = wilson_interval(round(agreement.labels * agreement.images), agreement.images)
-        if self.target.endswith("fp32") or not low < min_agreement <= agreement.labels:
+        if self.target.endswith(("fp32", "torch-compile")) or not low < min_agreement <= agreement.labels:
             return None
         return (
             f"{agreement.images:,} images say between {low:.1%} and {high:.1%} (95%), and classify asks for "

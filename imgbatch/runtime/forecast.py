@@ -13,7 +13,7 @@ import numpy as np
 
 from imgbatch.config import Config, PlanConfig
 from imgbatch.core import storage
-from imgbatch.core.backends import Backend, choose_backend
+from imgbatch.core.backends import Backend, choose_backend, without_bfloat16
 from imgbatch.core.fingerprint import fingerprint_of, result_fields
 from imgbatch.core.layout import choose_layout, estimate_row_bytes
 from imgbatch.core.manifest import Manifest
@@ -22,6 +22,7 @@ from imgbatch.core.plan import DeviceKind, open_inputs, read_plan, wanted_rows
 from imgbatch.core.regions import region_warnings
 from imgbatch.core.runs import list_runs
 from imgbatch.core.sample import DecodedSample, classify_sample, decode_sample, sample_rows
+from imgbatch.core.stages import fitting_batch_size
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.units import UnitLayout, max_unit_rows
 from imgbatch.errors import UsageError
@@ -94,7 +95,7 @@ def forecast(config: Config) -> Forecast:
         pools = choose_pools(config.resources, device, machine)
     wanted = wanted_rows(config, manifest, bundle, out)
     layout = choose_layout(config, manifest, wanted, bundle, spec, on_cpus=device == "cpu")
-    backend = choose_backend(config.classify, bundle, spec, device, features=config.output.embeddings)
+    backend = choose_backend(config, bundle, spec, device)
     fields = result_fields(config, manifest, bundle, spec, device, backend)
     run_id, state, layout, done = _existing(fields, out, layout)
     sample, stage_s = _measure(config, manifest, bundle, spec, device, pools, backend, layout.unit_rows)
@@ -187,7 +188,7 @@ def _measure(
     backend: Backend,
     unit_rows: int,
 ) -> tuple[DecodedSample | None, dict[str, float]]:
-    """A sample and the seconds per image of each stage in one process; the model only where its device is here."""
+    """A sample and the seconds per image of each stage in one process; the model only where it runs here."""
     if config.plan.sample_rows == 0:
         return None, {}
     sample = decode_sample(manifest, sample_rows(manifest, config.plan.sample_rows), spec, config)
@@ -195,13 +196,26 @@ def _measure(
     if num_ok == 0:
         return sample, {}
     stage_s = {"fetch": sample.fetch_s / len(sample.rows), "decode": sample.decoded.decode_s / len(sample.rows)}
-    if device == "cpu" or this_machine().num_gpus:
-        batch_size = min(choose_batch_size(config.classify.batch_size, device, spec.crop_size, backend), unit_rows)
+    if _runs_here(backend, device):
+        batch_size = _batch_size(config, spec, backend, device, unit_rows)
         threads = pools.classify_threads
         stage_s["classify"] = classify_sample(
             sample, bundle, backend, device=device, batch_size=batch_size, threads=threads
         )
     return sample, stage_s
+
+
+def _runs_here(backend: Backend, device: DeviceKind) -> bool:
+    """Whether this machine, which may be the head of a cluster, has what runs the model."""
+    if device == "cuda":
+        return this_machine().num_gpus > 0
+    return backend.variant is None or without_bfloat16(backend.variant.target, device) is None
+
+
+def _batch_size(config: Config, spec: PreprocessSpec, backend: Backend, device: DeviceKind, unit_rows: int) -> int:
+    configured = config.classify.batch_size
+    chosen = choose_batch_size(configured, device, spec.crop_size, backend)
+    return fitting_batch_size(chosen, unit_rows=unit_rows, backend=backend, configured=configured)
 
 
 def _budget(
@@ -221,7 +235,7 @@ def _budget(
         spec,
         backend,
         unit_rows=unit_rows,
-        batch_size=min(choose_batch_size(config.classify.batch_size, device, spec.crop_size, backend), unit_rows),
+        batch_size=_batch_size(config, spec, backend, device, unit_rows),
         weight_bytes=float32_bytes(bundle),
         in_flight=config.fetch.in_flight,
         image_pixels=int(pixels.max(initial=0)) or _UNKNOWN_PIXELS,

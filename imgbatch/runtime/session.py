@@ -30,7 +30,7 @@ _our_own = threading.Event()
 
 def cluster_address(config: Config) -> str | None:
     """The cluster to connect to; none: a Ray of our own."""
-    return config.ray.address or os.environ.get("RAY_ADDRESS") or None
+    return config.ray.cluster_address
 
 
 @contextmanager

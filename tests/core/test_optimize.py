@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from imgbatch.config import Config
-from imgbatch.core import optimize
+from imgbatch.config import Config, load_config
+from imgbatch.core import backends, optimize, storage
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.machine import has_bfloat16
 from imgbatch.core.manifest import open_manifest
-from imgbatch.core.model import ModelBundle
+from imgbatch.core.model import ModelBundle, load_metrics, recalibrate_bundle
 from imgbatch.core.openvino_build import allowed_drop
 from imgbatch.core.optimize import batch_sizes, measure_rate, optimize_bundle
 from imgbatch.core.pictures import load_pictures
@@ -112,9 +113,13 @@ def test_a_multilabel_model_has_no_accuracy_but_an_agreement(
     np.testing.assert_allclose(given_NK, expected_NK, atol=0.1)
 
 
-def test_bfloat16_says_nearly_what_torch_says(make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray):
+def test_bfloat16_says_nearly_what_torch_says_on_the_device_that_is_asked_for(
+    make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     bundle = make_bundle()
-    _, variant = optimize_bundle(bundle.path, target="torch-bf16", calibration=str(photo_manifest))
+    config = load_config(assignments=["resources.device=cpu"])
+    _, variant = optimize_bundle(bundle.path, target="torch-bf16", calibration=str(photo_manifest), config=config)
     assert (variant.device, variant.files) == ("cpu", {})
     given_NK = predictor_of(bundle, "torch-bf16").predict(images_NHWC[:11]).probs_NK
     expected_NK = Predictor(bundle).predict(images_NHWC[:11]).probs_NK
@@ -144,11 +149,40 @@ def test_bfloat16_in_openvino_says_nearly_what_torch_says(
 def test_bfloat16_is_not_measured_where_it_would_be_float32(
     make_bundle: MakeBundle, photo_manifest: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(optimize, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(backends, "has_bfloat16", lambda: False)
     bundle = make_bundle()
     with pytest.raises(UsageError, match=r"^openvino-bf16: this processor has no bfloat16 arithmetic; make"):
         optimize_bundle(bundle.path, target="openvino-bf16", calibration=str(photo_manifest))
     assert load_variants(bundle) == []
+
+
+def test_a_gpu_that_is_asked_for_must_be_there(
+    make_bundle: MakeBundle, photo_manifest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path, config = make_bundle().path, load_config(assignments=["resources.device=cuda"])
+    with pytest.raises(UsageError, match=r"^torch-compile: resources\.device is cuda, and torch finds no GPU here$"):
+        optimize_bundle(path, target="torch-compile", calibration=str(photo_manifest), config=config)
+
+
+def test_a_copy_keeps_what_it_was_given_since(
+    make_bundle: MakeBundle, photo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(optimize, "_MEASURE_S", 0.01)
+    bundle, new = make_bundle(), str(tmp_path / "new")
+    arguments = {"target": "torch-bf16", "calibration": str(photo_manifest), "output": new}
+    copied, _ = optimize_bundle(bundle.path, **arguments)
+    assert (copied.path, copied.model_id) == (new, bundle.model_id)
+    storage.write_json(f"{new}/metrics.json", {"measured": "since"})
+    optimize_bundle(bundle.path, **arguments)
+    assert load_metrics(new) == {"measured": "since"}
+    calibrated = {"thresholds": None, "provenance": {}, "metrics": {}}
+    other = recalibrate_bundle(bundle, str(tmp_path / "calibrated"), temperature=2.0, **calibrated)
+    before = Path(other.path, "model.json").read_bytes()
+    with pytest.raises(UsageError, match=rf"^{other.path}: holds another model \({other.model_id}\); choose another"):
+        optimize_bundle(bundle.path, **arguments | {"output": other.path})
+    assert Path(other.path, "model.json").read_bytes() == before
+    assert load_variants(other) == []
 
 
 @pytest.mark.soak
@@ -217,6 +251,8 @@ def test_numbers_that_are_none_are_not_made_into_probabilities():
     single = probabilities(logits_BK, "multiclass", 1.0)
     np.testing.assert_array_equal(single.finite_B, [True, False, False])
     np.testing.assert_array_equal(single.probs_BK, [[1, 0, 0], [0, 0, 0], [0, 0, 0]])
+    # A number that is none once it is divided is none either, as in torch.
+    assert not probabilities(np.full((1, 3), 3e38, np.float32), "multiclass", 0.5).finite_B.any()
     several = probabilities(logits_BK, "multilabel", (1.0, 2.0, 1.0))
     np.testing.assert_array_equal(several.probs_BK, [[1, 0.5, 0], [0, 0, 0], [0, 0, 0]])
     assert several.probs_BK.dtype == np.float32

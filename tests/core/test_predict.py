@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from imgbatch.core import predict
 from imgbatch.core.architectures import build_network, head_module_name
 from imgbatch.core.model import ModelBundle, count_features, init_bundle, load_network
 from imgbatch.core.predict import Predictor
@@ -205,16 +204,6 @@ def test_a_graph_that_does_not_fit_is_not_blamed_on_the_images(
         predictor.predict(images_NHWC)
     assert calls == [4, 4]
     assert predictor.batch_size == 4
-
-
-def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch):
-    cuda = torch.device("cuda")
-    assert predict._has_bfloat16(torch.device("cpu"))
-    for native in (True, False):
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native or including_emulation
-        )
-        assert predict._has_bfloat16(cuda) == native
 
 
 def test_a_broken_device_is_not_blamed_on_the_images(make_bundle: MakeBundle):

@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from imgbatch.config import ClassifyConfig
+from imgbatch.config import ClassifyConfig, Config, OutputConfig, RayConfig
 from imgbatch.core import backends
-from imgbatch.core.backends import Backend, _lacks_compiler, choose_backend, planned_backend
+from imgbatch.core.backends import Backend, _lacks_compiler, build_predictor, choose_backend, planned_backend
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.variants import Agreement, Variant, load_variants, read_files, save_variant
 from imgbatch.errors import UsageError
@@ -56,8 +57,13 @@ def has_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", package)
 
 
-def choose(bundle: ModelBundle, *, device: str = "cpu", features: bool = False, **settings: Any) -> Backend:
-    return choose_backend(ClassifyConfig(**settings), bundle, bundle.preprocess, device, features=features)
+def choose(
+    bundle: ModelBundle, *, device: str = "cpu", features: bool = False, address: str | None = None, **settings: Any
+) -> Backend:
+    config = Config(
+        classify=ClassifyConfig(**settings), output=OutputConfig(embeddings=features), ray=RayConfig(address=address)
+    )
+    return choose_backend(config, bundle, bundle.preprocess, device)
 
 
 def test_variants_come_back_fastest_first_and_leave_the_model_id_alone(make_bundle: MakeBundle):
@@ -144,6 +150,41 @@ def test_bfloat16_is_for_processors_that_have_it(make_bundle: MakeBundle, monkey
     # What the head's processor lacks says nothing of a GPU elsewhere.
     plant_variant(bundle, "torch-bf16", device="cuda")
     assert choose(bundle, device="cuda").name == "torch_bf16"
+
+
+def test_a_cluster_may_have_the_arithmetic_that_its_head_lacks(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+):
+    bundle = make_bundle()
+    plant_variant(bundle, "openvino-bf16")
+    monkeypatch.setattr(backends, "has_bfloat16", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert choose(bundle, address="auto", backend="openvino_bf16").name == "openvino_bf16"
+    for settings in (
+        {"address": "auto", "backend": "openvino"},
+        {"address": "auto", "backend": "openvino_bf16", "engine": "local"},
+        {"backend": "openvino_bf16"},
+    ):
+        with pytest.raises(UsageError, match="openvino-bf16 is left out: this processor has no bfloat16 arithmetic"):
+            choose(bundle, **settings)
+    assert choose(bundle, address="auto").name == "torch"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert choose(bundle, backend="openvino_bf16").name == "openvino_bf16"
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "part"), [("openvino-bf16", "cpu", "processor"), ("torch-bf16", "cuda", "GPU")]
+)
+def test_a_machine_that_would_compute_in_float32_does_not_load_what_is_reduced(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, target: str, device: str, part: str
+):
+    bundle = make_bundle()
+    variant = plant_variant(bundle, target, device=device)
+    monkeypatch.setattr(backends, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    expected = rf"^this machine's {part} has no bfloat16 arithmetic, and the run was planned with {target}; keep"
+    with pytest.raises(UsageError, match=expected):
+        build_predictor(bundle, Backend(variant, device=device), device=device, batch_size=4, num_threads=1)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +310,7 @@ def agreement_of(labels: float, images: int) -> Agreement:
         ("openvino-int8", 999, 1000, None),
         ("openvino-int8", 160, 170, None),  # it is left out, and that is what is said
         ("mnn-fp32", 57, 57, None),
+        ("torch-compile", 57, 57, None),
     ],
 )
 def test_few_images_leave_a_doubt(

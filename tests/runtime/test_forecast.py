@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,13 +10,25 @@ from PIL import Image
 
 from imgbatch.config import Config, PlanConfig
 from imgbatch.core import storage
+from imgbatch.core import backends
+from imgbatch.core.backends import Backend
+from imgbatch.core.model import ModelBundle
 from imgbatch.core.plan import plan_run
 from imgbatch.core.units import UnitLayout
 from imgbatch.errors import UsageError
-from imgbatch.runtime.forecast import forecast, price_per_hour, stage_rates, unit_warnings, zone_warnings
+from imgbatch.runtime.forecast import (
+    _batch_size,
+    _runs_here,
+    forecast,
+    price_per_hour,
+    stage_rates,
+    unit_warnings,
+    zone_warnings,
+)
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.pools import Machine, Pools, this_machine
 from tests.conftest import changed
+from tests.core.test_variants import plant_variant
 
 
 def test_a_forecast_names_the_run_that_classify_makes_and_writes_nothing(photo_config: Config) -> None:
@@ -66,6 +79,25 @@ def test_no_image_is_looked_at_where_none_is_wanted(photo_config: Config) -> Non
     blind = forecast(changed(photo_config, plan__sample_rows=0))
     assert (blind.sampled, blind.stage_ms, blind.limit, blind.hours) == (0, {}, None, None)
     assert blind.num_units == 8
+
+
+def test_what_is_measured_is_what_would_run(
+    photo_config: Config, make_bundle: Callable[..., ModelBundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle()
+    engine = Backend(plant_variant(bundle, "onnx-int8", device="cuda", batch_size=256), device="cuda")
+    compiled = Backend(plant_variant(bundle, "torch-compile", device="cuda", batch_size=256), device="cuda")
+    automatic = changed(photo_config, classify__batch_size="auto")
+    sizes = [
+        _batch_size(config, bundle.preprocess, backend, "cuda", 16)
+        for config in (automatic, changed(photo_config, classify__batch_size=64))
+        for backend in (engine, compiled)
+    ]
+    assert sizes == [256, 16, 64, 16], "TensorRT would build another engine for units that are smaller"
+    for has_it in (True, False):
+        monkeypatch.setattr(backends, "has_bfloat16", lambda has_it=has_it: has_it)
+        assert _runs_here(Backend(plant_variant(bundle, "openvino-bf16")), "cpu") == has_it
+        assert _runs_here(Backend(), "cpu")
 
 
 def test_a_share_for_the_gpu_where_there_is_none(photo_config: Config) -> None:
