@@ -69,6 +69,11 @@ def load(out: str) -> list[CurrentRun]:
     return [CurrentRun(**run) for run in storage.read_json(location(out))["runs"]]
 
 
+def load_finished(out: str) -> list[CurrentRun]:
+    """As :func:`load`, with the runs whose command was killed before it wrote them down; writes nothing."""
+    return load(out) if is_up_to_date(out) else [_entry(run) for run in _finished_runs(out)]
+
+
 def _entry(run: RunEntry) -> CurrentRun:
     written = storage.read_json(run.paths.files)
     files = {kind: [f for f in written["files"] if f["kind"] == kind] for kind in KINDS}

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.partitions import Partition, PartitionCheck, check_class_names, parse_partitions
 from imgbatch.core.row_decoder import reads_rasters
 from imgbatch.core.rows import RowsReader, normalise_columns, read_selected, write_rows
-from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, heartbeat, utc_now
+from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, heartbeat, list_runs, utc_now
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.units import UnitLayout
 from imgbatch.errors import NothingToDo, UsageError
@@ -156,7 +157,10 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
     _check_readable(out)
     storage.check_writable(out)
     abandon = config.run.on_unfinished == "abandon"
-    run_id = choose_run_id(out, fingerprint, fields, new_run=config.run.new_run, abandon=abandon)
+    choose = partial(choose_run_id, out, fingerprint, fields, abandon=abandon)
+    run_id = choose(new_run=config.run.new_run)
+    if RunPaths(out, run_id).is_finished() and _has_more(config, manifest, bundle, out, fingerprint):
+        run_id = choose(new_run=True)
     paths = RunPaths(out, run_id)
     if not storage.exists(paths.plan):
         wanted = wanted_rows(config, manifest, bundle, out)
@@ -280,16 +284,36 @@ def wanted_rows(config: Config, manifest: Manifest, bundle: ModelBundle, out: st
     Raises:
         NothingToDo: only unlabelled rows are wanted, and there are none.
     """
-    num_rows = min(manifest.num_rows, config.input.limit or manifest.num_rows)
-    since_run = config.input.since_run
-    if not config.input.skip_existing and since_run is None:
+    num_rows = _num_rows(config, manifest)
+    if not _wants_unlabelled(config):
         return np.ones(num_rows, dtype=bool)
-    wanted = unlabelled_rows(manifest, out, num_rows=num_rows, model_id=bundle.model_id, since_run=since_run)
+    wanted = unlabelled_rows(config, manifest, out, num_rows=num_rows, model_id=bundle.model_id)
     if not wanted.any():
         raise NothingToDo(
             f"nothing to do: this model has labelled, or cannot read, all {num_rows:,} rows in {out} already"
         )
     return wanted
+
+
+def _num_rows(config: Config, manifest: Manifest) -> int:
+    return min(manifest.num_rows, config.input.limit or manifest.num_rows)
+
+
+def _wants_unlabelled(config: Config) -> bool:
+    return config.input.skip_existing or config.input.since_run is not None
+
+
+def _has_more(config: Config, manifest: Manifest, bundle: ModelBundle, out: str, fingerprint: str) -> bool:
+    """Whether only unlabelled rows are wanted, and there are some that no finished run of the fingerprint took.
+
+    So it is where a run of others was removed since; rows that failed in a finished run are for a retry.
+    """
+    if not _wants_unlabelled(config):
+        return False
+    same = [run.run_id for run in list_runs(out) if run.finished and run.plan["fingerprint"] == fingerprint]
+    num_rows, model_id = _num_rows(config, manifest), bundle.model_id
+    left = unlabelled_rows(config, manifest, out, num_rows=num_rows, model_id=model_id, taken_by=same)
+    return bool(left.any())
 
 
 def _manifest_rows(manifest: Manifest, wanted: np.ndarray) -> Iterator[pa.Table]:

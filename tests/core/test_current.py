@@ -36,7 +36,9 @@ def test_it_is_known_whether_every_finished_run_is_there(store_run: Callable[...
     assert current.is_up_to_date(out)
     storage.remove(current.location(out))
     assert not current.is_up_to_date(out)
+    assert [run.run_id for run in current.load_finished(out)] == ["r1"]
     current.update(out)
+    assert current.load_finished(out) == current.load(out)
     assert current.is_up_to_date(out)
     storage.remove(RunPaths(out, "r1").success)
     assert not current.is_up_to_date(out)

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
+from imgbatch.core import current, storage
+from imgbatch.core.clean import remove_run
 from imgbatch.core.failpoints import VARIABLE
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.plan import plan_run
@@ -92,6 +94,51 @@ def test_what_the_machine_had_no_time_for_is_tried_again(
     monkeypatch.delenv(VARIABLE)
     later = write_manifest(tmp_path / "2.parquet", [*photos[:3]], etag=["a", "b", "c"])
     assert planned_row_ids(changed(first, input__manifest=later, input__skip_existing=True)) == [1, 2]
+
+
+def test_what_was_too_large_is_tried_again_under_other_limits(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    """Under the same ones it would fail every night."""
+    config = changed(photo_config, decode__max_pixels=100, run__on_unfinished="abandon")
+    first = write_manifest(tmp_path / "1.parquet", photos[:2], etag=["a", "b"])
+    with pytest.raises(ErrorBudgetExceeded, match="2 TOO_LARGE"):
+        classify(changed(config, input__manifest=first))
+    later = write_manifest(tmp_path / "2.parquet", photos[:3], etag=["a", "b", "c"])
+    again = changed(config, input__manifest=later, input__skip_existing=True)
+    assert planned_row_ids(again) == [2]
+    assert planned_row_ids(changed(again, decode__max_pixels=10_000)) == [0, 1, 2]
+    assert planned_row_ids(changed(again, fetch__max_bytes=10_000_000)) == [0, 1, 2]
+
+
+def test_a_run_that_is_not_written_down_counts(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    """As after a kill between _SUCCESS and current.json, which looking at it does not change."""
+    out = classify(changed(photo_config, input__manifest=write_manifest(tmp_path / "1.parquet", photos[:4]))).out
+    storage.remove(current.location(out))
+    later = write_manifest(tmp_path / "2.parquet", photos[1:5])
+    assert planned_row_ids(changed(photo_config, input__manifest=later, input__skip_existing=True)) == [3]
+    assert not storage.exists(current.location(out))
+
+
+@pytest.mark.parametrize("by_since_run", [False, True])
+def test_what_a_removed_run_had_labelled_is_classified_by_the_same_command(
+    photo_config: Config, photos: list[Path], tmp_path: Path, by_since_run: bool
+) -> None:
+    """What failed in the finished run is for a retry, and makes the same command no work."""
+    base = classify(changed(photo_config, input__manifest=write_manifest(tmp_path / "0.parquet", photos[30:31])))
+    first = classify(changed(photo_config, input__manifest=write_manifest(tmp_path / "1.parquet", photos[:4])))
+    listed = write_manifest(tmp_path / "2.parquet", [*photos[:8], tmp_path / "late.jpg"])
+    flags = {"input__since_run": base.run_id} if by_since_run else {"input__skip_existing": True}
+    second = changed(photo_config, input__manifest=listed, **flags)
+    assert classify(second).counts == {"OK": 3, "TRUNCATED": 1, "NOT_FOUND": 1}
+    assert classify(second).already_finished
+    remove_run(first.out, first.run_id)
+    again = classify(second)
+    assert (again.already_finished, again.counts["OK"]) == (False, 4)
+    assert classify(second).already_finished
+    assert verify(again.out).ok
+    with open_views(again.out) as connection:
+        assert connection.sql("select count(*) from predictions").fetchall() == [(8,)]
 
 
 def test_what_failed_in_a_run_without_one_label_is_known_too(
