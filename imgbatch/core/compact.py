@@ -42,8 +42,9 @@ class CompactResult:
 def compact(out: str, *, target_file_mb: int) -> CompactResult:
     """Write ``OUT/compacted/<id>/``: the view ``predictions`` with its ``run_id``, ordered by image_id.
 
-    The id follows from the finished runs, so the same command again finds it done; what was compacted earlier is
-    removed once the new files are complete. The runs' own files stay: they are what ``verify`` knows.
+    The id follows from the finished runs and when they were planned, so the same command again finds it done; what was
+    compacted earlier is removed once the new files are complete. The runs' own files stay: they are what ``verify``
+    knows.
 
     Args:
         target_file_mb: size that files aim at, MB.
@@ -51,11 +52,13 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
     Raises:
         UsageError: no finished run there.
     """
-    runs = current.load(out)
+    runs = current.load_finished(out)
     statements = view_statements(out, runs)
     out = storage.absolute(out)
     run_ids = [run.run_id for run in runs]
-    name = "c" + hashlib.sha256(" ".join([*run_ids, str(target_file_mb)]).encode()).hexdigest()[:12]
+    # A run that was cleaned and classified anew has the id that it had.
+    parts = [*(f"{run.run_id} {run.predicted_at}" for run in runs), str(target_file_mb)]
+    name = "c" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
     # An output may be moved or copied: the record names nothing but what lies in it.
     relative = f"{_FOLDER}/{name}"
     directory = storage.join(out, relative)

@@ -1,14 +1,16 @@
 """Finished runs as commits of a Delta table (extra ``delta``): each in one transaction, and never twice.
 
-The run's id is the application id of its transaction, which Delta keeps for ever: a run that is there is not written
-again, and of two publishers at once one is refused by the table itself. The table is partitioned by ``run_id`` and
-holds copies, so that neither cleaning the output nor vacuuming the table hurts the other.
+The run's id is the application id of its transaction, and the time of its plan the version, which Delta keeps for ever:
+a run that is there is not written again, one that was cleaned and classified anew takes the place of its former rows,
+and of two publishers at once one is refused by the table itself. The table is partitioned by ``run_id`` and holds
+copies, so that neither cleaning the output nor vacuuming the table hurts the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
@@ -24,8 +26,6 @@ from imgbatch.schema import convert_nested, to_plain
 
 _MEMORY_MB = 2000
 _BATCH_ROWS = 65_536
-_APP_VERSION = 1
-"""Of a run's only transaction; its rows never change."""
 _RUN_ID = "run_id"
 _WIDER = {
     pa.uint8(): pa.int16(),
@@ -47,7 +47,7 @@ class Published:
 
 
 def publish(out: str, table: str, run_id: str | None = None) -> list[Published]:
-    """Append the predictions of finished runs to the Delta table ``table``, which is made where there is none.
+    """Add the predictions of finished runs to the Delta table ``table``, which is made where there is none.
 
     Args:
         run_id: one run; none: every finished run, oldest first.
@@ -59,7 +59,7 @@ def publish(out: str, table: str, run_id: str | None = None) -> list[Published]:
         import deltalake  # noqa: F401
     except ImportError as error:
         raise UsageError("publish: needs the package deltalake; install imgbatch[delta]") from error
-    runs = current.load(out)
+    runs = current.load_finished(out)
     if run_id is not None:
         find_run(out, run_id)
     chosen = [run for run in runs if run_id in (None, run.run_id)]
@@ -77,7 +77,7 @@ def _publish_run(out: str, run: CurrentRun, table: str, options: dict[str, str] 
         return Published(run.run_id, 0, None, already_there=False)
     there = Published(run.run_id, run.num_predictions, None, already_there=True)
     properties = CommitProperties(
-        app_transactions=[Transaction(run.run_id, _APP_VERSION)],
+        app_transactions=[Transaction(run.run_id, _app_version(run))],
         custom_metadata={"imgbatch.model_id": run.model_id, "imgbatch.output": storage.absolute(out)},
     )
     try:
@@ -85,16 +85,30 @@ def _publish_run(out: str, run: CurrentRun, table: str, options: dict[str, str] 
             rows = _read(connection, out, run)
             # The table as it is now: what others commit from here on is in conflict with this transaction.
             opened = _open(table, rows.schema, options)
-            if opened.transaction_version(run.run_id) is not None:
+            if _holds(opened, run):
                 return there
-            write_deltalake(opened, rows, mode="append", schema_mode="merge", commit_properties=properties)
+            how: dict[str, Any] = {"mode": "append"}
+            if opened.transaction_version(run.run_id) is not None:  # the rows of before it was cleaned
+                how = {"mode": "overwrite", "predicate": f"{_RUN_ID} = '{run.run_id}'"}
+            write_deltalake(opened, rows, schema_mode="merge", commit_properties=properties, **how)
     except CommitFailedError as error:
-        if _open(table, None, options).transaction_version(run.run_id) is not None:  # another publisher was first
+        if _holds(_open(table, None, options), run):  # another publisher was first
             return there
         raise UsageError(f"{table}: {run.run_id}: {normalise_message(error)}; run the same command again") from error
     except (DeltaError, OSError, ValueError) as error:
         raise UsageError(f"{table}: {run.run_id}: {normalise_message(error)}") from error
     return Published(run.run_id, run.num_predictions, opened.version(), already_there=False)
+
+
+def _app_version(run: CurrentRun) -> int:
+    """When the run was planned, microseconds since 1970: later where it was classified anew."""
+    since_1970 = datetime.fromisoformat(run.predicted_at) - datetime.fromtimestamp(0, UTC)
+    return since_1970 // timedelta(microseconds=1)
+
+
+def _holds(opened: Any, run: CurrentRun) -> bool:
+    found = opened.transaction_version(run.run_id)
+    return found is not None and found >= _app_version(run)
 
 
 def _open(table: str, schema: pa.Schema | None, options: dict[str, str] | None) -> Any:

@@ -11,6 +11,7 @@ import pytest
 
 from imgbatch.config import Config
 from imgbatch.core import storage
+from imgbatch.core.clean import remove_run
 from imgbatch.core.compact import _write, compact
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
@@ -59,6 +60,17 @@ def test_compacting_again_does_nothing_until_another_run_has_finished(
     assert not Path(before.path).exists()
     left = {path.name for path in Path(first.out, "compacted").iterdir()}
     assert left == {Path(after.path).name, f"{Path(after.path).name}.json"}
+
+
+def test_a_run_that_was_cleaned_and_classified_anew_is_compacted_anew(store_run: Callable[..., Path]) -> None:
+    """It has the id that it had."""
+    probs_NK = np.array([[0.75, 0.25]], np.float32)
+    out = str(store_run(("cat", "dog"), probs_NK))
+    compact(out, target_file_mb=128)
+    remove_run(out, "r000000000001")
+    store_run(("cat", "dog"), 1 - probs_NK, predicted_at="2026-01-03T03:04:05.000000+00:00")
+    (file,) = compact(out, target_file_mb=128).files
+    assert pq.read_table(Path(out, file["path"]), partitioning=None)["label"].to_pylist() == ["dog"]
 
 
 def test_a_moved_output_is_known_by_what_lies_in_it(store_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 
 from imgbatch.cli import run
-from imgbatch.core import storage
+from imgbatch.core import current, storage
+from imgbatch.core.clean import remove_run
 from imgbatch.core.delta import publish, storage_options
 from imgbatch.core.views import open_views
 from imgbatch.errors import ExitCode, UsageError
@@ -53,6 +54,33 @@ def test_every_run_is_one_transaction_and_is_there_once(out: Path, tmp_path: Pat
     again = publish(str(out), table)
     assert [entry.already_there for entry in again] == [True, True]
     assert deltalake.DeltaTable(table).version() == 2
+
+
+def test_a_run_that_was_cleaned_and_classified_anew_takes_the_place_of_its_rows(
+    out: Path, store_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It has the id that it had; the other run stays as it is."""
+    table = str(tmp_path / "table")
+    publish(str(out), table)
+    remove_run(str(out), "r000000000001")
+    store_run(CLASSES, 1 - PROBS_NK[:2], run_id="r000000000001", predicted_at="2026-01-04T03:04:05.000000+00:00")
+    assert [(entry.run_id, entry.version) for entry in publish(str(out), table)] == [
+        ("r000000000002", None),
+        ("r000000000001", 3),
+    ]
+    found = rows_of(table).select(["run_id", "row_id", "label"]).to_pylist()
+    assert sorted(tuple(row.values()) for row in found) == [
+        ("r000000000001", 0, "shoe"),
+        ("r000000000001", 1, "hat"),
+        ("r000000000002", 0, "hat"),
+        ("r000000000002", 1, "shoe"),
+    ]
+    assert [entry.already_there for entry in publish(str(out), table)] == [True, True]
+
+
+def test_a_run_that_current_json_lacks_is_published(out: Path, tmp_path: Path) -> None:
+    storage.remove(current.location(str(out)))
+    assert [entry.num_rows for entry in publish(str(out), str(tmp_path / "table"))] == [3, 2]
 
 
 def test_the_table_says_what_the_views_say(out: Path, tmp_path: Path) -> None:
