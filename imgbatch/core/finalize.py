@@ -97,20 +97,19 @@ def finalize(run: Run, map_parts: MapParts = in_threads) -> dict[str, Any]:
 def _write_output(run: Run, map_parts: MapParts) -> None:
     files = _settled_layout(run, map_parts)
     failpoint("finalize.after_layout")
-    groups = _groups(run, files)
+    groups = group_files(run, files)
     entries = itertools.chain.from_iterable(_here_if_few(groups, map_parts)(write_files, run, groups))
     entry_of = {entry["path"]: entry for entry in entries}
     written = [entry_of[file.path] for file in files]
     failpoint("finalize.after_files")
     _remove_strays(run, files)
     failpoint("finalize.after_strays")
-    counts = _count_statuses(written)
     storage.write_json(run.paths.classes, _classes(run))
     storage.write_json(
         run.paths.files,
         {
             "schema_version": SCHEMA_VERSION,
-            "counts": counts,
+            "counts": count_statuses(written),
             "partition_types": {p.column: p.duckdb_type for p in run.partitions},
             "files": written,
         },
@@ -304,18 +303,22 @@ def _date(run: Run) -> str:
     return run.plan.predicted_at[:10]
 
 
-def _groups(run: Run, files: list[OutputFile]) -> list[list[OutputFile]]:
+def group_files(run: Run, files: list[OutputFile]) -> list[list[OutputFile]]:
     """Files to be written together: those of partitions share their units, others have units of their own."""
     size = OPEN_FILES if run.partitions else 1
     files = sorted(files, key=lambda file: file.units[:1])  # near each other, where a partition is no matter of chance
     return [files[first : first + size] for first in range(0, len(files), size)]
 
 
-def write_files(run: Run, files: list[OutputFile]) -> list[dict[str, Any]]:
-    """Write some output files in one pass over their units, for :class:`MapParts`; what files.json says of each."""
+def write_files(run: Run, files: list[OutputFile], *, group_size: int | None = None) -> list[dict[str, Any]]:
+    """Write some output files in one pass over their units, for :class:`MapParts`; what files.json says of each.
+
+    Args:
+        group_size: files of the group that these are part of, which settles their row groups; none: they are the group.
+    """
     storage.configure(run.config.storage)
     schemas = {kind: output_schema(run, kind) for kind in _kinds(run)}
-    limit = min(MAX_ROW_GROUP_BYTES, BUFFERED_BYTES // len(files))
+    limit = min(MAX_ROW_GROUP_BYTES, BUFFERED_BYTES // (group_size or len(files)))
     with ExitStack() as stack:
         writers = {
             file.path: stack.enter_context(OutputFileWriter(run.paths.out, file, schemas[file.kind], limit))
@@ -346,7 +349,8 @@ def _by_partition(run: Run, kind: str, table: pa.Table, wanted: Collection[str])
             yield path, columns.filter(pc.equal(paths.indices, index))
 
 
-def _count_statuses(written: list[dict[str, Any]]) -> dict[str, int]:
+def count_statuses(written: list[dict[str, Any]]) -> dict[str, int]:
+    """Rows by status, of the files that files.json lists."""
     total: Counter[str] = Counter()
     for entry in written:
         if entry["kind"] != EMBEDDINGS:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imgbatch.core import current, storage
-from imgbatch.core.finalize import write_files
+from imgbatch.core.finalize import count_statuses, group_files, write_files
 from imgbatch.core.output_files import OutputFile, find_strays
 from imgbatch.core.plan import Run
-from imgbatch.core.runs import RunPaths
-from imgbatch.errors import UsageError
+from imgbatch.core.runs import RunPaths, find_run
+from imgbatch.core.verify import check_rows
+from imgbatch.errors import ImgbatchError, UsageError
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def find_damage(paths: RunPaths) -> Damage:
     """
     try:
         recorded = {file["path"]: file["sha256"] for file in storage.read_json(paths.files)["files"]}
-        laid_out = [OutputFile(**file) for file in storage.read_json(paths.finalize)["files"]]
+        laid_out = _laid_out(paths)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"run {paths.run_id}: files.json or finalize.json cannot be read ({error}), so nothing tells which files "
@@ -52,6 +53,10 @@ def find_damage(paths: RunPaths) -> Damage:
     return Damage(files, find_strays(paths, recorded.keys()))
 
 
+def _laid_out(paths: RunPaths) -> list[OutputFile]:
+    return [OutputFile(**file) for file in storage.read_json(paths.finalize)["files"]]
+
+
 def _sha256(uri: str) -> str | None:
     try:
         return storage.sha256(uri)
@@ -59,28 +64,40 @@ def _sha256(uri: str) -> str | None:
         return None
 
 
-def rebuild(run: Run, damage: Damage, *, group_size: int = 64) -> None:
+def rebuild(run: Run, damage: Damage) -> None:
     """Write the damaged files from their unit files, remove the strays, and bring the records up to date.
 
     From the unit files of then a file gets the bytes of then. From units that were classified again it may differ in
     the last digits of probabilities: files.json then records what is there now.
 
-    Args:
-        group_size: files written in one pass over their units.
-
     Raises:
-        ImgbatchError: a unit file is missing or damaged, or holds other rows than the file did.
+        ImgbatchError: a unit file is missing or damaged, or holds other rows than the files did.
     """
+    damaged = {file.path for file in damage.files}
     written = []
-    for first in range(0, len(damage.files), group_size):
-        written += write_files(run, damage.files[first : first + group_size])
+    for group in group_files(run, _laid_out(run.paths)):
+        if files := [file for file in group if file.path in damaged]:
+            written += write_files(run, files, group_size=len(group))
+    if written:
+        _check_rows(run, damage.files)
     for uri in damage.strays:
         storage.remove(uri)
     record = storage.read_json(run.paths.files)
     new = {entry["path"]: entry for entry in written}
     record["files"] = [new.get(entry["path"], entry) for entry in record["files"]]
+    record["counts"] = count_statuses(record["files"])
     storage.write_json(run.paths.files, record)
     current.update(run.paths.out)
+
+
+def _check_rows(run: Run, files: Sequence[OutputFile]) -> None:
+    """Raise :class:`ImgbatchError` where a row came out twice or not at all, as one that went from prediction to error
+    while another went the other way: then each file has as many rows as ever."""
+    failed = [check.detail for check in check_rows(find_run(run.paths.out, run.run_id), None) if not check.ok]
+    if failed:
+        for file in files:  # no reader is to take them for whole
+            storage.remove(storage.join(run.paths.out, file.path))
+        raise ImgbatchError(f"run {run.run_id}: {', '.join(failed)}")
 
 
 def missing_units(run: Run, units: Sequence[int]) -> list[int]:

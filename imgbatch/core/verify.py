@@ -55,13 +55,14 @@ def verify(out: str, run_id: str | None = None) -> VerifyResult:
         if not run.finished:
             done = len(run.paths.committed_units(run.plan["num_units"]))
             detail = f"unfinished: {done} of {run.plan['num_units']} units; run the same command again to continue"
-            checks.append(Check(run.run_id, "finished", False, detail))
+            # Until a retry has finished, its rows are errors of the run before.
+            checks.append(Check(run.run_id, "finished", run is not chain[0], detail))
             continue
         try:
             checks += _check_current(run)
             checks += _check_files(run)
             if all(check.ok for check in checks if check.run_id == run.run_id):
-                checks += _check_rows(run, next((r for r in chain if r.run_id == run.parent), None))
+                checks += check_rows(run, next((r for r in chain if r.run_id == run.parent), None))
             counts[run.run_id] = storage.read_json(run.paths.files)["counts"]
         except (FileNotFoundError, ValueError, KeyError, duckdb.Error) as error:
             checks.append(Check(run.run_id, "records", False, f"cannot be read: {normalise_message(error)}"))
@@ -112,7 +113,8 @@ def _check_files(run: RunEntry) -> Iterator[Check]:
     yield Check(run.run_id, "files", True, f"{len(listed)} files, {sum(f['bytes'] for f in listed):,} bytes")
 
 
-def _check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
+def check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
+    """Hold the rows in a run's files against those that were planned, and a retry's against its parent's errors."""
     with spilling(run.paths.out, memory_mb=_MEMORY_MB) as connection:
 
         def number(query: str) -> int:
