@@ -291,7 +291,7 @@ class ErrorsConfig(Section):
     """When a run that is going wrong is stopped."""
 
     max_rate: float = Field(0.05, ge=0, le=1)
-    """Share of the last 10,000 rows that may fail."""
+    """Share of the last 10,000 rows that may fail; of a retry's rows all may."""
     min_rows: PositiveInt = 1000
     """Rows before the share is judged."""
 

@@ -17,31 +17,18 @@ from rich.console import Console
 from imgbatch.config import Config
 from imgbatch.core import current, storage
 from imgbatch.core.access import fetch_settings, moved_inputs
-from imgbatch.core.budget import ErrorBudget
-from imgbatch.core.failpoints import failpoint
 from imgbatch.core.finalize import finalize
 from imgbatch.core.plan import Run, plan_retry, plan_run, read_plan
 from imgbatch.core.preflight import check_sample
-from imgbatch.core.results import Receipt
 from imgbatch.core.runs import RunEntry, find_run, heartbeat, list_runs
 from imgbatch.core.views import open_views
-from imgbatch.errors import ErrorBudgetExceeded, Interrupted, Status, UsageError, normalise_message
-from imgbatch.runtime.engine import Engine, EngineStopped
+from imgbatch.errors import ErrorBudgetExceeded, Interrupted, Status, UsageError
+from imgbatch.runtime.engine import Engine
 from imgbatch.runtime.interrupts import StopSwitch
+from imgbatch.runtime.passes import Passes
 from imgbatch.runtime.pools import Pools, choose_device, choose_pools, this_machine
-from imgbatch.runtime.progress import RunProgress
 from imgbatch.runtime.reporter import Reporter
 from imgbatch.runtime.run_log import RunLog
-from imgbatch.runtime.suspects import Suspects
-from imgbatch.runtime.watchdog import Stalled
-
-MAX_PASS_UNITS = 20_000
-"""Units of one pass: keeps the driver small, and lets pools be sized anew between passes."""
-MAX_INNOCENT = 3
-"""Units in a row that are isolated and have no row at fault, before an engine through which nothing ever came is taken
-for broken."""
-_AT_FAULT = {Status.CLASSIFY_FAILED.value, Status.NON_FINITE.value, Status.OUT_OF_MEMORY.value, Status.TIMEOUT.value}
-_STOPPED = "stopped after the units in flight; the same command continues"
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ def retry(
     """Classify the rows of a finished run that have no prediction yet, as a child run; none where there are none.
 
     ``config`` gives resources, and what it sets itself of fetching and decoding, as more time for images that had too
-    little; whatever else changes results comes from the parent's plan.
+    little; whatever else changes results comes from the parent's plan. It ends well even where all fail again.
     """
     console = console or Console(quiet=True)
     storage.configure(config.storage)
@@ -113,7 +100,7 @@ def retry(
             "decode": settled.decode.model_copy(
                 update={name: getattr(config.decode, name) for name in config.decode.model_fields_set}
             ),
-            "errors": config.errors,
+            "errors": config.errors.model_copy(update={"max_rate": 1.0}),  # rows that failed may fail again
             "run": config.run,
             "storage": config.storage,
             "ray": config.ray,
@@ -213,7 +200,7 @@ def _work(run: Run, console: Console, stop: StopSwitch) -> RunResult:
     else:
         with heartbeat(run.paths):
             result = _classify_pending(run, console, stop)
-    if not result.counts.get(Status.OK.value):
+    if run.plan.parent is None and not result.counts.get(Status.OK.value):
         raise ErrorBudgetExceeded(
             f"run {run.run_id} has not one prediction ({_counted(result.counts)}); see why with "
             f'`imgbatch query {run.paths.out} "select status, error_message, uri from errors"`'
@@ -237,7 +224,7 @@ def _classify_pending(run: Run, console: Console, stop: StopSwitch) -> RunResult
                 reporter.say(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}")
                 for line in (run.backend.describe(), *run.backend.left_out):
                     reporter.say(line)
-                _Passes(run, engine, log, reporter, stop, pending=pending).run_all()
+                Passes(run, engine, reporter, pending, find_pending=run.pending_units, log=log, stop=stop).run_all()
                 counts = finalize(run, engine.map_parts)["counts"]
         else:
             counts = finalize(run)["counts"]
@@ -256,144 +243,3 @@ def _classify_pending(run: Run, console: Console, stop: StopSwitch) -> RunResult
 
 def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{n:,} {status}" for status, n in counts.items())
-
-
-class _Passes:
-    """Pass after pass over the pending units, until there is none."""
-
-    def __init__(
-        self, run: Run, engine: Engine, log: RunLog, reporter: Reporter, stop: StopSwitch, *, pending: list[int]
-    ) -> None:
-        self._run = run
-        self._stop = stop
-        self._in_flight = engine.window
-        """Units that may still come after a stop was asked for."""
-        self._engine = engine
-        self._log = log
-        self._reporter = reporter
-        self._budget = ErrorBudget(run.config.errors)
-        self._num_changed = 0
-        self._deferred = set(log.deferred_before())
-        """Units that came once, to this command or the one before, and were left uncommitted, to be tried again."""
-        self._suspects = Suspects(log.suspects_before())
-        layout = run.plan.layout
-        self._pending = pending
-        self._any_committed = len(pending) < layout.num_units
-        self._came_since_stall = False
-        """Whether anything was committed since the engine stood still, or since the command began."""
-        self._stopped_isolated: int | None = None
-        """The unit in whose isolation the engine stopped, the last time that it did."""
-        self._any_passed = False
-        """Whether the engine got any unit through by itself, in this command."""
-        self._innocent = 0
-        """Units isolated in a row that had no row at fault."""
-        self._last_end = ""
-        """What a pass or an isolation that ended early said."""
-        self._progress = RunProgress(
-            reporter,
-            total_rows=layout.num_rows,
-            done_rows=layout.num_rows - sum(layout.unit(index).num_rows for index in pending),
-            num_actors=engine.num_actors,
-        )
-
-    def run_all(self) -> None:
-        """Raises :class:`ErrorBudgetExceeded` or :class:`Interrupted`; otherwise every unit is committed after it."""
-        defer = True
-        with self._progress:
-            pending = self._pending
-            while pending:
-                if self._stop.is_on:
-                    raise Interrupted(_STOPPED)
-                num_deferred = len(self._deferred)
-                if alone := self._suspects.alone(pending):
-                    ended_early = self._isolate(alone[0])
-                else:
-                    units = self._suspects.choose(pending, self._deferred, MAX_PASS_UNITS)
-                    ended_early = self._one_pass(units, defer=defer)
-                left = self._run.pending_units()
-                if left and self._innocent >= MAX_INNOCENT and not self._any_passed:
-                    raise Interrupted(
-                        f"the engine stops whatever the unit, the last time with: {self._last_end}; put it right and "
-                        f"run the same command again to continue"
-                    )
-                nothing_new = len(self._deferred) == num_deferred or self._deferred.issuperset(left)
-                if not ended_early and len(left) == len(pending) and nothing_new:
-                    self._refuse_to_loop(defer)
-                    defer = False
-                pending = left
-        if self._num_changed and self._run.config.input.if_changed == "warn":
-            self._reporter.say(
-                f"{self._num_changed:,} objects were not what the manifest lists; they were labelled as they are now"
-            )
-
-    def _one_pass(self, units: list[int], *, defer: bool) -> bool:
-        """Whether the engine stopped with units under way, which are suspects then."""
-        self._log.pass_started()
-        failpoint("job.before_pass")
-        unseen = dict.fromkeys(units)
-        try:
-            with contextlib.closing(self._engine.classify_units(units, defer=defer)) as receipts:
-                for receipt in receipts:
-                    unseen.pop(receipt.unit, None)
-                    self._take(receipt)
-        except (EngineStopped, Stalled) as error:
-            # What was committed stays; the units under way are tried again.
-            under_way = list(unseen)[: self._engine.window]
-            if isinstance(error, Stalled) and not (self._came_since_stall or self._suspects.hold(units)):
-                self._log.suspect(under_way)
-                raise
-            self._came_since_stall = self._came_since_stall and not isinstance(error, Stalled)
-            self._last_end = normalise_message(error)
-            self._reporter.say(f"a pass ended early: {self._last_end}")
-            self._suspects.pass_ended_early(units, under_way, anything_came=len(unseen) < len(units))
-            return bool(unseen)
-        self._suspects.pass_ended()
-        failpoint("job.after_pass")
-        return False
-
-    def _isolate(self, unit: int) -> bool:
-        """Whether the engine stopped before the unit was committed."""
-        self._reporter.say(f"unit {unit}: classified row by row, in processes of their own", unit_id=unit)
-        try:
-            receipt = self._engine.classify_isolated(unit)
-        except EngineStopped as error:
-            # As when the node dies that it is done on.
-            self._last_end = normalise_message(error)
-            if self._stopped_isolated == unit:
-                raise Interrupted(
-                    f"unit {unit}: {self._last_end}, twice; run the same command again to continue"
-                ) from error
-            self._stopped_isolated = unit
-            self._reporter.say(f"unit {unit}: not done yet: {self._last_end}", unit_id=unit)
-            return True
-        self._take(receipt)
-        self._innocent = 0 if _AT_FAULT & receipt.counts.keys() else self._innocent + 1
-        return False
-
-    def _take(self, receipt: Receipt) -> None:
-        self._log.add(receipt)
-        self._reporter.unit(receipt)
-        self._progress.add(receipt)
-        if receipt.outcome != "deferred":
-            self._any_committed = self._came_since_stall = True
-        self._any_passed |= not receipt.isolated
-        self._num_changed += receipt.num_changed
-        if receipt.unit not in self._deferred:  # a unit that is tried again failed already
-            self._budget.add(receipt)
-        if receipt.outcome == "deferred":
-            self._deferred.add(receipt.unit)
-        failpoint("job.receipt", receipt.unit)
-        if self._stop.is_on:
-            self._in_flight -= 1
-            if self._in_flight <= 0:
-                raise Interrupted(_STOPPED)
-
-    def _refuse_to_loop(self, defer: bool) -> None:
-        """After a pass that committed nothing: the next one commits what comes, unless nothing good ever came."""
-        if not defer:
-            raise Interrupted("a pass committed nothing; run the same command again to continue")
-        if not self._any_committed:
-            raise ErrorBudgetExceeded(
-                f"in every unit more rows than errors.max_rate allows failed: {self._budget.reasons()}; nothing was "
-                f"written; put it right and run the same command again"
-            )

@@ -3,7 +3,6 @@ the rows again that they held."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -15,10 +14,11 @@ from imgbatch.core.plan import Run, open_inputs, open_run, read_plan
 from imgbatch.core.repair import Damage, find_damage, missing_units, rebuild
 from imgbatch.core.runs import RunEntry, heartbeat
 from imgbatch.core.verify import run_chain
-from imgbatch.errors import ImgbatchError, UsageError, normalise_message
-from imgbatch.runtime.engine import Engine, EngineStopped
-from imgbatch.runtime.job import MAX_PASS_UNITS, open_engine
-from imgbatch.runtime.suspects import Suspects
+from imgbatch.errors import ImgbatchError, UsageError
+from imgbatch.runtime.interrupts import StopSwitch
+from imgbatch.runtime.job import open_engine
+from imgbatch.runtime.passes import Passes
+from imgbatch.runtime.reporter import Reporter
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def repair(config: Config, run_id: str | None, console: Console | None = None) -
     Raises:
         UsageError: the run is unfinished, or its model or manifest is not what it was.
         ImgbatchError: rows that were classified again came out otherwise than then.
+        Interrupted: the engine stops whatever the unit, or does nothing in isolation.
     """
     console = console or Console(quiet=True)
     storage.configure(config.storage)
@@ -66,6 +67,8 @@ def _open(config: Config, entry: RunEntry) -> Run:
     updates = {name: getattr(config, name) for name in ("resources", "run", "storage", "ray")}
     updates |= moved_inputs(settled, config)
     updates["fetch"] = fetch_settings(entry.plan, config.fetch)
+    # It was judged then how many may fail, and every unit is to come.
+    updates["errors"] = settled.errors.model_copy(update={"max_rate": 1.0})
     updates["classify"] = settled.classify.model_copy(update={"engine": config.classify.engine})
     updates["output"] = settled.output.model_copy(update={"path": entry.paths.out})
     config = settled.model_copy(update=updates)
@@ -101,34 +104,15 @@ def _repair(run: Run, damage: Damage, console: Console) -> RepairedRun:
 
 
 def _classify(run: Run, units: list[int], console: Console) -> None:
-    try:
-        with open_engine(run) as engine:
-            _classify_all(engine, units, console)
-    except EngineStopped as error:
-        raise ImgbatchError(f"{normalise_message(error)}; run the same command again to continue") from error
-
-
-def _classify_all(engine: Engine, units: list[int], console: Console) -> None:
-    """As the run does it: what was under way when a pass died goes in halves, and what died alone row by row."""
-    pending, suspects = dict.fromkeys(units), Suspects()
-    while pending:
-        if alone := suspects.alone(pending):
-            engine.classify_isolated(alone[0])
-            del pending[alone[0]]
-            continue
-        chosen = suspects.choose(list(pending), frozenset(), MAX_PASS_UNITS)
-        unseen = dict.fromkeys(chosen)
-        try:
-            with contextlib.closing(engine.classify_units(chosen, defer=False)) as receipts:
-                for receipt in receipts:
-                    unseen.pop(receipt.unit, None)
-        except EngineStopped as error:
-            console.print(f"a pass ended early: {normalise_message(error)}", markup=False)
-            came = len(unseen) < len(chosen)
-            suspects.pass_ended_early(chosen, list(unseen)[: engine.window], anything_came=came)
-        else:
-            unseen.clear()
-            suspects.pass_ended()
-        for unit in chosen:
-            if unit not in unseen:
-                del pending[unit]
+    """As the run does it; what it takes is no part of the run's record."""
+    reporter = Reporter(console, run_id=run.run_id, as_json=run.config.run.log_format == "json")
+    with open_engine(run) as engine:
+        Passes(
+            run,
+            engine,
+            reporter,
+            units,
+            find_pending=lambda: missing_units(run, units),
+            log=None,
+            stop=StopSwitch(),
+        ).run_all()

@@ -28,6 +28,7 @@ class RunLog:
         self._stage_seconds: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._deferred = set(self.deferred_before())
+        self._suspects = set(self.suspects_before())
         self._session: dict[str, Any] = {
             "engine": run.config.classify.engine,
             "pools": None,
@@ -38,7 +39,6 @@ class RunLog:
             "rows": 0,
             "passes": 0,
             "isolated_units": 0,
-            "suspect_units": [],
             "host": socket.gethostname(),
             "config": run.config.model_dump(mode="json"),
         }
@@ -49,13 +49,13 @@ class RunLog:
         return earlier[-1].get("deferred_units", []) if earlier else []
 
     def suspects_before(self) -> list[int]:
-        """Units that were under way when the command before stopped because nothing came any more."""
+        """Units that were under way when the engine stopped, in the commands before, and that did not come since."""
         earlier = _earlier_sessions(self._run)
         return earlier[-1].get("suspect_units", []) if earlier else []
 
     def suspect(self, units: Iterable[int]) -> None:
-        """Units for the next command to be careful with."""
-        self._session["suspect_units"] = sorted(units)
+        """Units for the next command to be careful with, unless they come in this one."""
+        self._suspects.update(units)
 
     def engine_described(self, pools: str) -> None:
         self._session["pools"] = pools
@@ -69,6 +69,7 @@ class RunLog:
         ready_at = datetime.fromtimestamp(receipt.started_at, UTC).isoformat(timespec="microseconds")
         self._session["engine_ready_at"] = min(ready_at, self._session["engine_ready_at"] or ready_at)
         self._session["isolated_units"] += receipt.isolated
+        self._suspects.discard(receipt.unit)
         if receipt.outcome == "deferred":
             self._deferred.add(receipt.unit)
         else:
@@ -85,6 +86,7 @@ class RunLog:
         session["counts"] = dict(self._counts)
         # What looked like an outage is judged anew by the next command.
         session["deferred_units"] = [] if state == "error_budget" else sorted(self._deferred)
+        session["suspect_units"] = sorted(self._suspects)
         session["images_per_s"] = _rate(session)
         sessions = [*_earlier_sessions(run), session]
         record = {

@@ -16,6 +16,7 @@ class Suspects:
         """The newest last; a unit is in one at most."""
         self._known = set(group)
         self._alone: list[int] = []
+        self._died_alone: set[int] = set()
         self._is_barren = False
         """Whether the last pass ended early before anything came of it."""
 
@@ -41,6 +42,10 @@ class Suspects:
         wanted = set(pending)
         return [unit for unit in self._alone if unit in wanted]
 
+    def died_alone(self, unit: int) -> bool:
+        """Whether nothing else was under way when the unit was found out."""
+        return unit in self._died_alone
+
     def hold(self, units: Iterable[int]) -> bool:
         """Whether all of these were under way before when a pass ended early."""
         return self._known.issuperset(units)
@@ -50,6 +55,8 @@ class Suspects:
         left = list(under_way)
         self._known.update(left)
         if left and (len(units) == 1 or (self._is_barren and not anything_came)):
+            if len(left) == 1:
+                self._died_alone.add(left[0])
             self._alone.append(left.pop(0))
         self._is_barren = not anything_came
         half = len(left) // 2

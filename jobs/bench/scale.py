@@ -29,8 +29,8 @@ from imgbatch.core.rows import RowsReader
 from imgbatch.core.stages import DECODE_COLUMNS, UNIT
 from imgbatch.core.verify import verify
 from imgbatch.runtime.actors import ClassifyActor
-from imgbatch.runtime.job import MAX_PASS_UNITS
 from imgbatch.runtime.own_ray import without_data_actors
+from imgbatch.runtime.passes import MAX_PASS_UNITS
 from imgbatch.runtime.pools import choose_pools, this_machine
 from imgbatch.runtime.ray_data import RayEngine
 from imgbatch.runtime.session import ray_session

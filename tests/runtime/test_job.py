@@ -14,8 +14,8 @@ from imgbatch.core.runs import list_runs
 from imgbatch.core.stages import ClassifyStage, CommitStage
 from imgbatch.core.verify import verify
 from imgbatch.errors import Interrupted
-from imgbatch.runtime import job
 from imgbatch.runtime.job import classify
+from imgbatch.runtime.passes import Passes
 from tests.conftest import changed
 
 NUM_UNITS = 8
@@ -24,13 +24,13 @@ NUM_UNITS = 8
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], bool]]:
     """The units of each pass, and whether it may put units off."""
-    one_pass, begun = job._Passes._one_pass, list[tuple[list[int], bool]]()
+    one_pass, begun = Passes._one_pass, list[tuple[list[int], bool]]()
 
-    def watched(self: job._Passes, units: list[int], *, defer: bool) -> bool:
+    def watched(self: Passes, units: list[int], *, defer: bool) -> bool:
         begun.append((units, defer))
         return one_pass(self, units, defer=defer)
 
-    monkeypatch.setattr(job._Passes, "_one_pass", watched)
+    monkeypatch.setattr(Passes, "_one_pass", watched)
     return begun
 
 
@@ -48,7 +48,7 @@ def unfetchable(photo_config: Config, photos: list[Path], tmp_path: Path) -> Con
 def test_passes_follow_each_other_over_all_units(
     photo_config: Config, passes: list[tuple[list[int], bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "MAX_PASS_UNITS", 3)
+    monkeypatch.setattr("imgbatch.runtime.passes.MAX_PASS_UNITS", 3)
     result = classify(photo_config)
     assert passes == [([0, 1, 2], True), ([3, 4, 5], True), ([6, 7], True)]
     assert verify(result.out).ok
@@ -58,7 +58,7 @@ def test_units_that_were_put_off_come_after_all_others(
     unfetchable: Config, passes: list[tuple[list[int], bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though nothing comes of the first pass, unit 5 may be put off too, and is tried again like units 0 and 1."""
-    monkeypatch.setattr(job, "MAX_PASS_UNITS", 2)
+    monkeypatch.setattr("imgbatch.runtime.passes.MAX_PASS_UNITS", 2)
     result = classify(unfetchable)
     may_put_off = [[0, 1], [2, 3], [4, 5], [6, 7], [0, 1]]
     assert passes == [*((units, True) for units in may_put_off), ([0, 1], False), ([5], False)]
@@ -88,7 +88,7 @@ def test_units_that_only_the_engine_fails_on_are_isolated_and_the_run_ends_well(
     photo_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of them, one after the other, without a row at fault: others came through."""
-    monkeypatch.setattr(job, "MAX_INNOCENT", 1)
+    monkeypatch.setattr("imgbatch.runtime.passes.MAX_INNOCENT", 1)
     classify_unit = ClassifyStage.__call__
 
     def failing(self: ClassifyStage, block: pa.Table) -> pa.Table:
@@ -109,7 +109,7 @@ def test_an_engine_through_which_nothing_comes_ends_the_job(
         raise RuntimeError("no such device")
 
     monkeypatch.setattr(ClassifyStage, "__call__", failing)
-    monkeypatch.setattr(job, "MAX_INNOCENT", 2)
+    monkeypatch.setattr("imgbatch.runtime.passes.MAX_INNOCENT", 2)
     with pytest.raises(Interrupted, match=r"the engine stops whatever the unit, .*no such device; put it right"):
         classify(photo_config)
     record = storage.read_json(list_runs(str(photo_config.output.path))[0].paths.run_json)

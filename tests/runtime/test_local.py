@@ -24,9 +24,9 @@ from imgbatch.core.runs import RunPaths
 from imgbatch.core.stages import CommitStage
 from imgbatch.core.verify import verify
 from imgbatch.errors import ErrorBudgetExceeded, Interrupted, UsageError
-from imgbatch.runtime import job
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.local import LocalEngine
+from imgbatch.runtime.passes import Passes
 from imgbatch.runtime.run_log import RunLog
 from tests.conftest import changed
 from tests.runtime.conftest import rows_of
@@ -286,16 +286,16 @@ def test_units_that_are_tried_again_are_judged_once(
         photo_config, input__manifest=str(tmp_path / "mixed.parquet"), errors__max_rate=0.07, errors__min_rows=64
     )
     if again:
-        one_pass, passes = job._Passes._one_pass, []
+        one_pass, passes = Passes._one_pass, []
 
-        def interrupted_in_the_second(self: job._Passes, units: list[int], *, defer: bool) -> bool:
+        def interrupted_in_the_second(self: Passes, units: list[int], *, defer: bool) -> bool:
             passes.append(units)
             if len(passes) == 2:
                 raise Interrupted("as by a person")
             return one_pass(self, units, defer=defer)
 
         with monkeypatch.context() as patched:
-            patched.setattr(job._Passes, "_one_pass", interrupted_in_the_second)
+            patched.setattr(Passes, "_one_pass", interrupted_in_the_second)
             with pytest.raises(Interrupted):
                 classify(config)
     result = classify(config)

@@ -12,7 +12,8 @@ from imgbatch.core import current, storage
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
-from imgbatch.errors import UsageError
+from imgbatch.errors import Interrupted, UsageError
+from imgbatch.runtime.interrupts import StopSwitch
 from imgbatch.runtime.job import RunResult, classify, retry
 from tests.conftest import changed
 from tests.runtime.conftest import rows_of
@@ -125,6 +126,42 @@ def test_a_run_that_current_json_lacks_is_found_and_retried(
     assert isinstance(child, RunResult)
     assert (child.num_rows, child.counts["OK"]) == (first.num_errors, 1)
     assert verify(first.out).ok
+
+
+def test_rows_that_fail_again_end_the_retry_all_the_same(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    """However few errors are allowed: for want of the images, then for want of whoever lets them be read."""
+    manifest = tmp_path / "broken.parquet"
+    uris = [*(str(photo) for photo in photos[6:9]), str(tmp_path / "late.jpg"), "nul\0byte"]
+    pq.write_table(pa.table({"uri": uris, "image_id": [*"abcde"]}), manifest)
+    first = classify(changed(photo_config, input__manifest=str(manifest)))
+    config = load_config(
+        flags={"output.path": first.out, "classify.engine": "local", "errors.max_rate": 0.0, "errors.min_rows": 1}
+    )
+    again = [retry(config, None) for _ in range(2)]
+    assert [child and child.counts for child in again] == [{"FETCH_FAILED": 1, "NOT_FOUND": 1}] * 2
+    assert len({child.run_id for child in again if child}) == 2
+    assert verify(first.out).ok
+
+
+def test_a_retry_that_is_unfinished_is_no_fault_of_the_run(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    manifest, late = broken_manifest(photos, tmp_path)
+    first = classify(changed(photo_config, input__manifest=str(manifest)))
+    late[0].write_bytes(photos[1].read_bytes())
+    stop = StopSwitch()
+    stop.is_on = True
+    with pytest.raises(Interrupted):
+        retry(photo_config, None, stop=stop)
+    result = verify(first.out)
+    assert result.ok
+    (child,) = (check for check in result.checks if "unfinished: 0 of 1 units" in check.detail)
+    assert not verify(first.out, child.run_id).ok
+    finished = retry(photo_config, None)
+    assert finished is not None
+    assert (finished.run_id, finished.counts["OK"]) == (child.run_id, 1)
 
 
 def test_nothing_to_retry(photo_config: Config) -> None:
