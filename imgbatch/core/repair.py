@@ -68,7 +68,7 @@ def rebuild(run: Run, damage: Damage) -> None:
     """Write the damaged files from their unit files, remove the strays, and bring the records up to date.
 
     From the unit files of then a file gets the bytes of then. From units that were classified again it may differ in
-    the last digits of probabilities: files.json then records what is there now.
+    the last digits of probabilities, and in why a row failed: files.json then records what is there now.
 
     Raises:
         ImgbatchError: a unit file is missing or damaged, or holds other rows than the files did.

@@ -14,7 +14,7 @@ from imgbatch.core import current, storage
 from imgbatch.core.database import spilling
 from imgbatch.core.output_files import EMBEDDINGS, ERRORS, PREDICTIONS, find_strays
 from imgbatch.core.runs import RunEntry, find_run, list_runs
-from imgbatch.errors import UsageError, normalise_message
+from imgbatch.errors import Status, UsageError, normalise_message
 
 _MEMORY_MB = 1000
 
@@ -35,7 +35,7 @@ class VerifyResult:
 
     checks: list[Check]
     counts: dict[str, dict[str, int]]
-    """Rows by status, per run."""
+    """Rows by status in the output files, per run; of a run whose files are not what files.json lists, nothing."""
 
     @property
     def ok(self) -> bool:
@@ -62,8 +62,10 @@ def verify(out: str, run_id: str | None = None) -> VerifyResult:
             checks += _check_current(run)
             checks += _check_files(run)
             if all(check.ok for check in checks if check.run_id == run.run_id):
-                checks += check_rows(run, next((r for r in chain if r.run_id == run.parent), None))
-            counts[run.run_id] = storage.read_json(run.paths.files)["counts"]
+                with spilling(run.paths.out, memory_mb=_MEMORY_MB) as connection:
+                    checks += _check_rows(connection, run, next((r for r in chain if r.run_id == run.parent), None))
+                    counts[run.run_id] = _count_statuses(connection, run)
+                checks += _check_counts(run, counts[run.run_id])
         except (FileNotFoundError, ValueError, KeyError, duckdb.Error) as error:
             checks.append(Check(run.run_id, "records", False, f"cannot be read: {normalise_message(error)}"))
     return VerifyResult(checks, counts)
@@ -116,38 +118,57 @@ def _check_files(run: RunEntry) -> Iterator[Check]:
 def check_rows(run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
     """Hold the rows in a run's files against those that were planned, and a retry's against its parent's errors."""
     with spilling(run.paths.out, memory_mb=_MEMORY_MB) as connection:
+        yield from _check_rows(connection, run, parent)
 
-        def number(query: str) -> int:
-            row = connection.execute(query).fetchone()
-            return int(row[0]) if row else 0
 
-        listed = storage.read_json(run.paths.files)["files"]
-        connection.execute(f"create view planned as select row_id from {_parquet([_rows_glob(run)])}")
-        of_kind = {kind: [file for file in listed if file["kind"] == kind] for kind in (PREDICTIONS, EMBEDDINGS)}
-        outcomes = [file for file in listed if file["kind"] != EMBEDDINGS]
-        connection.execute(f"create view written as {_row_ids(run, outcomes)}")
-        num_planned, num_written = number("select count(*) from planned"), number("select count(*) from written")
-        num_distinct = number("select count(distinct row_id) from written")
-        missing = number("select count(*) from planned anti join written using (row_id)")
-        unknown = number("select count(*) from written anti join planned using (row_id)")
-        yield Check(run.run_id, "rows", num_planned == num_written, f"{num_written:,} of {num_planned:,} rows")
-        yield Check(run.run_id, "distinct", num_distinct == num_written, f"{num_distinct:,} distinct row_ids")
-        yield Check(run.run_id, "missing", missing == 0, f"{missing:,} planned rows without an outcome")
-        yield Check(run.run_id, "unknown", unknown == 0, f"{unknown:,} rows that were not planned")
-        if of_kind[EMBEDDINGS]:
-            predicted, embedded = (f"({_row_ids(run, of_kind[kind])})" for kind in (PREDICTIONS, EMBEDDINGS))
-            unpaired = number(
-                f"select count(*) from (({predicted} except all {embedded}) union all "
-                f"({embedded} except all {predicted}))"
-            )
-            yield Check(
-                run.run_id, "embeddings", unpaired == 0, f"{unpaired:,} predictions and embeddings without a pair"
-            )
-        if parent is not None:
-            failed = [file for file in storage.read_json(parent.paths.files)["files"] if file["kind"] == ERRORS]
-            connection.execute(f"create view failed as {_row_ids(parent, failed)}")
-            strays = number("select count(*) from planned anti join failed using (row_id)")
-            yield Check(run.run_id, "retry", strays == 0, f"{strays:,} rows that had not failed in {parent.run_id}")
+def _check_rows(connection: duckdb.DuckDBPyConnection, run: RunEntry, parent: RunEntry | None) -> Iterator[Check]:
+    def number(query: str) -> int:
+        row = connection.execute(query).fetchone()
+        return int(row[0]) if row else 0
+
+    listed = storage.read_json(run.paths.files)["files"]
+    connection.execute(f"create view planned as select row_id from {_parquet([_rows_glob(run)])}")
+    of_kind = {kind: [file for file in listed if file["kind"] == kind] for kind in (PREDICTIONS, EMBEDDINGS)}
+    outcomes = [file for file in listed if file["kind"] != EMBEDDINGS]
+    connection.execute(f"create view written as {_row_ids(run, outcomes)}")
+    num_planned, num_written = number("select count(*) from planned"), number("select count(*) from written")
+    num_distinct = number("select count(distinct row_id) from written")
+    missing = number("select count(*) from planned anti join written using (row_id)")
+    unknown = number("select count(*) from written anti join planned using (row_id)")
+    yield Check(run.run_id, "rows", num_planned == num_written, f"{num_written:,} of {num_planned:,} rows")
+    yield Check(run.run_id, "distinct", num_distinct == num_written, f"{num_distinct:,} distinct row_ids")
+    yield Check(run.run_id, "missing", missing == 0, f"{missing:,} planned rows without an outcome")
+    yield Check(run.run_id, "unknown", unknown == 0, f"{unknown:,} rows that were not planned")
+    if of_kind[EMBEDDINGS]:
+        predicted, embedded = (f"({_row_ids(run, of_kind[kind])})" for kind in (PREDICTIONS, EMBEDDINGS))
+        unpaired = number(
+            f"select count(*) from (({predicted} except all {embedded}) union all ({embedded} except all {predicted}))"
+        )
+        yield Check(run.run_id, "embeddings", unpaired == 0, f"{unpaired:,} predictions and embeddings without a pair")
+    if parent is not None:
+        failed = [file for file in storage.read_json(parent.paths.files)["files"] if file["kind"] == ERRORS]
+        connection.execute(f"create view failed as {_row_ids(parent, failed)}")
+        strays = number("select count(*) from planned anti join failed using (row_id)")
+        yield Check(run.run_id, "retry", strays == 0, f"{strays:,} rows that had not failed in {parent.run_id}")
+
+
+def _count_statuses(connection: duckdb.DuckDBPyConnection, run: RunEntry) -> dict[str, int]:
+    """Rows by status, as the output files hold them."""
+    listed = storage.read_json(run.paths.files)["files"]
+    counts: dict[str, int] = {}
+    for kind, status in ((PREDICTIONS, f"'{Status.OK.value}'"), (ERRORS, "status")):
+        uris = [storage.join(run.paths.out, file["path"]) for file in listed if file["kind"] == kind]
+        if uris:
+            counts.update(connection.execute(f"select {status}, count(*) from {_parquet(uris)} group by 1").fetchall())
+    return dict(sorted(counts.items()))
+
+
+def _check_counts(run: RunEntry, counts: dict[str, int]) -> Iterator[Check]:
+    recorded = storage.read_json(run.paths.files)["counts"]
+    differing = sorted(name for name in recorded.keys() | counts if recorded.get(name, 0) != counts.get(name, 0))
+    if differing:
+        said = (f"{counts.get(name, 0):,} {name} where files.json has {recorded.get(name, 0):,}" for name in differing)
+        yield Check(run.run_id, "statuses", False, ", ".join(said))
 
 
 def _rows_glob(run: RunEntry) -> str:
