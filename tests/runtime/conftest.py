@@ -1,4 +1,6 @@
-"""The tiny labelled collection that training is tested on, for the engines too, and a question to a job's output."""
+"""The tiny labelled collection that training is tested on, for the engines too, and questions to a job's output."""
+
+from pathlib import Path
 
 import shutil
 from pathlib import Path
@@ -10,7 +12,7 @@ from imgbatch.core.model import ModelBundle
 from imgbatch.core.views import open_views
 from tests.core.training.conftest import _one_thread, colour_config, colour_images, colour_manifest, write_manifest
 
-__all__ = ["_one_thread", "colour_config", "colour_images", "colour_manifest", "rows_of", "write_manifest"]
+__all__ = ["_one_thread", "colour_config", "colour_images", "colour_manifest", "files_of", "rows_of", "write_manifest"]
 
 
 @pytest.fixture
@@ -26,3 +28,8 @@ def damaged_model(tiny_model: ModelBundle, tmp_path: Path) -> str:
 def rows_of(config: Config, sql: str) -> list[tuple[object, ...]]:
     with open_views(str(config.output.path)) as connection:
         return connection.execute(sql).fetchall()
+
+
+def files_of(config: Config) -> dict[str, bytes]:
+    out = Path(str(config.output.path))
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
-from imgbatch.core import storage
+from imgbatch.core import stages, storage
+from imgbatch.core.failpoints import parse_failpoints
 from imgbatch.core.runs import list_runs
-from imgbatch.core.stages import ClassifyStage, CommitStage
 from imgbatch.core.verify import verify
 from imgbatch.errors import Interrupted
 from imgbatch.runtime.job import classify
@@ -69,15 +69,7 @@ def test_units_that_were_put_off_come_after_all_others(
 def test_a_unit_that_goes_alone_after_a_pass_died_and_is_put_off_ends_nothing(
     unfetchable: Config, passes: list[tuple[list[int], bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit, died = CommitStage.__call__, list[int]()
-
-    def dying_once(self: CommitStage, block: pa.Table) -> object:
-        if not died:
-            died.append(1)
-            raise RuntimeError("the machine went away")
-        return commit(self, block)
-
-    monkeypatch.setattr(CommitStage, "__call__", dying_once)
+    monkeypatch.setattr(stages, "failpoint", parse_failpoints("commit.before=raise@1"))
     result = classify(unfetchable)
     may_put_off = [list(range(NUM_UNITS)), [0], list(range(1, NUM_UNITS)), [0, 1, 5]]
     assert passes == [*((units, True) for units in may_put_off), ([0, 1, 5], False)]
@@ -97,6 +89,9 @@ def test_units_that_only_the_engine_fails_on_are_isolated_and_the_run_ends_well(
         return classify_unit(self, block)
 
     monkeypatch.setattr(ClassifyStage, "__call__", failing)
+    monkeypatch.setattr(job, "MAX_INNOCENT", 1)
+    in_this_process = "classify.unit[96]=raise;classify.unit[112]=raise"
+    monkeypatch.setattr(stages, "failpoint", parse_failpoints(in_this_process))
     result = classify(photo_config)
     assert verify(result.out).ok
     assert result.num_rows == 120
@@ -111,6 +106,9 @@ def test_an_engine_through_which_nothing_comes_ends_the_job(
     monkeypatch.setattr(ClassifyStage, "__call__", failing)
     monkeypatch.setattr("imgbatch.runtime.passes.MAX_INNOCENT", 2)
     with pytest.raises(Interrupted, match=r"the engine stops whatever the unit, .*no such device; put it right"):
+    monkeypatch.setattr(stages, "failpoint", parse_failpoints("classify.unit=raise"))
+    monkeypatch.setattr(job, "MAX_INNOCENT", 2)
+    with pytest.raises(Interrupted, match=r"the engine stops whatever the unit, .*: classify.unit=raise; put it right"):
         classify(photo_config)
     record = storage.read_json(list_runs(str(photo_config.output.path))[0].paths.run_json)
     assert record["sessions"][0]["isolated_units"] == 2

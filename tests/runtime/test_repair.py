@@ -12,15 +12,16 @@ import pytest
 
 from imgbatch.cli import run as command
 from imgbatch.config import Config
-from imgbatch.core import current, storage
+from imgbatch.core import current, stages, storage
+from imgbatch.core.failpoints import parse_failpoints
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.runs import RunPaths
-from imgbatch.core.stages import CommitStage
 from imgbatch.core.verify import verify
 from imgbatch.errors import ImgbatchError, UsageError
 from imgbatch.runtime.job import RunResult, classify, retry
 from imgbatch.runtime.repair import repair
 from tests.conftest import changed
+from tests.runtime.conftest import rows_of
 
 
 @pytest.fixture
@@ -158,25 +159,41 @@ def test_rows_that_come_out_otherwise_are_one_line(
     assert verify(result.out).ok
 
 
+def test_why_a_row_failed_is_recorded_as_it_is_now(config: Config, tmp_path: Path, photos: list[Path]) -> None:
+    broken, manifest = tmp_path / "broken.jpg", tmp_path / "broken.parquet"
+    broken.write_text("<html>not here</html>")
+    pq.write_table(pa.table({"uri": [str(broken), str(photos[1])], "shop": ["a", "a"]}), manifest)
+    config = changed(config, input__manifest=str(manifest))
+    result = classify(config)
+    assert result.counts == {"NOT_AN_IMAGE": 1, "OK": 1}
+    broken.write_bytes(b"")
+    next(Path(result.out, "errors").rglob("*.parquet")).unlink()
+    assert len(repair(config, None)) == 1
+    verified = verify(result.out)
+    assert (verified.ok, verified.counts) == (True, {result.run_id: {"EMPTY": 1, "OK": 1}})
+
+
+OUTCOMES = (
+    "select row_id, label, 'OK' status from predictions union all select row_id, null, status from errors order by 1"
+)
+
+
 def test_a_unit_that_kills_the_engine_ends_in_isolation(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     result = classify(config)
-    before = output_files(result)
+    before = rows_of(config, OUTCOMES)
     damage(result)
-    commit = CommitStage.__call__
-    tries: Counter[int] = Counter()
+    fail, tries = parse_failpoints("commit.before[1]=raise@1;commit.before[1]=raise@2"), Counter[object]()
 
-    def failing(self: CommitStage, block: pa.Table) -> object:
-        unit = block["unit"][0].as_py()
-        tries[unit] += 1
-        if unit == 1 and tries[unit] <= 2:
-            raise RuntimeError("the machine went away")
-        return commit(self, block)
+    def passed(point: str, key: object = None) -> None:
+        if point == "commit.before":
+            tries[key] += 1
+        fail(point, key)
 
-    monkeypatch.setattr(CommitStage, "__call__", failing)
+    monkeypatch.setattr(stages, "failpoint", passed)
     (done,) = repair(config, None)
     assert tries == {unit: 3 if unit == 1 else 1 for unit in tries}
     assert done.num_units_classified == len(tries) > 2
-    assert output_files(result).keys() == before.keys()
+    assert rows_of(config, OUTCOMES) == before
     assert verify(result.out).ok
 
 
