@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from imgbatch.config import DecodeConfig
 from imgbatch.core.decoder import DecodedUnit, Decoder
+from imgbatch.core.failpoints import ONCE_VARIABLE, VARIABLE
 from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.raster_request import RasterRequest
 from imgbatch.core.transforms import PreprocessSpec
@@ -36,7 +37,7 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def slow_png() -> bytes:
-    """Small to send, long to decode: a palette of 100 million pixels, for some seconds in C code."""
+    """Small to send, long to decode: a palette of 100 million pixels, for tenths of a second in C code."""
     return encode(Image.new("P", (10_000, 10_000)), "PNG")
 
 
@@ -106,15 +107,34 @@ def test_images_larger_than_any_socket_buffer_pass() -> None:
         assert_all_decoded(decoder.decode(payloads, 2), payloads)
 
 
-def test_a_hanging_decoder_is_a_timeout_of_one_row() -> None:
-    payloads = [jpeg(), slow_png(), jpeg(seed=1), slow_png(), jpeg(seed=2)]
-    with Decoder(SPEC, DecodeConfig(timeout_s=0.3)) as decoder:
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Arms failpoints in the children that start from then on; ``once``: each acts in one child only."""
+
+    def arm(failpoints: str, *, once: bool = False) -> None:
+        monkeypatch.setenv(VARIABLE, failpoints)
+        if once:
+            monkeypatch.setenv(ONCE_VARIABLE, str(tmp_path))
+
+    return arm
+
+
+def test_a_hanging_decoder_is_a_timeout_of_one_row(fail: Callable[..., None]) -> None:
+    payloads = [jpeg(seed=seed) for seed in range(5)]
+    fail("decode.row[1]=hang;decode.row[3]=hang")
+    with Decoder(SPEC, DecodeConfig(timeout_s=2)) as decoder:
         unit = decoder.decode(payloads, 5)
     assert_all_decoded(unit, payloads, except_rows={1, 3})
-    for error in (unit.errors[1], unit.errors[3]):
-        assert error is not None
-        assert (error.status, error.stage, error.attempts) == (Status.TIMEOUT, Stage.DECODE, 1)
-        assert "decode.timeout_s" in error.message
+    timeout = RowError(Status.TIMEOUT, Stage.DECODE, "decoding took more than 2 s (decode.timeout_s)", 1)
+    assert [unit.errors[1], unit.errors[3]] == [timeout, timeout]
+
+
+def test_a_timeout_ends_a_decoder_that_hangs_in_c_code_too() -> None:
+    """Where no signal handler of Python's would come to its turn."""
+    with Decoder(SPEC, DecodeConfig(timeout_s=0.1)) as decoder:
+        (error,) = decoder.decode([slow_png()], 1).errors
+    assert error is not None
+    assert error.status is Status.TIMEOUT
 
 
 def test_memory_is_bounded_for_the_child_and_not_for_this_process() -> None:
@@ -179,45 +199,40 @@ def test_no_library_takes_the_memory_that_images_may_have() -> None:
     assert int(line.split()[1]) < 400_000
 
 
-def signalling(decoder: Decoder, payloads: list[bytes], rows: set[int], sent: signal.Signals) -> Iterator[bytes]:
-    """``payloads``; before each of ``rows`` the child, by then at work on a slow image, is sent a signal."""
-    for row, data in enumerate(payloads):
-        if row in rows:
-            time.sleep(0.3)
-            assert decoder.child_pid is not None
-            os.kill(decoder.child_pid, sent)
-            if sent is not signal.SIGSTOP:
-                os.waitid(os.P_PID, decoder.child_pid, os.WEXITED | os.WNOWAIT)
-        yield data
-
-
-def test_a_child_killed_once_costs_no_row() -> None:
-    payloads = [jpeg(), slow_png(), jpeg(seed=1)]
+def test_a_child_killed_once_costs_no_row(fail: Callable[..., None]) -> None:
+    payloads = [jpeg(seed=seed) for seed in range(3)]
+    fail("decode.row[1]=kill", once=True)
     with Decoder(SPEC, DecodeConfig()) as decoder:
-        decoder.decode(payloads[:1], 1)
-        unit = decoder.decode(signalling(decoder, payloads, {2}, signal.SIGKILL), 3)
+        first = decoder.decode(payloads[:1], 1)
+        pid = decoder.child_pid
+        unit = decoder.decode(payloads, 3)
+        assert decoder.child_pid != pid
+    assert_all_decoded(first, payloads[:1])
     assert_all_decoded(unit, payloads)
 
 
-def test_a_row_that_the_child_dies_of_twice_is_a_decoder_crash() -> None:
-    payloads = [jpeg(), slow_png(), jpeg(seed=1), jpeg(seed=2), jpeg(seed=3)]
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [("kill", "the decoding process was ended by SIGKILL"), ("raise", "the decoding process exited with code 1")],
+)
+def test_a_row_that_the_child_dies_of_twice_is_a_decoder_crash(
+    action: str, message: str, fail: Callable[..., None]
+) -> None:
+    payloads = [jpeg(seed=seed) for seed in range(5)]
+    fail(f"decode.row[1]={action}")
     with Decoder(SPEC, DecodeConfig()) as decoder:
-        decoder.decode(payloads[:1], 1)
-        unit = decoder.decode(signalling(decoder, payloads, {2, 3}, signal.SIGSEGV), 5)
+        unit = decoder.decode(payloads, 5)
     assert_all_decoded(unit, payloads, except_rows={1})
-    assert unit.errors[1] is not None
-    assert (unit.errors[1].status, unit.errors[1].attempts) == (Status.DECODER_CRASH, 2)
-    assert "SIGSEGV" in unit.errors[1].message
+    assert unit.errors[1] == RowError(Status.DECODER_CRASH, Stage.DECODE, message, 2)
 
 
-def test_a_stopped_child_is_a_timeout() -> None:
-    payloads = [jpeg(), slow_png(), jpeg(seed=1)]
-    with Decoder(SPEC, DecodeConfig(timeout_s=1.0)) as decoder:
-        decoder.decode(payloads[:1], 1)
-        unit = decoder.decode(signalling(decoder, payloads, {2}, signal.SIGSTOP), 3)
+def test_a_stopped_child_is_a_timeout(fail: Callable[..., None]) -> None:
+    payloads = [jpeg(seed=seed) for seed in range(3)]
+    fail("decode.row[1]=stop")
+    with Decoder(SPEC, DecodeConfig(timeout_s=2)) as decoder:
+        unit = decoder.decode(payloads, 3)
     assert_all_decoded(unit, payloads, except_rows={1})
-    assert unit.errors[1] is not None
-    assert (unit.errors[1].status, unit.errors[1].attempts) == (Status.TIMEOUT, 1)
+    assert unit.errors[1] == RowError(Status.TIMEOUT, Stage.DECODE, "decoding made no progress for 3 s", 1)
 
 
 def test_a_child_that_died_between_units_is_replaced() -> None:

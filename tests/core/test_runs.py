@@ -30,6 +30,14 @@ def choose(out: Path, fingerprint: str, *, new_run: bool = False, abandon: bool 
     return choose_run_id(str(out), fingerprint, {"model": fingerprint}, new_run=new_run, abandon=abandon)
 
 
+def wait_for(uri: str) -> None:
+    """Until there is such a file."""
+    deadline = time.monotonic() + 60
+    while not storage.exists(uri):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_an_empty_output_gets_the_fingerprints_run(tmp_path: Path) -> None:
     assert choose(tmp_path, FIRST) == "r" + "a" * 12
 
@@ -132,9 +140,8 @@ def test_a_sign_from_another_host_is_one_of_life_if_it_changes(
 
     thread = threading.Thread(target=beat)
     thread.start()
-    while not storage.exists(paths.heartbeat):
-        time.sleep(0.01)
     try:
+        wait_for(paths.heartbeat)
         with pytest.raises(UsageError, match="1 on elsewhere") if works else contextlib.nullcontext(), heartbeat(paths):
             pass
     finally:
@@ -173,18 +180,14 @@ def test_a_store_that_is_away_does_not_end_the_heartbeat(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(storage, "write_json", away_at_first)
     with heartbeat(paths):
-        deadline = time.monotonic() + 10
-        while not storage.exists(paths.heartbeat):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(paths.heartbeat)
 
 
 def test_a_sign_of_life_goes_stale(tmp_path: Path) -> None:
     paths = RunPaths(str(tmp_path), "r1")
     assert not is_alive(paths)
     with heartbeat(paths):
-        while not storage.exists(paths.heartbeat):
-            time.sleep(0.01)
+        wait_for(paths.heartbeat)
         assert is_alive(paths)
     storage.write_json(paths.heartbeat, {"host": "elsewhere", "pid": 1, "time": time.time() - 3600})
     assert not is_alive(paths)

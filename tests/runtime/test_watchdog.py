@@ -31,9 +31,9 @@ def test_a_wait_ends() -> None:
         yield 1
         release.wait(60)
 
-    items = watched(stuck(), timeout_s=0.1)
+    items = watched(stuck(), timeout_s=2)
     assert next(items) == 1
-    with pytest.raises(Interrupted, match=r"no unit was committed for 0\.1 s"):
+    with pytest.raises(Interrupted, match="no unit was committed for 2 s"):
         next(items)
     release.set()
 
