@@ -274,11 +274,17 @@ def test_several_threads_fetch_at_once_each_its_own(objects: ObjectServer) -> No
     assert objects.most_busy <= 4
 
 
+def fetch_connected(uris: list[str | None], **config: float) -> list[bytes | RowError]:
+    """By a client that has fetched before: the start of the first one takes longer than a request."""
+    with Fetcher(FetchConfig(retries=0, **config)) as fetcher:  # type: ignore[arg-type]
+        assert list(fetcher.fetch(["s3://bucket/first"])) == [b"first" * 10]
+        return list(fetcher.fetch(uris))
+
+
 def test_a_request_that_stalls_is_overtaken_by_a_second(objects: ObjectServer) -> None:
     """The server answers the first only after the test."""
-    uris = [f"s3://bucket/{key}" for key in ("stalls1", "quick", "404x9")]
-    with Fetcher(FetchConfig(hedge_after_s=0.5, retries=0)) as fetcher:
-        stalled, quick, missing = fetcher.fetch(uris)
+    uris: list[str | None] = [f"s3://bucket/{key}" for key in ("stalls1", "quick", "404x9")]
+    stalled, quick, missing = fetch_connected(uris, hedge_after_s=2.0)
     assert (stalled, quick) == (b"stalls1" * 10, b"quick" * 10)
     assert isinstance(missing, RowError)
     assert missing.status is Status.NOT_FOUND
@@ -287,11 +293,13 @@ def test_a_request_that_stalls_is_overtaken_by_a_second(objects: ObjectServer) -
 
 
 def test_without_hedging_a_request_is_waited_for(objects: ObjectServer) -> None:
-    error = fetch_error("s3://bucket/stalls1", timeout_s=3.0, retries=0)
+    (error,) = fetch_connected(["s3://bucket/stalls1"], timeout_s=3.0)
+    assert isinstance(error, RowError)
     assert (error.status, objects.requests["stalls1"]) == (Status.FETCH_FAILED, 1)
 
 
 def test_when_both_requests_stall_the_timeout_holds(objects: ObjectServer) -> None:
-    error = fetch_error("s3://bucket/stalls9", hedge_after_s=0.2, timeout_s=3.0, retries=0)
+    (error,) = fetch_connected(["s3://bucket/stalls9"], hedge_after_s=0.2, timeout_s=3.0)
+    assert isinstance(error, RowError)
     assert (error.status, error.attempts) == (Status.FETCH_FAILED, 1)
     assert objects.requests["stalls9"] == 2
