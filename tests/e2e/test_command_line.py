@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -102,60 +100,3 @@ def test_a_traceback_only_for_who_asks(tmp_path: Path, capsys: pytest.CaptureFix
 
     assert run(["verify", str(tmp_path / "nowhere"), "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("engine", ["local", "ray"])
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal_and_run_again(
-    engine: str, stop: signal.Signals, photo_manifest: Path, tiny_model: ModelBundle, tmp_path: Path
-) -> None:
-    """Exit code 4, one line, and nothing that was committed is lost."""
-    if (engine, stop) == ("ray", signal.SIGINT):
-        pytest.skip("SIGINT takes the same way as SIGTERM; starting Ray once is enough")
-    out = tmp_path / "out"
-    arguments = [
-        COMMAND, "classify", "-m", tiny_model.path, "--manifest", str(photo_manifest), "-o", str(out),
-        "--set", "classify.unit_rows=1", *LOCAL, "--engine", engine,
-        "--set", "resources.decode_actors=1", "--set", "resources.classify_actors=1",
-    ]  # fmt: skip
-    driver = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True)
-    wait_for_first_unit(driver, out)
-    driver.send_signal(stop)
-    _, errors = driver.communicate(timeout=60)
-    assert driver.returncode == 4, errors
-    how = "stopped after the units in flight" if stop == signal.SIGINT else "interrupted"
-    assert errors.splitlines()[-1] == f"imgbatch: {how}; the same command continues"
-    (state,) = json.loads(imgbatch("status", out, "--json").stdout)
-    assert state["state"] == "interrupted"
-    assert 0 < state["units_done"] < 120
-    imgbatch("classify", "-m", tiny_model.path, "--manifest", photo_manifest, "-o", out, *LOCAL)
-    assert "120 of 120 rows" in imgbatch("verify", out).stdout
-
-
-def wait_for_first_unit(driver: subprocess.Popen[str], out: Path) -> None:
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not list(out.glob("runs/*/units/unit-*")):
-        assert driver.poll() is None, driver.communicate()
-        time.sleep(0.01)
-
-
-@pytest.mark.soak
-def test_killed_on_ray_and_run_again(photo_manifest: Path, tiny_model: ModelBundle, tmp_path: Path) -> None:
-    """SIGKILL of the driver while Ray works; its processes end by themselves, and the same command finishes."""
-    out = tmp_path / "out"
-    arguments = [
-        COMMAND, "classify", "-m", tiny_model.path, "--manifest", str(photo_manifest), "-o", str(out),
-        "--set", "classify.unit_rows=1", "--set", "errors.max_rate=1", "--set", "resources.decode_actors=1",
-        "--set", "resources.classify_actors=1", "--set", "ray.object_store_mb=200", "--set", "resources.device=cpu",
-    ]  # fmt: skip
-    driver = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True)
-    wait_for_first_unit(driver, out)
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate()
-    finished = list(out.glob("runs/*/_SUCCESS"))
-    assert not finished
-    again = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=300, check=False)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "continuing:" in again.stderr
-    assert "120 of 120 rows" in imgbatch("verify", out).stdout

@@ -263,7 +263,9 @@ def test_interrupted(
         if number < len(signals):
             wait_until(lambda: "Ctrl-C again stops now" in job.log.read_text())
     assert driver.wait(30) == ExitCode.INTERRUPTED
-    assert "the same command continues" in job.last_line()
+    how = "stopped after the units in flight" if signals == [signal.SIGINT] else "interrupted"
+    assert job.last_line() == f"imgbatch: {how}; the same command continues"
+    assert storage.read_json(job.paths.run_json)["state"] == "interrupted"
     assert committed(job) == units
     assert job.run() == ExitCode.DONE
     assert_exactly_once(job, oracle)

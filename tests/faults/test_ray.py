@@ -107,6 +107,33 @@ def test_a_head_that_dies_ends_the_driver_and_the_run_goes_on_elsewhere(ray_job:
     assert_exactly_once(ray_job, oracle)
 
 
+def test_a_driver_that_is_killed_leaves_no_process_and_the_same_command_goes_on(ray_job: Job, oracle: Job) -> None:
+    with started(ray_job, "classify.unit=delay:1", once=False) as process:
+        wait_until(lambda: units_done(ray_job) >= 1, 180)
+        of_ray = _descendants(process.pid)
+        process.kill()
+        process.wait()
+        try:
+            wait_until(lambda: all(map(has_ended, of_ray)))
+        finally:
+            for left in of_ray:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+    assert of_ray
+    assert units_done(ray_job) < 8
+    with started(ray_job) as process:
+        assert process.wait(BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()
+    assert "continuing: " in ray_job.log.read_text()
+    assert_exactly_once(ray_job, oracle)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # where nobody is there to take note of it
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_an_actor_that_hangs_costs_a_pass(ray_job: Job, oracle: Job) -> None:
     with started(ray_job, "classify.unit[48]=hang", run__no_progress_s=60) as process:
         assert process.wait(BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()

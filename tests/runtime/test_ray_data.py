@@ -12,9 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import ray
 from rich.console import Console
@@ -169,13 +167,13 @@ def test_whichever_part_is_done_counts_as_progress(tmp_path: Path) -> None:
     def in_turn(context: str, part: int) -> int:
         wait_for(Path(context, f"done{part - 1 if part else 3}"))
         if part:
-            time.sleep(2.5)
+            time.sleep(4)
             Path(context, f"done{part}").touch()
         return part
 
     list(map_in_tasks(meet, str(tmp_path), range(4), timeout_s=300))  # so that no process has to start any more
     (tmp_path / "done0").touch()
-    assert list(map_in_tasks(in_turn, str(tmp_path), range(4), timeout_s=6)) == [0, 1, 2, 3]
+    assert list(map_in_tasks(in_turn, str(tmp_path), range(4), timeout_s=10)) == [0, 1, 2, 3]
 
 
 def test_who_takes_no_more_receipts_ends_the_pass(photo_config: Config, tmp_path: Path) -> None:
@@ -191,57 +189,3 @@ def test_who_takes_no_more_receipts_ends_the_pass(photo_config: Config, tmp_path
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert 0 < run.plan.layout.num_units - len(run.pending_units()) < run.plan.layout.num_units // 2
-
-
-def actor_pids(name: str) -> list[int]:
-    """Processes of actors of this class in this test run's Ray; Ray writes the class into the process title."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-        if title.startswith("ray::") and name in title:
-            found.append(process.pid)
-    return found
-
-
-def kill_once(name: str, killed: list[int]) -> None:
-    """SIGKILL the first actor of this class as soon as there is one."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not killed:
-        for pid in actor_pids(name)[:1]:
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-        time.sleep(0.02)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("name", ["DecodeActor", "ClassifyActor"])
-def test_an_actor_that_is_killed_costs_no_row(
-    name: str, photo_config: Config, photos: list[Path], tmp_path: Path
-) -> None:
-    manifest = tmp_path / "many.parquet"
-    pq.write_table(
-        pa.table(
-            {
-                "uri": [str(path) for path in photos] * 10,
-                "image_id": [f"{repeat}/{path.name}" for repeat in range(10) for path in photos],
-                "target": ["red"] * 1200,
-                "shop": ["x"] * 1200,
-                "price": [0.0] * 1200,
-            }
-        ),
-        manifest,
-    )
-    oracle = changed(photo_config, input__manifest=str(manifest))
-    config = on_ray(oracle, tmp_path)
-    killed: list[int] = []
-    thread = threading.Thread(target=kill_once, args=(name, killed))
-    thread.start()
-    result = classify(config)
-    thread.join()
-    assert killed
-    assert verify(result.out).ok
-    classify(oracle)
-    assert_same_output(config, oracle)
