@@ -32,7 +32,8 @@ class Fault:
     ``503`` and the other numbers: that answer, and the server is not asked. ``reset``: the connection is, before the
     server is asked. ``lost``: the server does as it was asked, and the connection is reset in place of its answer.
     ``truncate``: half of the body that was announced. ``slow:S``: half of the body, ``S`` seconds, the other half; an
-    answer without a body comes after ``S`` seconds.
+    answer without a body comes after ``S`` seconds. ``unconditional``: the server does not see an ``If-None-Match``;
+    it must be one that checks no signatures.
     """
 
     method: str
@@ -105,7 +106,7 @@ def _handler(state: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 self.refuse(int(action))
                 return
             if action != "reset":
-                answer, content = self.ask(body)
+                answer, content = self.ask(body, hidden="if-none-match" if action == "unconditional" else "")
             if action in ("reset", "lost"):
                 self.reset()
             else:
@@ -113,11 +114,12 @@ def _handler(state: FaultyServer) -> type[BaseHTTPRequestHandler]:
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = do_request
 
-        def ask(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        def ask(self, body: bytes, hidden: str) -> tuple[http.client.HTTPResponse, bytes]:
+            """``hidden``: a header that the server does not see."""
             connection = http.client.HTTPConnection(state.upstream, timeout=60)
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
-                if name.lower() not in ("connection", "expect"):
+                if name.lower() not in ("connection", "expect", hidden):
                     connection.putheader(name, value)
             connection.endheaders(body)
             answer = connection.getresponse()

@@ -22,7 +22,7 @@ from imgbatch.core import storage
 from imgbatch.core.failpoints import POINTS
 from imgbatch.core.model import ModelBundle, load_bundle, load_network
 from imgbatch.errors import ExitCode
-from tests.faults.conftest import Job, assert_exactly_once, outcomes, output_bytes, wait_until
+from tests.faults.conftest import Job, assert_exactly_once, is_stopped, outcomes, output_bytes, wait_until
 from tests.faults.drivers import KILLED, Driver
 
 NOT_IN_THIS_DRIVER = {"decode.row", "train.step", "finalize.after_units"}
@@ -113,10 +113,6 @@ def test_a_zombie_that_wakes_up_after_finalize(job: Job, oracle: Job, start: Cal
     assert zombie.wait() == ExitCode.DONE
     assert output_bytes(job) == before
     assert_exactly_once(job, oracle)
-
-
-def is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
 
 
 def other_manifest(job: Job, _: Callable[..., ModelBundle]) -> Job:

@@ -5,7 +5,9 @@ What passes leaves no trace in the result; what does not is a row's status, or o
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +20,8 @@ import pytest
 from imgbatch.core import storage
 from imgbatch.core.model import ModelBundle
 from imgbatch.errors import ExitCode
-from tests.faults.conftest import SETTINGS, Job, assert_exactly_once, outcomes
+from tests.faults.conftest import SETTINGS, Job, assert_exactly_once, is_stopped, outcomes, wait_until
+from tests.faults.drivers import driver
 from tests.faults.proxy import Fault, FaultyServer, faulty_server
 
 IMAGES = r"photo0(10|33|77)\."
@@ -111,6 +114,29 @@ def test_what_passes_leaves_no_trace(object_job: ObjectJob, oracle: Job, faults:
     ]
     assert object_job.run() == ExitCode.DONE, object_job.log.read_text()
     assert_no_trace(object_job, oracle, faults, at_least=6)
+
+
+@pytest.mark.skipif("IMGBATCH_TEST_S3" in os.environ, reason="that server may check signatures, which hold the header")
+def test_where_the_server_ignores_the_condition_the_last_writer_wrote_the_same_rows(
+    object_job: ObjectJob, oracle: Job, faults: FaultyServer
+) -> None:
+    """A driver stands still before a commit, another one finishes, and the first then writes over its units."""
+    faults.faults = [Fault("PUT", "", "unconditional")]
+    job = replace(object_job, settings=object_job.settings | {"output.keep_units": True})
+    with driver(job.arguments(), job.log, job.environment("commit.before[2]=stop")) as zombie:
+        wait_until(lambda: is_stopped(zombie.pid))
+        (sign_of_life,) = (info.uri for info in storage.list_files(f"{job.base}/out") if "heartbeat" in info.uri)
+        storage.remove(sign_of_life)  # a minute without another would do the same
+        assert job.run() == ExitCode.DONE, job.log.read_text()
+        before = {uri: storage.file_info(uri).version for uri in job.units()}
+        faults.acted.clear()
+        os.kill(zombie.pid, signal.SIGCONT)
+        assert zombie.wait() == ExitCode.DONE, job.log.read_text()
+    overwritten = {path.rpartition("/")[2] for _, path, _ in faults.acted if "/units/" in path}
+    assert overwritten == {f"unit-{unit:08d}.parquet" for unit in range(2, 8)}
+    assert {uri: storage.file_info(uri).version for uri in job.units()} == before
+    assert "this server ignores If-None-Match; of two drivers at once, the last to write" in job.log.read_text()
+    assert_exactly_once(job.brought_home(), oracle)
 
 
 @pytest.mark.soak
