@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
 from imgbatch.core import finalize, partition_units, storage
+from imgbatch.core.model import ModelBundle
 from imgbatch.core.output_files import PREDICTIONS, OutputFile
-from imgbatch.core.plan import plan_run
+from imgbatch.core.plan import Run, plan_run
+from imgbatch.core.results import LabelRules, commit_unit, prediction_columns, unit_table
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
 from imgbatch.runtime.job import RunResult, classify
 from tests.conftest import changed
+
+NUM_ROWS, NUM_BUCKETS = 2_000_000, 500
+PEAK_BYTES = 900 * 10**6
+"""Two thirds of what the rows take in memory."""
+
+FINALIZE_AND_REPORT = """
+import json, re, sys
+from pathlib import Path
+from imgbatch.config import parse_config
+from imgbatch.core.finalize import finalize
+from imgbatch.core.plan import plan_run
+run = plan_run(parse_config(json.loads(sys.argv[1])), "cpu")
+record = finalize(run, lambda function, run, parts: (function(run, part) for part in parts))
+# Not ru_maxrss, which a new process inherits from the one that started it.
+peak_kb = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(record["counts"]["OK"], sum(file["kind"] == "predictions" for file in record["files"]), peak_kb * 1024)
+"""
+"""One part of the work after the other, as a task of Ray's does it."""
 
 
 def layout_of(result: RunResult) -> list[OutputFile]:
@@ -110,3 +134,48 @@ def test_files_of_partitions_are_written_a_few_at_a_time(
     assert max(groups) == 2
     row_ids = [row_id for path in files for row_id in pq.read_table(path, partitioning=None)["row_id"].to_pylist()]
     assert sorted(row_ids) == [row_id for row_id in range(len(photos)) if row_id % 20 != 5]
+
+
+@pytest.mark.soak
+def test_memory_is_bounded_whatever_the_order_of_the_rows(
+    photo_config: Config, make_bundle: Callable[..., ModelBundle], tmp_path: Path
+) -> None:
+    """Every unit holds rows of every bucket."""
+    manifest, step = tmp_path / "huge.parquet", 100_000
+    with pq.ParquetWriter(manifest, pa.schema([("uri", pa.string())])) as writer:
+        for first in range(0, NUM_ROWS, step):
+            writer.write_table(pa.table({"uri": [f"s3://bucket/{row}.jpg" for row in range(first, first + step)]}))
+    bundle = make_bundle(class_names=tuple(f"class {index}" for index in range(100)))
+    config = changed(
+        photo_config,
+        input__manifest=str(manifest),
+        input__duplicates="keep",
+        model__path=bundle.path,
+        classify__unit_rows=8192,
+        output__partition_by=(f"bucket:{NUM_BUCKETS}",),
+    )
+    arrow_bytes = classify_nothing(plan_run(config, "cpu"))
+    result = subprocess.run(
+        [sys.executable, "-c", FINALIZE_AND_REPORT, config.model_dump_json()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=900,
+    )
+    num_ok, num_files, peak = map(int, result.stdout.split())
+    assert (num_ok, num_files) == (NUM_ROWS, NUM_BUCKETS)
+    assert peak < PEAK_BYTES < arrow_bytes * 2 / 3
+
+
+def classify_nothing(run: Run) -> int:
+    """Commit every unit with the same probabilities for every row; returns the bytes of all results in memory."""
+    rules = LabelRules(run.bundle.class_names, run.bundle.task, run.plan.probabilities, 5)
+    arrow_bytes = 0
+    for unit in run.plan.layout:
+        row_ids = pa.array(range(unit.first_row, unit.first_row + unit.num_rows), pa.int64())
+        probs_NK = np.tile(np.linspace(0.001, 0.019, 100, dtype=np.float32), (unit.num_rows, 1))
+        size_N = np.full(unit.num_rows, 224, np.int32)
+        table = unit_table(row_ids, [None] * unit.num_rows, size_N, size_N, prediction_columns(probs_NK, rules))
+        arrow_bytes += table.nbytes
+        commit_unit(run.paths, unit.index, row_ids, table, defer_above=None)
+    return arrow_bytes

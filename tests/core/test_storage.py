@@ -3,8 +3,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -190,6 +192,38 @@ def test_a_file_that_could_not_be_written_whole_is_not_there(tmp_path: Path, mon
     with pytest.raises(OSError, match="no space left"):
         local_disk.create_without_links(tmp_path / "unit", b"unit")
     assert list(tmp_path.iterdir()) == []
+
+
+def stage(uri: str, data: bytes) -> None:
+    with storage.staged_file(uri) as path:
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("write", [storage.create_if_absent, storage.replace, stage])
+def test_content_is_on_the_disk_before_it_has_a_name_and_the_name_before_the_write_is_done(
+    write: Callable[[str, bytes], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    sync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        done.append(("on the disk", os.fstat(descriptor).st_ino))
+
+    def naming(give_name: Callable[..., None]) -> Callable[..., None]:
+        def named(source: Path, target: Path) -> None:
+            give_name(source, target)
+            done.append(("named", target.stat().st_ino))
+
+        return named
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for name in ("link", "replace"):
+        monkeypatch.setattr(os, name, naming(getattr(os, name)))
+    path = tmp_path / "unit.bin"
+    write(str(path), b"content")
+    file, folder = path.stat().st_ino, tmp_path.stat().st_ino
+    assert done == [("on the disk", file), ("named", file), ("on the disk", folder)]
 
 
 def test_a_slash_at_the_end_is_no_other_place() -> None:
