@@ -26,15 +26,8 @@ def fgsm(loss: Loss, pixels_BCHW: Tensor, epsilon: float) -> Tensor:
     return _step(loss, pixels_BCHW, epsilon).clamp(0, 1)
 
 
-def pgd(
-    loss: Loss,
-    pixels_BCHW: Tensor,
-    epsilon: float,
-    *,
-    num_steps: int = PGD_STEPS,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Steps of ``2.5 * epsilon / num_steps`` up the loss that stay within ``epsilon`` (Madry et al. 2018).
+def pgd(loss: Loss, pixels_BCHW: Tensor, epsilon: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """Steps of ``2.5 * epsilon / PGD_STEPS`` up the loss that stay within ``epsilon`` (Madry et al. 2018).
 
     Args:
         pixels_BCHW: float, 0 to 1; so is what is returned.
@@ -44,8 +37,8 @@ def pgd(
     if generator is not None:
         start_BCHW = torch.empty_like(pixels_BCHW).uniform_(-epsilon, epsilon, generator=generator)
         attacked_BCHW = (pixels_BCHW + start_BCHW).clamp(0, 1)
-    for _ in range(num_steps):
-        stepped_BCHW = _step(loss, attacked_BCHW, 2.5 * epsilon / num_steps)
+    for _ in range(PGD_STEPS):
+        stepped_BCHW = _step(loss, attacked_BCHW, 2.5 * epsilon / PGD_STEPS)
         change_BCHW = (stepped_BCHW - pixels_BCHW).clamp(-epsilon, epsilon)
         attacked_BCHW = (pixels_BCHW + change_BCHW).clamp(0, 1)
     return attacked_BCHW

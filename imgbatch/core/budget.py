@@ -39,12 +39,12 @@ class ErrorBudget:
                 f"{self._config.max_rate:g}: {self.reasons()}; put it right and run the same command again"
             )
 
-    def reasons(self, most: int = 3) -> str:
-        """The commonest failures, with an example each: ``31 NOT_FOUND (…), 2 TRUNCATED (…)``."""
+    def reasons(self) -> str:
+        """The three commonest failures, with an example each: ``31 NOT_FOUND (…), 2 TRUNCATED (…)``."""
         counts: Counter[str] = Counter()
         for receipt in self._window:
             counts.update({status: n for status, n in receipt.counts.items() if status != Status.OK})
-        return ", ".join(f"{n:,} {status} ({self._examples.get(status, '')})" for status, n in counts.most_common(most))
+        return ", ".join(f"{n:,} {status} ({self._examples.get(status, '')})" for status, n in counts.most_common(3))
 
 
 def _failed(receipt: Receipt) -> int:

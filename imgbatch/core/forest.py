@@ -84,7 +84,7 @@ class FittedForest:
         set_head(network, arch, self.head.to(_head_device(network, arch)))
 
 
-def fit_forest(features_ND: Tensor, truth_NK: Tensor, *, task: Task, min_images: int, seed: int = 0) -> FittedForest:
+def fit_forest(features_ND: Tensor, truth_NK: Tensor, *, task: Task, min_images: int) -> FittedForest:
     """300 trees by scikit-learn.
 
     Args:
@@ -101,7 +101,7 @@ def fit_forest(features_ND: Tensor, truth_NK: Tensor, *, task: Task, min_images:
     multilabel = task == "multilabel"
     truth = truth_NK.numpy().astype(np.int64)
     forest = RandomForestClassifier(
-        _NUM_TREES, min_samples_leaf=min_images, random_state=seed, n_jobs=torch.get_num_threads()
+        _NUM_TREES, min_samples_leaf=min_images, random_state=0, n_jobs=torch.get_num_threads()
     )
     forest.fit(features_ND.numpy(), truth if multilabel else truth.argmax(axis=1))
     trees = [estimator.tree_ for estimator in forest.estimators_]

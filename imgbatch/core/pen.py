@@ -116,10 +116,10 @@ def _arc(center: Point, radii: Point, start: float, end: float) -> list[Point]:
     return [(center[0] + radii[0] * math.cos(a), center[1] + radii[1] * math.sin(a)) for a in angles]
 
 
-def _closed_curve(points: Sequence[Point], steps: int = 8) -> list[Point]:
-    """The closed Catmull-Rom curve through ``points``."""
+def _closed_curve(points: Sequence[Point]) -> list[Point]:
+    """The closed Catmull-Rom curve through ``points``, eight points from each to the next."""
     p1 = np.asarray(points, dtype=np.float64)[:, None, :]
     p0, p2, p3 = np.roll(p1, 1, axis=0), np.roll(p1, -1, axis=0), np.roll(p1, -2, axis=0)
-    t = np.linspace(0, 1, steps, endpoint=False)[None, :, None]
+    t = np.linspace(0, 1, 8, endpoint=False)[None, :, None]
     curve = 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
     return [(float(x), float(y)) for x, y in curve.reshape(-1, 2)]

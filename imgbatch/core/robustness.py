@@ -43,6 +43,7 @@ CLEAN = "clean"
 ATTACKS = ("fgsm", "pgd")
 EPSILONS = (0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)
 """Largest change of a value scaled to 0 to 1, per severity."""
+_BATCH_SIZE = 16
 STRENGTHS = {
     **dict.fromkeys(ATTACKS, EPSILONS),
     **dict(zip(CORRUPTIONS, (NOISE_STD, BLUR_SIGMA, JPEG_QUALITY, BRIGHTNESS_ADDED, CONTRAST_LEFT), strict=True)),
@@ -82,7 +83,6 @@ def measure_robustness(
     *,
     limit: int,
     seed: int = 0,
-    batch_size: int = 16,
     config: Config | None = None,
 ) -> RobustnessResult:
     """Label images with a known target as they are, attacked and corrupted, and write the table to ``directory``.
@@ -112,7 +112,7 @@ def measure_robustness(
     truth_NK = np.array(
         [[name in (names or ()) for name in bundle.class_names] for names in pictures.targets], np.float32
     ).reshape(-1, bundle.num_classes)
-    subject = Subject(bundle, batch_size=batch_size)
+    subject = Subject(bundle, batch_size=_BATCH_SIZE)
     rows = list(_iter_rows(subject, pictures.images_NHWC, truth_NK, seed))
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
     with storage.staged_file(storage.join(directory, TABLE_FILE)) as staged:

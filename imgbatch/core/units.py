@@ -46,14 +46,11 @@ def max_unit_rows(pixel_bytes: int, result_row_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One unit: rows ``first_row`` to ``first_row + num_rows`` of the run, all in one ``segment``."""
+    """One unit: rows ``first_row`` to ``first_row + num_rows`` of the run."""
 
     index: int
     first_row: int
     num_rows: int
-    segment: int
-    segment_offset: int
-    """Position of the unit's first row within its segment."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class UnitLayout:
         segment = bisect.bisect_right(self._first_units, index) - 1
         offset = (index - self._first_units[segment]) * self.unit_rows
         num_rows = min(self.unit_rows, self.segments[segment] - offset)
-        return Unit(index, self._first_rows[segment] + offset, num_rows, segment, offset)
+        return Unit(index, self._first_rows[segment] + offset, num_rows)
 
     def unit_of_row(self, row: int) -> Unit:
         """The unit that holds the run's row at position ``row``; raises ``IndexError``."""

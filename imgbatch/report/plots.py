@@ -52,8 +52,8 @@ def training_curves(records: list[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def contact_sheet(images_NHWC: np.ndarray, captions: list[str], *, columns: int = 8) -> bytes:
-    """Images side by side, as PNG.
+def contact_sheet(images_NHWC: np.ndarray, captions: list[str]) -> bytes:
+    """Images side by side, eight in a row, as PNG.
 
     Args:
         images_NHWC: uint8, all of one size.
@@ -62,6 +62,7 @@ def contact_sheet(images_NHWC: np.ndarray, captions: list[str], *, columns: int 
     Raises:
         UsageError: matplotlib is not installed.
     """
+    columns = 8
     rows = -(-len(images_NHWC) // columns)
     figure = _figure(width=1.3 * columns, height=1.45 * rows)
     for index, axes in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):

@@ -1,4 +1,4 @@
-"""aws.yaml against the schema and the defaults of Ray's launcher, and against what the design asks of a cluster."""
+"""aws.yaml against the schema and the defaults of Ray's launcher; its nodes, and who can reach its dashboard."""
 
 from __future__ import annotations
 

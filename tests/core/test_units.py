@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 
 from imgbatch.core.units import (
@@ -16,7 +18,7 @@ MANY = 10_000_000
 @pytest.mark.parametrize(
     ("pixel_bytes", "result_bytes", "expected"),
     [
-        (224 * 224 * 3, 200, 512),  # the design's worked example
+        (224 * 224 * 3, 200, 512),  # ten million images at 224 px with ten classes
         (64 * 64 * 3, 200, 4096),
         (8 * 8 * 3, 200, MAX_UNIT_ROWS),
         (224 * 224 * 3, 4 * 20_000, 256),  # 20,000 classes: the results are what counts
@@ -67,9 +69,9 @@ def test_units_cover_every_row_once_and_straddle_nothing(segments: tuple[int, ..
     assert [row for unit in units for row in range(unit.first_row, unit.first_row + unit.num_rows)] == list(
         range(sum(segments))
     )
+    assert set(accumulate(segments)) <= {unit.first_row + unit.num_rows for unit in units}
     for unit in units:
         assert 1 <= unit.num_rows <= 4
-        assert unit.segment_offset + unit.num_rows <= segments[unit.segment]
         for row in range(unit.first_row, unit.first_row + unit.num_rows):
             assert layout.unit_of_row(row) == unit
 

@@ -25,6 +25,7 @@ from imgbatch.core.transforms import PreprocessSpec
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """images_BCHW uint8, truth_BK float32, row_ids_B int64."""
+_SAMPLED_IMAGES, _SAMPLED_EPOCHS = 8, 8
 
 
 class AugmentedImages(Dataset[tuple[Tensor, Tensor, int]]):
@@ -94,13 +95,13 @@ def iter_evaluation_batches(job: TrainingJob, split: str, worker: Worker, batch_
         yield center_crop(images_BCHW, [side, side]).contiguous()
 
 
-def sample_augmented(job: TrainingJob, *, num_images: int = 8, num_variants: int = 8) -> tuple[np.ndarray, list[str]]:
+def sample_augmented(job: TrainingJob) -> tuple[np.ndarray, list[str]]:
     """Some training images as the first epochs will show them: uint8 NHWC RGB, by image, and the class of each."""
     images = job.splits[TRAIN]
-    chosen = np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int)
+    chosen = np.linspace(0, len(images) - 1, min(_SAMPLED_IMAGES, len(images))).round().astype(int)
     augmented = AugmentedImages(job)
-    shown = [augmented[epoch, int(index), 0][0] for index in chosen for epoch in range(1, num_variants + 1)]
+    shown = [augmented[epoch, int(index), 0][0] for index in chosen for epoch in range(1, _SAMPLED_EPOCHS + 1)]
     truth_NK = images.take(chosen).dense_truth(len(job.class_names))
     names = [" + ".join(np.array(job.class_names)[row > 0]) for row in truth_NK]
     shown_NHWC = torch.stack(shown).permute(0, 2, 3, 1).numpy()
-    return visible_rgb(shown_NHWC), [name for name in names for _ in range(num_variants)]
+    return visible_rgb(shown_NHWC), [name for name in names for _ in range(_SAMPLED_EPOCHS)]
