@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -133,15 +134,13 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @contextlib.contextmanager
 def moto(log: Path) -> Iterator[str]:
-    """URL of a server in a process of its own."""
-    port = free_port("127.0.0.1")
+    """URL of a server in a process of its own, which chooses its port."""
     with log.open("w") as output:
-        server = subprocess.Popen(
-            [BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=output, stderr=output
-        )
+        server = subprocess.Popen([BIN / "moto_server", "-H", "127.0.0.1", "-p", "0"], stdout=output, stderr=output)
     try:
-        wait_until(lambda: answers("127.0.0.1", port), 60)
-        yield f"http://127.0.0.1:{port}"
+        wait_until(lambda: "Running on" in log.read_text(), 60, log)
+        (url,) = re.findall(r"Running on (http://127\.0\.0\.1:\d+)", log.read_text())
+        yield url
     finally:
         server.kill()
         server.wait()
@@ -173,26 +172,34 @@ class Cluster:
 
     def start_head(self) -> None:
         """Without a core to work on: jobs' drivers run there, and nothing else."""
+        assert any(self._start_head() for _ in range(2)), self._log(HEAD).read_text()
+        wait_until(lambda: answers(HEAD, urlsplit(self.url).port or 0), 90)
+
+    def _start_head(self) -> bool:
         port, dashboard_port, client_port = (free_port(HEAD) for _ in range(3))
         self.gcs, self.url = f"{HEAD}:{port}", f"http://{HEAD}:{dashboard_port}"
-        self._start(
+        return self._start(
             HEAD, "--head", "--num-cpus=0", f"--port={port}", f"--temp-dir={self.folder}",
             f"--dashboard-host={HEAD}", f"--dashboard-port={dashboard_port}",
             f"--ray-client-server-port={client_port}", f"--system-config={HEALTH}",
         )  # fmt: skip
-        wait_until(lambda: answers(HEAD, dashboard_port), 90)
 
     def start_worker(self, address: str) -> None:
-        # Slowly, so that there is work under way when things break.
-        self._start(address, f"--address={self.gcs}", "--num-cpus=4", failpoints="classify.unit=delay:0.4")
+        # So that there is work under way when things break.
+        options, slowly = (f"--address={self.gcs}", "--num-cpus=4"), "classify.unit=delay:0.4"
+        assert any(self._start(address, *options, failpoints=slowly) for _ in range(2)), self._log(address).read_text()
 
-    def _start(self, address: str, *options: str, failpoints: str = "") -> None:
+    def _log(self, address: str) -> Path:
+        return self.folder / f"{address}.log"
+
+    def _start(self, address: str, *options: str, failpoints: str = "") -> bool:
+        """False: it ended at once, as where another process has taken a port that was free a moment ago."""
         command = [
             *(BIN / "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}"),
             *(f"--object-store-memory={STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"),
             *(f"--dashboard-agent-listen-port={free_port(address)}", *options),
         ]
-        log_file = self.folder / f"{address}.log"
+        log_file = self._log(address)
         with log_file.open("w") as log:
             node = self.nodes[address] = subprocess.Popen(
                 command,
@@ -203,7 +210,7 @@ class Cluster:
                 start_new_session=True,
             )
         wait_until(lambda: "Ray runtime started" in log_file.read_text() or node.poll() is not None, 90)
-        assert node.poll() is None, log_file.read_text()
+        return node.poll() is None
 
     def kill(self, address: str) -> int:
         """The raylet and whatever else the node consists of, by SIGKILL; returns how many processes those were."""
