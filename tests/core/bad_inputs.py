@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -13,8 +12,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from imgbatch.errors import Status
+from tests.core.encoding import GREY, encode
 
-GREY = (90, 120, 150)
 SIZE = (64, 48)
 
 
@@ -25,12 +24,6 @@ class BadInput:
     name: str
     make: Callable[[], bytes]
     status: Status
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def photograph() -> Image.Image:

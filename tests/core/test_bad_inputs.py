@@ -16,18 +16,8 @@ from imgbatch.core.decoder import Decoder
 from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.transforms import DecodePolicy, PreprocessSpec
 from imgbatch.errors import RowError, Status
-from tests.core.bad_inputs import (
-    BAD_INPUTS,
-    ENCODINGS,
-    GREY,
-    BadInput,
-    animation,
-    deep_png,
-    encode,
-    encoded,
-    photograph,
-    png,
-)
+from tests.core.bad_inputs import BAD_INPUTS, ENCODINGS, BadInput, animation, deep_png, encoded, photograph, png
+from tests.core.encoding import GREY, encode
 
 SPEC = PreprocessSpec(resize_size=8, crop_size=8)
 MAX_PIXELS = DecodeConfig().max_pixels

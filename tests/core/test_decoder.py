@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -8,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.raster_request import RasterRequest
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import ImgbatchError, RowError, Stage, Status, row_error
+from tests.core.encoding import encode
 
 SPEC = PreprocessSpec(resize_size=16, crop_size=16)
 
@@ -28,12 +27,6 @@ SPEC = PreprocessSpec(resize_size=16, crop_size=16)
 def jpeg(width: int = 40, height: int = 30, seed: int = 0) -> bytes:
     pixels_HWC = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return encode(Image.fromarray(pixels_HWC), "JPEG")
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def slow_png() -> bytes:

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from imgbatch.core.jpeg_header import JpegHeader, read_plain_header
+from tests.core.encoding import encode
 
 
 def jpeg(mode: str = "RGB", size: tuple[int, int] = (37, 21), **options: Any) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, "JPEG", **options)
-    return file.getvalue()
+    return encode(Image.fromarray(pixels).convert(mode), "JPEG", **options)
 
 
 def oriented(orientation: int) -> Image.Exif:

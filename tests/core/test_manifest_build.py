@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 from collections import Counter
 from pathlib import Path
 
@@ -20,13 +19,12 @@ from imgbatch.core.manifest_sources import ImageFolder, TableOptions, open_sourc
 from imgbatch.core.parquet import BATCH_ROWS
 from imgbatch.errors import UsageError
 from imgbatch.schema import WINDOW_TYPE
+from tests.core.encoding import encode
 from tests.faults.proxy import faulty_server
 
 
 def image_bytes(image_format: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 3), (10, 20, 30)).save(buffer, image_format)
-    return buffer.getvalue()
+    return encode(Image.new("RGB", (4, 3), (10, 20, 30)), image_format)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from imgbatch.core.runs import RunPaths
 from imgbatch.errors import RowError, Status
 from imgbatch.report.picks import Pick
 from imgbatch.report.thumbnails import SIZE, make_thumbnails
+from tests.core.encoding import encode
 
 RUN = "r1"
 
@@ -31,9 +32,7 @@ def decoded(thumbnail: str | RowError) -> np.ndarray:
 
 
 def solid(colour: str, size: tuple[int, int] = (300, 200)) -> bytes:
-    encoded = io.BytesIO()
-    Image.new("RGB", size, colour).save(encoded, "PNG")
-    return encoded.getvalue()
+    return encode(Image.new("RGB", size, colour), "PNG")
 
 
 @pytest.fixture
