@@ -1,7 +1,5 @@
 """The tiny labelled collection that training is tested on, for the engines too, and questions to a job's output."""
 
-from pathlib import Path
-
 import shutil
 from pathlib import Path
 

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from imgbatch.config import Config, PlanConfig
-from imgbatch.core import storage
-from imgbatch.core import backends
+from imgbatch.core import backends, storage
 from imgbatch.core.backends import Backend
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.plan import plan_run

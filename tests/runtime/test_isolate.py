@@ -27,7 +27,6 @@ def test_why_a_model_does_not_load_is_told_as_it_is(photo_config: Config, damage
         classify_isolated(run, 0)
 
 
-def test_a_process_that_dies_in_isolation_costs_a_row_at_most(photo_config: Config) -> None:
 def test_a_row_that_the_process_dies_of_in_isolation_is_the_only_one_it_costs(
     photo_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

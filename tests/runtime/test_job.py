@@ -81,15 +81,6 @@ def test_units_that_only_the_engine_fails_on_are_isolated_and_the_run_ends_well(
 ) -> None:
     """Two of them, one after the other, without a row at fault: others came through."""
     monkeypatch.setattr("imgbatch.runtime.passes.MAX_INNOCENT", 1)
-    classify_unit = ClassifyStage.__call__
-
-    def failing(self: ClassifyStage, block: pa.Table) -> pa.Table:
-        if block.num_rows > 1 and block["row_id"][0].as_py() >= 96:
-            raise RuntimeError("too much at once")
-        return classify_unit(self, block)
-
-    monkeypatch.setattr(ClassifyStage, "__call__", failing)
-    monkeypatch.setattr(job, "MAX_INNOCENT", 1)
     in_this_process = "classify.unit[96]=raise;classify.unit[112]=raise"
     monkeypatch.setattr(stages, "failpoint", parse_failpoints(in_this_process))
     result = classify(photo_config)
@@ -100,14 +91,8 @@ def test_units_that_only_the_engine_fails_on_are_isolated_and_the_run_ends_well(
 def test_an_engine_through_which_nothing_comes_ends_the_job(
     photo_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_: object) -> pa.Table:
-        raise RuntimeError("no such device")
-
-    monkeypatch.setattr(ClassifyStage, "__call__", failing)
-    monkeypatch.setattr("imgbatch.runtime.passes.MAX_INNOCENT", 2)
-    with pytest.raises(Interrupted, match=r"the engine stops whatever the unit, .*no such device; put it right"):
     monkeypatch.setattr(stages, "failpoint", parse_failpoints("classify.unit=raise"))
-    monkeypatch.setattr(job, "MAX_INNOCENT", 2)
+    monkeypatch.setattr("imgbatch.runtime.passes.MAX_INNOCENT", 2)
     with pytest.raises(Interrupted, match=r"the engine stops whatever the unit, .*: classify.unit=raise; put it right"):
         classify(photo_config)
     record = storage.read_json(list_runs(str(photo_config.output.path))[0].paths.run_json)

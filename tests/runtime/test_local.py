@@ -16,11 +16,6 @@ from imgbatch.core import stages, storage
 from imgbatch.core.failpoints import parse_failpoints
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
-from imgbatch.errors import ErrorBudgetExceeded, Interrupted, UsageError
-from imgbatch.runtime.job import classify
-from imgbatch.runtime.local import LocalEngine
-from imgbatch.runtime.passes import Passes
-from imgbatch.runtime.run_log import RunLog
 from imgbatch.errors import UsageError
 from imgbatch.runtime.job import classify
 from tests.conftest import changed
@@ -157,106 +152,6 @@ def test_an_image_id_may_stand_twice_only_if_allowed(photo_config: Config, photo
     assert result.num_rows == 3
     assert rows_of(config, "select count(*) from all_predictions") == [(3,)]
     assert rows_of(config, "select count(*) from predictions") == [(2,)]
-
-
-@pytest.mark.parametrize("partition_by", [(), ("bucket:4",)])
-def test_a_run_without_one_prediction_fails(
-    partition_by: tuple[str, ...], photo_config: Config, tmp_path: Path
-) -> None:
-    manifest = tmp_path / "nothing.parquet"
-    text = tmp_path / "text.jpg"
-    text.write_text("<html>not here</html>")
-    pq.write_table(pa.table({"uri": [str(text)]}), manifest)
-    config = changed(photo_config, input__manifest=str(manifest), output__partition_by=partition_by)
-    for _ in range(2):
-        with pytest.raises(ErrorBudgetExceeded, match="1 NOT_AN_IMAGE"):
-            classify(config)
-    assert rows_of(config, "select status from errors") == [("NOT_AN_IMAGE",)]
-    assert rows_of(config, "select count(label) from predictions") == [(0,)]
-
-
-def test_the_sample_stops_a_run_whose_images_are_nowhere(photo_config: Config, tmp_path: Path) -> None:
-    manifest = tmp_path / "gone.parquet"
-    pq.write_table(pa.table({"uri": [str(tmp_path / f"gone{index}.jpg") for index in range(100)]}), manifest)
-    config = changed(photo_config, input__manifest=str(manifest), errors__max_rate=0.05)
-    with pytest.raises(ErrorBudgetExceeded, match="none of 16 sampled images could be fetched"):
-        classify(config)
-
-
-def test_the_error_budget_stops_a_run_and_keeps_what_it_has(photo_config: Config) -> None:
-    config = changed(photo_config, errors__max_rate=0.01, errors__min_rows=10)
-    with pytest.raises(ErrorBudgetExceeded, match=r"failed, more than errors\.max_rate 0\.01: \d+ TRUNCATED"):
-        classify(config)
-    assert storage.read_json(RunPaths(str(config.output.path), plan_run(config, "cpu").run_id).run_json)["state"] == (
-        "error_budget"
-    )
-    result = classify(photo_config)
-    assert verify(result.out).ok
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_units_that_are_tried_again_are_judged_once(
-    photo_config: Config, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
-) -> None:
-    """Those that failed come together in the passes after the first, where they alone would look like an outage."""
-    good, unreadable = str(photos[1]), "nul\0byte"
-    uris = [uri for _ in range(5) for uri in [*([good] * 16), unreadable, unreadable, *([good] * 14)]]
-    image_ids = [str(index) for index in range(len(uris))]
-    pq.write_table(pa.table({"uri": uris, "image_id": image_ids}), tmp_path / "mixed.parquet")
-    config = changed(
-        photo_config, input__manifest=str(tmp_path / "mixed.parquet"), errors__max_rate=0.07, errors__min_rows=64
-    )
-    if again:
-        one_pass, passes = Passes._one_pass, []
-
-        def interrupted_in_the_second(self: Passes, units: list[int], *, defer: bool) -> bool:
-            passes.append(units)
-            if len(passes) == 2:
-                raise Interrupted("as by a person")
-            return one_pass(self, units, defer=defer)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Passes, "_one_pass", interrupted_in_the_second)
-            with pytest.raises(Interrupted):
-                classify(config)
-    result = classify(config)
-    assert result.counts == {"FETCH_FAILED": 10, "OK": 150}
-
-
-def test_a_store_that_is_away_does_not_hide_why_a_run_ended(
-    photo_config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def away(*_: object) -> None:
-        raise PermissionError("the credentials have expired")
-
-    config = changed(photo_config, errors__max_rate=0.0, errors__min_rows=16)
-    plan_run(config, "cpu")
-    monkeypatch.setattr(storage, "check_writable", lambda _: None)
-    monkeypatch.setattr(RunLog, "write", away)
-    monkeypatch.setattr(storage, "remove", away)
-    with pytest.raises(ErrorBudgetExceeded):
-        classify(config)
-
-
-def test_rows_of_a_plan_that_was_never_finished_are_removed(
-    photo_config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rows, "UNITS_PER_FILE", 2)
-    config = changed(photo_config, classify__unit_rows=8)
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(plan, "refuse_duplicates", lambda _: sys.exit("killed"))
-        with pytest.raises(SystemExit):
-            plan_run(config, "cpu")
-    run = plan_run(changed(config, classify__unit_rows=32), "cpu")
-    found = [pq.read_table(info.uri) for info in storage.list_files(run.paths.rows)]
-    assert sum(table.num_rows for table in found) == run.plan.layout.num_rows
-
-
-def test_verify_says_that_the_record_is_gone(photo_config: Config) -> None:
-    result = classify(photo_config)
-    storage.remove(RunPaths(result.out, result.run_id).files)
-    (check,) = [check for check in verify(result.out).checks if not check.ok]
-    assert (check.name, "files.json" in check.detail) == ("records", True)
 
 
 @pytest.mark.parametrize("name", ["night[1]", "date=2026-10-01", "what?"])
