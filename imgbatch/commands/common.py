@@ -27,7 +27,7 @@ Assignments = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-_SECTIONS = {type(section): name for name, section in Config()}
+_SECTIONS: dict[type, str] = {type(section): name for name, section in Config()}
 """Class of each section of the configuration to its name."""
 _UNBOUNDED_WIDTH = 1000
 
@@ -50,7 +50,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     given = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
     reads_all = "config_file" in signature.parameters or Config in given.values()
-    read = list(_SECTIONS) if reads_all else [StorageConfig, *given.values()]
+    read: list[type] = list(_SECTIONS) if reads_all else [StorageConfig, *given.values()]
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in (("config_file", ConfigFile), ("assignments", Assignments))
