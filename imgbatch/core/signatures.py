@@ -32,8 +32,6 @@ _PREFIXES: tuple[tuple[bytes, str], ...] = (
     (b"\x59\xa6\x6a\x95", "Sun raster"),
 )
 _ISO_MEDIA_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"mif1": "HEIF"}
-_TIFF_HEADER_BYTES = 16
-"""Of a BigTIFF; a plain one has half of that, and then at least a directory."""
 _TGA_FOOTER = b"TRUEVISION-XFILE.\0"
 
 
@@ -90,5 +88,5 @@ def end_is_missing(data: bytes, name: str) -> bool:
 def tiff_directory_is_missing(head: bytes, size: int) -> bool:
     """Whether a TIFF or BigTIFF of ``size`` bytes, which begins with ``head``, ends before its first directory does."""
     order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
-    is_big = head[2:4] in (b"+\0", b"\0+")
-    return size < _TIFF_HEADER_BYTES or int.from_bytes(head[8:16] if is_big else head[4:8], order) >= size
+    start, end = (8, 16) if head[2:4] in (b"+\0", b"\0+") else (4, 8)
+    return size < end or int.from_bytes(head[start:end], order) >= size

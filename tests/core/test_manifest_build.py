@@ -140,7 +140,7 @@ def test_embedded_images_get_small_row_groups(tmp_path: Path) -> None:
     build_manifest([str(tmp_path / "in.parquet")], str(tmp_path / "out.parquet"), BuildOptions(split_shares=shares))
 
     manifest = open_manifest(str(tmp_path / "out.parquet"))
-    assert [group.num_rows for group in manifest.row_groups] == [128, 128, 44]
+    assert [group.num_rows for group in manifest.row_groups] == [127, 127, 46]  # offsets and splits take room too
     assert [image for group in manifest.row_groups for image in manifest.read_images(group).to_pylist()] == images
     (table,) = manifest.iter_batches()
     assert set(table["split"].to_pylist()) == set(shares)
