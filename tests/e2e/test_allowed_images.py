@@ -127,7 +127,7 @@ def test_commands_on_an_output(
     imgbatch("compare", out, other)
     chosen = ["--image-id", str(photos[0])]
     assert "REFUSED" in imgbatch("explain", out, *chosen, code=2)
-    assert "6 of them REFUSED" in imgbatch("retry", out, "--engine", "local", code=3)
+    assert "6 REFUSED" in imgbatch("retry", out, "--engine", "local")
     assert opened == []
 
 
@@ -147,7 +147,7 @@ def test_what_a_run_was_not_allowed_its_followers_are_not(
     assert result.counts == {"OK": 1, "REFUSED": 2}
     opened.clear()  # by this test
     quietly = "fetch.retries=1"
-    imgbatch("retry", result.out, "--engine", "local", code=3, allow=quietly)
+    assert "2 REFUSED" in imgbatch("retry", result.out, "--engine", "local", allow=quietly)
     imgbatch("report", result.out, allow=quietly)
     assert "REFUSED" in imgbatch("explain", result.out, "-o", str(tmp_path / "x"), "--image-id", str(inside),
                                  "--set", "fetch.schemes=[s3]", code=2, allow=quietly)  # fmt: skip

@@ -149,17 +149,18 @@ def test_a_retry_that_is_unfinished_is_no_fault_of_the_run(
     photo_config: Config, photos: list[Path], tmp_path: Path
 ) -> None:
     manifest, late = broken_manifest(photos, tmp_path)
-    first = classify(changed(photo_config, input__manifest=str(manifest)))
+    config = changed(photo_config, input__manifest=str(manifest))
+    first = classify(config)
     late[0].write_bytes(photos[1].read_bytes())
     stop = StopSwitch()
     stop.is_on = True
     with pytest.raises(Interrupted):
-        retry(photo_config, None, stop=stop)
+        retry(config, None, stop=stop)
     result = verify(first.out)
     assert result.ok
     (child,) = (check for check in result.checks if "unfinished: 0 of 1 units" in check.detail)
     assert not verify(first.out, child.run_id).ok
-    finished = retry(photo_config, None)
+    finished = retry(config, None)
     assert finished is not None
     assert (finished.run_id, finished.counts["OK"]) == (child.run_id, 1)
 
