@@ -91,10 +91,9 @@ class _Armed:
         self._passages: Counter[str] = Counter()
 
     def __call__(self, point: str, key: object = None) -> None:
-        for entry in self._entries:
-            if entry.point != point or entry.key not in (None, str(key)):
-                continue
-            self._passages[entry.text] += 1
+        passed = [entry for entry in self._entries if entry.point == point and entry.key in (None, str(key))]
+        self._passages.update(entry.text for entry in passed)  # all of them, whatever the first that acts may raise
+        for entry in passed:
             if entry.first <= self._passages[entry.text] <= entry.last and self._is_first(entry):
                 entry.act()
 

@@ -37,6 +37,7 @@ def test_which_passages_act() -> None:
     assert passages("commit.before=raise") == [True] * 4
     assert passages("commit.before=raise@2") == [False, True, False, False]
     assert passages("commit.before=raise@3+") == [False, False, True, True]
+    assert passages("commit.before=raise@1; commit.before=raise@3") == [True, False, True, False]
     assert passages("commit.after=raise") == [False] * 4
     assert passages("commit.before[7]=raise@2", keys=(7, 8, 7, 7)) == [False, False, True, False]
     assert passages("commit.after=raise; commit.before[a b.parquet]=raise", keys=("a b.parquet", "c")) == [True, False]
