@@ -44,7 +44,7 @@ TORCH_FREE = [
 ]
 """What decode processes and the driver load: importing it may not import torch, however indirectly."""
 
-MAY_IMPORT_RAY = ("jobs.bench.peers.ray_data", "jobs.bench.scaling")
+MAY_IMPORT_RAY = ("jobs.bench.peers.ray_data", "jobs.bench.peers.ray_data_tuned", "jobs.bench.scaling")
 """What the job is compared with uses Ray without us; what measures it over several nodes builds them."""
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -182,7 +182,8 @@ def _iter_tables(
 
 
 def _failed_row(listed: _Listed, options: TileOptions, schema: pa.Schema) -> pa.Table:
-    row = {URI: listed.uri, IMAGE_ID: listed.name, WINDOW: _NO_WINDOW, SIZE: listed.size, ETAG: listed.etag}
+    row: dict[str, Any] = {URI: listed.uri, IMAGE_ID: listed.name, WINDOW: _NO_WINDOW}
+    row |= {SIZE: listed.size, ETAG: listed.etag}
     row[BANDS] = list(options.bands) if options.bands else None
     return pa.Table.from_pylist([{name: row.get(name) for name in schema.names}], schema=schema)
 

@@ -95,7 +95,7 @@ def run(contestant: Contestant, out: Path, timeout_s: float) -> Outcome:
         try:
             code: int | None = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            _end(process.pid)
+            _end(process)
             code = None
         peak_mb = memory.stop()
     if code != 0 or not result.exists():
@@ -105,13 +105,13 @@ def run(contestant: Contestant, out: Path, timeout_s: float) -> Outcome:
     return Outcome(**json.loads(result.read_text()), peak_mb=peak_mb)
 
 
-def _end(pid: int) -> None:
-    """A process and everything below it."""
-    root = psutil.Process(pid)
-    for process in [*root.children(recursive=True), root]:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With everything below it."""
+    for below in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    root.wait()
+            below.kill()
+    process.kill()
+    process.wait()
 
 
 class PeakMemory:

@@ -73,8 +73,8 @@ def test_what_was_measured_outlives_a_contestant_that_fails_or_hangs(tmp_path: P
     def contestant(name: str, code: str) -> Contestant:
         return Contestant(name, [sys.executable, "-c", code, "{result}"], {})
 
-    values = {"images": 10, "seconds": 2.0, "startup_seconds": 1.0}
-    good = contestant("good", f"import sys, pathlib; pathlib.Path(sys.argv[1]).write_text({json.dumps(values)!r})")
+    values = "dict(images=10, seconds=2.0, startup_seconds=1.0)"
+    good = contestant("good", f"import json, sys; json.dump({values}, open(sys.argv[1], 'w'))")
     for code, reason in (
         ("raise SystemExit('no such thing')", "bad failed with exit code 1:\nno such thing"),
         ("import time; time.sleep(600)", "bad took longer than 5 s:"),

@@ -15,7 +15,6 @@ from imgbatch.core.plan import plan_run
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
 from imgbatch.errors import ErrorBudgetExceeded
-from imgbatch.runtime import job
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.run_log import RunLog
 from tests.conftest import changed
@@ -71,7 +70,7 @@ def test_units_that_are_tried_again_are_judged_once(
     )
     if again:
         with monkeypatch.context() as patched:
-            patched.setattr(job, "failpoint", parse_failpoints("job.before_pass=raise@2"))
+            patched.setattr("imgbatch.runtime.passes.failpoint", parse_failpoints("job.before_pass=raise@2"))
             with pytest.raises(FailpointHit):
                 classify(config)
     result = classify(config)
