@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+"""Of glibc's ``mallopt(3)``."""
 
 
 def num_cpus(cgroups: Path = _CGROUPS) -> int:
@@ -41,6 +44,21 @@ def has_bfloat16(cpu_info: Path = _CPU_INFO) -> bool:
         cpu_info: where Linux lists what the processor can.
     """
     return cpu_info.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None
+
+
+def keep_freed_memory() -> None:
+    """From now on what this process frees stays its own: the next large array finds it mapped.
+
+    glibc otherwise gives large blocks back to the kernel, which clears each page that it hands out again. A network's
+    activations are such blocks, and in torch are allocated anew in every layer of every batch. Other allocators are
+    left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most before glibc 2.35
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TOP_PAD, 2**26)
 
 
 def _numbers(path: Path) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from imgbatch.core.architectures import head_module_name, pooled
 from imgbatch.core.failpoints import failpoint
+from imgbatch.core.machine import keep_freed_memory
 from imgbatch.core.model import ModelBundle, load_network
 from imgbatch.core.predictions import BatchedPredictor, BatchOutput
 from imgbatch.errors import Status, UsageError, normalise_message
@@ -77,6 +78,8 @@ class Predictor(BatchedPredictor):
         # Another size would be compiled anew, or refused; fewer images are filled up to it.
         self._fills_up = compiled or graph is not None
         self.device = torch.device(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._reduced = reduced
         self._graph = graph
         if graph is None:
