@@ -39,6 +39,9 @@ from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.raster_request import RasterRequest
 from imgbatch.errors import RowError, Status
 
+_MAPPED_UNITS = 2
+"""One that is decoded, and one whose pixels the parent still hands on."""
+
 
 class _Decode(Protocol):
     def __call__(self, data: bytes, *, is_request: bool) -> Decoded | RowError: ...
@@ -49,7 +52,8 @@ def main(settings: ChildSettings, connection: socket.socket) -> None:
     decode = _prepare(settings)
     connection.sendall(READY)
     _silence_standard_error()
-    while unit := _receive_unit(connection, settings):
+    mapped: dict[tuple[int, int], UnitBuffer] = {}
+    while unit := _receive_unit(connection, settings, mapped):
         while True:
             header = _receive(connection, FRAME.size)
             if len(header) < FRAME.size:
@@ -69,15 +73,26 @@ def main(settings: ChildSettings, connection: socket.socket) -> None:
         connection.sendall(DONE)
 
 
-def _receive_unit(connection: socket.socket, settings: ChildSettings) -> UnitBuffer | None:
-    """The memory of the next unit; none: the connection closed."""
+def _receive_unit(
+    connection: socket.socket, settings: ChildSettings, mapped: dict[tuple[int, int], UnitBuffer]
+) -> UnitBuffer | None:
+    """The memory of the next unit; none: the connection closed.
+
+    Args:
+        mapped: by device and inode, what came last, for it comes again.
+    """
     header, descriptors, _, _ = socket.recv_fds(connection, FRAME.size, 1)
     if not header:
         return None
     header += _receive(connection, FRAME.size - len(header))
-    unit = UnitBuffer(descriptors[0], settings.spec, FRAME.unpack(header)[1])
+    status = os.fstat(descriptors[0])
+    file = (status.st_dev, status.st_ino)
+    if file not in mapped:
+        if len(mapped) == _MAPPED_UNITS:
+            del mapped[next(iter(mapped))]
+        mapped[file] = UnitBuffer(descriptors[0], settings.spec, FRAME.unpack(header)[1])
     os.close(descriptors[0])
-    return unit
+    return mapped[file]
 
 
 def _prepare(settings: ChildSettings) -> _Decode:

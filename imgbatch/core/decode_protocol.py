@@ -86,14 +86,18 @@ class RowState(IntEnum):
 
 
 class UnitBuffer:
-    """Views on one unit's shared memory, all zero at first."""
+    """Views on one unit's shared memory, all zero at first.
+
+    It may be used for unit after unit: the kernel clears a page before it hands it out, which takes time.
+    """
 
     def __init__(self, descriptor: int, spec: PreprocessSpec, num_rows: int) -> None:
         """Maps the file behind ``descriptor``, which must be of :func:`unit_bytes`; the descriptor may be closed."""
-        side, channels = spec.crop_size, spec.num_channels
+        self.num_rows = num_rows
+        self._shape = (num_rows, spec.crop_size, spec.crop_size, spec.num_channels)
         self._mapping = mmap.mmap(descriptor, unit_bytes(spec, num_rows))
         self._offset = 0
-        self.pixels_NHWC = self._take((num_rows, side, side, channels), np.uint8)
+        self.pixels_NHWC = self._take(self._shape, np.uint8)
         # Plain integers: comparing a numpy scalar with an IntEnum takes microseconds, and this is done for every row.
         self.states_N = memoryview(self._take((num_rows,), np.uint8).data)
         self.widths_N = self._take((num_rows,), np.int32)
@@ -101,6 +105,15 @@ class UnitBuffer:
         self._status_N = self._take((num_rows,), np.uint8)
         self._message_N = self._take((num_rows,), np.dtype((np.bytes_, _MESSAGE_BYTES)))
         self._busy_s = self._take((1,), np.float64)
+
+    def start_anew(self) -> None:
+        """For the next unit; pixels stay what they were until a row is decoded."""
+        for array in (self.states_N, self.widths_N, self.heights_N, self._busy_s):
+            np.asarray(array)[:] = 0
+
+    def hand_out_pixels(self) -> np.ndarray:
+        """``pixels_NHWC`` as an array of its own, which lives as long as anyone uses the pixels."""
+        return np.ndarray(self._shape, np.uint8, buffer=self._mapping)
 
     @property
     def busy_s(self) -> float:

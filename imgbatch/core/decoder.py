@@ -10,7 +10,10 @@ Legend of shape suffixes: N rows of the unit, H height, W width, C channel.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +32,8 @@ from imgbatch.errors import ImgbatchError, RowError, Stage, Status, row_error
 # earlier images left behind becomes the row's fault. A timeout is the row's own, and would cost as long again.
 _MAX_ATTEMPTS = {Status.TIMEOUT: 1, Status.OUT_OF_MEMORY: 2, Status.DECODER_CRASH: 2}
 _MAX_IDLE_DEATHS = 3
+_SPARE_UNITS = 1
+"""Whose memory is kept for the next unit, while another's pixels are handed on."""
 
 Payload = bytes | RasterRequest | RowError | None
 """An encoded image, where to read one, why there is none; or none, where someone else decodes it."""
@@ -65,6 +70,7 @@ class Decoder:
         settings = storage.settings() if max_nodata is not None else None
         self._settings = ChildSettings(spec, config.max_pixels, config.timeout_s, memory_bytes, max_nodata, settings)
         self._child: ChildProcess | None = None
+        self._spare: queue.SimpleQueue[_UnitMemory] = queue.SimpleQueue()
 
     def __enter__(self) -> Decoder:
         return self
@@ -82,6 +88,9 @@ class Decoder:
         if self._child:
             self._child.kill()
             self._child = None
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._spare.get_nowait()
 
     def decode(self, payloads: Iterable[Payload], num_rows: int) -> DecodedUnit:
         """Decode a unit of ``num_rows`` images; a payload that is an error already stays that error.
@@ -92,28 +101,38 @@ class Decoder:
             ValueError: ``payloads`` yields more or fewer than ``num_rows``.
             ImgbatchError: the child cannot be started, or keeps dying without touching an image.
         """
-        descriptor = create_unit_file(self._spec, num_rows)
+        memory = self._memory(num_rows)
         try:
-            unit = _UnitInFlight(UnitBuffer(descriptor, self._spec, num_rows), num_rows)
+            unit = _UnitInFlight(memory)
             numbered = zip(range(num_rows), payloads, strict=True)
             idle_deaths = 0
-            while not self._converse(descriptor, unit, numbered):
+            while not self._converse(unit, numbered):
                 idle_deaths = 0 if self._bury_child(unit) else idle_deaths + 1
                 if idle_deaths == _MAX_IDLE_DEATHS:
                     raise ImgbatchError(f"the decoding process died {idle_deaths} times without an image at work")
-            return unit.result()
+            decoded = unit.result()
         except BaseException:
             # The child may hold half a frame: it cannot be talked to any more.
             self.close()
             raise
-        finally:
-            os.close(descriptor)
+        weakref.finalize(decoded.pixels_NHWC, _keep_spare, self._spare, memory).atexit = False
+        return decoded
 
-    def _converse(self, descriptor: int, unit: _UnitInFlight, payloads: Iterator[tuple[int, Payload]]) -> bool:
+    def _memory(self, num_rows: int) -> _UnitMemory:
+        """That of an earlier unit whose pixels nobody uses any more, or else new memory."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                spare = self._spare.get_nowait()
+                if spare.buffer.num_rows == num_rows:
+                    spare.start_anew()
+                    return spare
+        return _UnitMemory(self._spec, num_rows)
+
+    def _converse(self, unit: _UnitInFlight, payloads: Iterator[tuple[int, Payload]]) -> bool:
         """Send a child all that is still to decode and wait until it is through; false: it died."""
         child = self._child = self._child or ChildProcess(self._settings)
         try:
-            child.open_unit(descriptor, unit.num_rows)
+            child.open_unit(unit.memory.descriptor, unit.num_rows)
             for row, image in unit.unfinished():
                 child.send_image(row, image, unit.progress)
             for row, payload in payloads:
@@ -135,16 +154,37 @@ class Decoder:
         return unit.blame_started_row(status, message)
 
 
+class _UnitMemory:
+    """What a unit is decoded into, and the descriptor by which the child finds it; used again and again."""
+
+    def __init__(self, spec: PreprocessSpec, num_rows: int) -> None:
+        self.descriptor = create_unit_file(spec, num_rows)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.buffer = UnitBuffer(self.descriptor, spec, num_rows)
+        self.is_fresh = True
+        """Every pixel is zero but those of decoded rows."""
+
+    def start_anew(self) -> None:
+        self.buffer.start_anew()
+        self.is_fresh = False
+
+
+def _keep_spare(spare: queue.SimpleQueue[_UnitMemory], memory: _UnitMemory) -> None:
+    if spare.qsize() < _SPARE_UNITS:
+        spare.put(memory)
+
+
 class _UnitInFlight:
     """A unit while it is decoded: its memory, the errors so far, and the payloads that the child may not have read.
 
     The child works in the order in which payloads were added.
     """
 
-    def __init__(self, buffer: UnitBuffer, num_rows: int) -> None:
-        self.num_rows = num_rows
-        self.errors: list[RowError | None] = [None] * num_rows
-        self._buffer = buffer
+    def __init__(self, memory: _UnitMemory) -> None:
+        self.memory = memory
+        self.num_rows = memory.buffer.num_rows
+        self.errors: list[RowError | None] = [None] * self.num_rows
+        self._buffer = memory.buffer
         self._pending: deque[tuple[int, bytes | RasterRequest]] = deque()
         self._deaths: Counter[int] = Counter()
 
@@ -185,7 +225,10 @@ class _UnitInFlight:
         for row, state in enumerate(buffer.states_N):
             if state == RowState.FAILED:
                 self.errors[row] = buffer.get_error(row, attempts=self._deaths[row] + 1)
-        return DecodedUnit(buffer.pixels_NHWC, buffer.widths_N, buffer.heights_N, self.errors, buffer.busy_s)
+            if state != RowState.DECODED and not self.memory.is_fresh:
+                buffer.pixels_NHWC[row] = 0
+        widths, heights = buffer.widths_N.copy(), buffer.heights_N.copy()
+        return DecodedUnit(buffer.hand_out_pixels(), widths, heights, self.errors, buffer.busy_s)
 
     def _forget_finished(self) -> None:
         while self._pending and self._buffer.states_N[self._pending[0][0]] >= RowState.DECODED:

@@ -71,6 +71,43 @@ def test_a_unit_is_what_decode_image_makes_of_each_row() -> None:
     assert unit.decode_s > 0
 
 
+def test_memory_is_used_again_once_nobody_has_its_pixels() -> None:
+    payloads = [jpeg(seed=seed) for seed in range(4)]
+    with Decoder(SPEC, DecodeConfig()) as decoder:
+        held = decoder.decode(payloads, 4)
+        view_HWC = held.pixels_NHWC[1]
+        del held
+        other = decoder.decode(payloads[::-1], 4)
+        expected = decode_image(payloads[1], SPEC, max_pixels=10**9)
+        assert isinstance(expected, Decoded)
+        np.testing.assert_array_equal(view_HWC, expected.pixels_HWC)
+        address, sizes = other.pixels_NHWC.ctypes.data, other.widths
+        del other
+        missing = row_error(Status.NOT_FOUND, Stage.FETCH, "no such file")
+        again = decoder.decode([missing, payloads[2], b"<html>", None], 4)
+    assert again.pixels_NHWC.ctypes.data == address
+    assert sizes.all()
+    assert [error.status if error else None for error in again.errors] == [
+        Status.NOT_FOUND,
+        None,
+        Status.NOT_AN_IMAGE,
+        None,
+    ]
+    assert_all_decoded(
+        DecodedUnit(again.pixels_NHWC[1:2], again.widths[1:2], again.heights[1:2], [None], 0), payloads[2:3]
+    )
+    assert not again.pixels_NHWC[[0, 2, 3]].any()
+    assert not again.widths[[0, 2, 3]].any()
+    assert not again.heights[[0, 2, 3]].any()
+
+
+def test_a_unit_of_another_size_has_memory_of_its_own() -> None:
+    payloads = [jpeg(seed=seed) for seed in range(6)]
+    with Decoder(SPEC, DecodeConfig()) as decoder:
+        for num_rows in (4, 6, 6, 2):
+            assert_all_decoded(decoder.decode(payloads[:num_rows], num_rows), payloads[:num_rows])
+
+
 def test_errors_stay_in_their_rows() -> None:
     missing = row_error(Status.NOT_FOUND, Stage.FETCH, "no such file")
     with Decoder(SPEC, DecodeConfig(max_pixels=1500)) as decoder:
