@@ -70,11 +70,11 @@ def gdal_options(settings: StorageConfig) -> dict[str, str]:
     return options
 
 
-def status_of_remote(message: str) -> Status:
-    """The status of a raster in an object store that GDAL cannot open, by what GDAL says."""
+def status_of_remote(message: str) -> Status | None:
+    """The status of a raster in an object store that GDAL cannot open, by what GDAL says; none: that does not tell."""
     lowered = message.lower()
     if any(words in lowered for words in _FORBIDDEN):
         return Status.FORBIDDEN
     if any(words in lowered for words in _NOT_FOUND):
         return Status.NOT_FOUND
-    return Status.NOT_AN_IMAGE if "not recognized" in lowered else Status.FETCH_FAILED
+    return None

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import NamedTuple, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 import rasterio
@@ -32,6 +31,7 @@ from rasterio.io import DatasetReader, MemoryFile
 from imgbatch.core import storage
 from imgbatch.core.colour import NoPixels
 from imgbatch.core.images import Decoded, resize_and_crop
+from imgbatch.core.raster_bytes import RasterBytes, read_raster_bytes
 from imgbatch.core.raster_request import RasterRequest, Window
 from imgbatch.core.raster_samples import (
     RasterRejected,
@@ -45,7 +45,7 @@ from imgbatch.core.raster_samples import (
     turned,
 )
 from imgbatch.core.raster_store import gdal_options, gdal_path, status_of_remote
-from imgbatch.core.signatures import end_is_missing, sniff_format, tiff_directory_is_missing
+from imgbatch.core.signatures import sniff_format
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, Stage, Status, row_error
 
@@ -55,7 +55,9 @@ DRIVERS = ("GTiff", "JP2OpenJPEG", "PNG", "JPEG")
 _OPEN_SCENES = 8
 _BLOCK_CACHE_MB = 256
 """Holds a row of blocks of a scene of 13 bands and 10,000 px, so that a row of tiles decompresses none twice."""
-_SNIFFED_BYTES = 4096
+_WHOLE_BYTES = 16 * 2**20
+"""An object up to this size is read whole where GDAL fails on it, which may be for each of its windows; of a larger one
+the ends and the size tell."""
 _READ_ERROR = "read error"
 """Of libtiff and libpng, whatever kept them from reading: a server that fails, or an object that was cut."""
 
@@ -102,31 +104,45 @@ class RasterDecoder:
         as their EXIF says; other rotations are left as they are stored. Windows count in stored pixels all the same.
         """
         outcome = self._attempt(request)
-        if not _is_damaged(outcome):
-            return outcome
-        # libjpeg tells of the first damage only: what an open scene gives after it is grey.
-        self._close(request.uri)
-        if any(words in outcome.message.lower() for words in _HARMLESS):
-            with rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING="FALSE"):
-                outcome = self._attempt(request)
+        if _is_damaged(outcome):
+            # libjpeg tells of the first damage only: what an open scene gives after it is grey.
             self._close(request.uri)
-            return outcome
-        if request.uri is None or not storage.is_s3(request.uri) or outcome.status is not Status.CORRUPT:
+            if any(words in outcome.message.lower() for words in _HARMLESS):
+                with rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING="FALSE"):
+                    outcome = self._attempt(request)
+                self._close(request.uri)
+                return outcome
+        if request.uri is None or not storage.is_s3(request.uri):
             return outcome
         # GDAL says the same of a damaged block and of a server that failed for a moment. Opened anew, the scene can be
-        # read again, or what is wrong with the server is said.
-        outcome = self._attempt(request)
-        if not _is_damaged(outcome):
-            return outcome
-        self._close(request.uri)
-        if outcome.status is Status.CORRUPT and _READ_ERROR in outcome.message.lower():
+        # read again, or what is wrong with the server is said, or the bytes have to tell.
+        if _has_status(outcome, Status.CORRUPT):
+            outcome = self._attempt(request)
+            if _is_damaged(outcome):
+                self._close(request.uri)
+        return self._judge(request) if _has_status(outcome, Status.CORRUPT, Status.FETCH_FAILED) else outcome
+
+    def _judge(self, request: RasterRequest) -> Decoded | RowError:
+        """A window of an object on which GDAL fails without saying why, by the bytes that our own client gets."""
+        uri = request.uri or ""
+        try:
+            found = read_raster_bytes(uri, max_bytes=_WHOLE_BYTES)
+        except RasterRejected as rejected:
+            return row_error(rejected.status, Stage.DECODE, rejected)
+        if found.data is not None:
+            return self.decode(replace(request, uri=None, data=found.data))
+        outcome = self._attempt(request, found)
+        if _is_damaged(outcome):
+            self._close(uri)
+        if _has_status(outcome, Status.CORRUPT) and _READ_ERROR in outcome.message.lower():
             return replace(outcome, status=Status.FETCH_FAILED)
         return outcome
 
-    def _attempt(self, request: RasterRequest) -> Decoded | RowError:
+    def _attempt(self, request: RasterRequest, found: RasterBytes | None = None) -> Decoded | RowError:
+        """``found``: what is known of the file, where it is in an object store."""
         try:
             with self._opened(request) as scene:
-                return self._decode(scene, request)
+                return self._decode(scene, request, found)
         except RasterRejected as rejected:
             return row_error(rejected.status, Stage.DECODE, rejected)
         except NoPixels as error:
@@ -156,7 +172,7 @@ class RasterDecoder:
             with suppress(Exception):
                 scene.close()
 
-    def _decode(self, scene: DatasetReader, request: RasterRequest) -> Decoded:
+    def _decode(self, scene: DatasetReader, request: RasterRequest, found: RasterBytes | None) -> Decoded:
         window = checked_window(scene, request.window)
         bands = self._bands(scene, request)
         step = _step(self._spec, window)
@@ -164,7 +180,7 @@ class RasterDecoder:
             raise RasterRejected(
                 Status.TOO_LARGE, f"{window.width} x {window.height} px, more than {self._max_pixels} (max_pixels)"
             )
-        if step > 1 and _ends_early(scene, window, bands, _size(request)):
+        if step > 1 and _ends_early(scene, window, bands, _size(request, found)):
             # Overviews, which stand in front, may be whole.
             raise RasterRejected(Status.TRUNCATED, "blocks lie beyond the end of the file")
         try:
@@ -173,7 +189,7 @@ class RasterDecoder:
             with suppress(CPLE_BaseError):
                 # GDAL still holds the error, and would raise it while the next window is read.
                 _ = scene.colorinterp
-            cut = _ends_early(scene, window, bands, _size(request)) or _has_no_end(scene, request)
+            cut = _ends_early(scene, window, bands, _size(request, found)) or _has_no_end(scene, request, found)
             status = Status.TRUNCATED if cut else Status.CORRUPT
             raise RasterRejected(_status_of(error, status), str(_deepest(error))) from error
         if (missing := samples.missing_share) > self._max_nodata:
@@ -254,7 +270,8 @@ def open_raster(uri: str, data: bytes | None = None) -> DatasetReader:
         data: of an embedded raster; ``uri`` is then what GDAL calls it.
 
     Raises:
-        RasterRejected: it cannot be opened; the status says why.
+        RasterRejected: it cannot be opened; the status says why. ``FETCH_FAILED`` is also what an object is whose
+            ends are sound.
     """
     # Looking for masks, overviews and metadata beside an object costs some twenty requests, before each first tile.
     surroundings = rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR") if storage.is_s3(uri) else nullcontext()
@@ -262,19 +279,28 @@ def open_raster(uri: str, data: bytes | None = None) -> DatasetReader:
         with surroundings:
             return DatasetReader(gdal_path(uri), driver=list(DRIVERS))
     except RasterioError as error:
-        if storage.is_s3(uri):
-            message = str(_deepest(error))
-            raise RasterRejected(status_of_remote(message), message) from error
-        ends = _ends(uri, data)
-        found = sniff_format(ends.head)
-        if not ends.size:
-            raise RasterRejected(Status.EMPTY, "no bytes") from error
-        if found is None:
-            raise RasterRejected(Status.NOT_AN_IMAGE, f"no raster begins like this: {ends.head[:16]!r}") from error
-        status = Status.TRUNCATED if ends.are_of_a_cut(found) else Status.CORRUPT
-        if found not in ("TIFF", "JPEG 2000", "PNG", "JPEG"):
-            status = Status.UNSUPPORTED_FORMAT
-        raise RasterRejected(status, f"{found}: {_deepest(error)}") from error
+        status = status_of_remote(str(_deepest(error))) if storage.is_s3(uri) else None
+        if status is not None:
+            raise RasterRejected(status, str(_deepest(error))) from error
+        raise _rejection(uri, data, error) from error
+
+
+def _rejection(uri: str, data: bytes | None, error: RasterioError) -> RasterRejected:
+    """Why GDAL cannot open a raster, by the first and last bytes of its file."""
+    found = RasterBytes.of(data) if data is not None else read_raster_bytes(uri)
+    name = sniff_format(found.head)
+    if not found.size:
+        return RasterRejected(Status.EMPTY, "no bytes")
+    if name is None:
+        return RasterRejected(Status.NOT_AN_IMAGE, f"no raster begins like this: {found.head[:16]!r}")
+    if name not in ("TIFF", "JPEG 2000", "PNG", "JPEG"):
+        status = Status.UNSUPPORTED_FORMAT
+    elif found.are_of_a_cut(name):
+        status = Status.TRUNCATED
+    else:
+        # Of an object, the server may have failed GDAL in between.
+        status = Status.FETCH_FAILED if storage.is_s3(uri) else Status.CORRUPT
+    return RasterRejected(status, f"{name}: {_deepest(error)}")
 
 
 def checked_window(scene: DatasetReader, window: Window | None) -> Window:
@@ -305,38 +331,6 @@ def _step(spec: PreprocessSpec, window: Window) -> int:
     return max(1, math.floor(spare / 2))
 
 
-class _Ends(NamedTuple):
-    """The first and last bytes of a file, and its size in bytes."""
-
-    head: bytes
-    tail: bytes
-    size: int
-
-    def are_of_a_cut(self, name: str) -> bool:
-        """Whether a file of the format ``name`` stops before its own end."""
-        if name != "TIFF":
-            return end_is_missing(self.tail, name)
-        return tiff_directory_is_missing(self.head, self.size)
-
-
-def _ends(uri: str, data: bytes | None) -> _Ends:
-    """Of ``data``, or else of a local file; raises :class:`RasterRejected` where that cannot be read."""
-    if data is not None:
-        return _Ends(data[:_SNIFFED_BYTES], data[-_SNIFFED_BYTES:], len(data))
-    try:
-        with storage.open_input(uri) as file:
-            head = file.read(_SNIFFED_BYTES)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _SNIFFED_BYTES))
-            return _Ends(head, file.read(_SNIFFED_BYTES), size)
-    except PermissionError as error:
-        raise RasterRejected(Status.FORBIDDEN, f"{type(error).__name__}: {error}") from error
-    except FileNotFoundError as error:
-        raise RasterRejected(Status.NOT_FOUND, f"{type(error).__name__}: {error}") from error
-    except OSError as error:
-        raise RasterRejected(Status.FETCH_FAILED, f"{type(error).__name__}: {error}") from error
-
-
 def _deepest(error: BaseException) -> BaseException:
     """What went wrong first: rasterio says "see previous exception" of what GDAL explains."""
     while error.__cause__ is not None:
@@ -350,12 +344,18 @@ def _status_of(error: Exception, otherwise: Status) -> Status:
     return Status.OUT_OF_MEMORY if no_memory else otherwise
 
 
+def _has_status(outcome: Decoded | RowError, *statuses: Status) -> TypeGuard[RowError]:
+    return isinstance(outcome, RowError) and outcome.status in statuses
+
+
 def _is_damaged(outcome: Decoded | RowError) -> TypeGuard[RowError]:
-    return isinstance(outcome, RowError) and outcome.status in (Status.CORRUPT, Status.TRUNCATED)
+    return _has_status(outcome, Status.CORRUPT, Status.TRUNCATED)
 
 
-def _size(request: RasterRequest) -> int | None:
-    """Of the raster's file, bytes; none: in an object store, or gone."""
+def _size(request: RasterRequest, found: RasterBytes | None) -> int | None:
+    """Of the raster's file, bytes; none: an object of which nothing is ``found``, or gone."""
+    if found is not None:
+        return found.size
     if request.uri is None:
         return len(request.data or b"")
     path = storage.local_path(request.uri)
@@ -378,8 +378,12 @@ def _ends_early(scene: DatasetReader, window: Window, bands: Sequence[int], size
     return False
 
 
-def _has_no_end(scene: DatasetReader, request: RasterRequest) -> bool:
-    """Whether a JPEG or PNG, unless it is in an object store, stops before its own end."""
-    if scene.driver not in ("JPEG", "PNG") or (request.uri is not None and storage.is_s3(request.uri)):
+def _has_no_end(scene: DatasetReader, request: RasterRequest, found: RasterBytes | None) -> bool:
+    """Whether a JPEG or PNG, unless it is an object of which nothing is ``found``, stops before its own end."""
+    if scene.driver not in ("JPEG", "PNG"):
         return False
-    return _ends(request.uri or "", request.data).are_of_a_cut(scene.driver)
+    if request.uri is None:
+        found = RasterBytes.of(request.data or b"")
+    elif not storage.is_s3(request.uri):
+        found = read_raster_bytes(request.uri)
+    return found is not None and found.are_of_a_cut(scene.driver)

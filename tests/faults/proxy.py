@@ -31,7 +31,8 @@ class Fault:
 
     ``503`` and the other numbers: that answer, and the server is not asked. ``reset``: the connection is, before the
     server is asked. ``lost``: the server does as it was asked, and the connection is reset in place of its answer.
-    ``truncate``: half of the body that was announced. ``slow:S``: half of the body, ``S`` seconds, the other half; an
+    ``truncate``: half of the body that was announced; ``parts``: the same, but nothing to a request for a whole object.
+    ``slow:S``: half of the body, ``S`` seconds, the other half; an
     answer without a body comes after ``S`` seconds. ``unconditional``: the server does not see an ``If-None-Match``;
     it must be one that checks no signatures.
     """
@@ -102,6 +103,8 @@ def _handler(state: FaultyServer) -> type[BaseHTTPRequestHandler]:
         def do_request(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             action = state.action(self.command, unquote(self.path))
+            if action == "parts":
+                action = "truncate" if self.headers.get("Range") else None
             if action is not None and action.isdigit():
                 self.refuse(int(action))
                 return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from imgbatch.core.raster_request import RasterRequest, Window
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import ExitCode, RowError, Status
 from imgbatch.schema import WINDOW_TYPE
+from tests.core.raster_decoding import encoded
 from tests.faults.conftest import Job, assert_exactly_once, outcomes
 from tests.faults.drivers import KILLED
 from tests.faults.proxy import Fault, FaultyServer, faulty_server
@@ -174,11 +175,71 @@ def test_a_server_that_stalls_is_no_fault_of_the_tile(remote_scene: RemoteScene)
     assert "decode.timeout_s" in error.message
 
 
-def test_a_block_that_is_damaged_in_the_bucket_is_corrupt(remote_scene: RemoteScene, tmp_path: Path) -> None:
-    data = bytearray(write_raster(tmp_path / "damaged.tif", noise(3, 64, 64), compress="deflate").read_bytes())
-    data[-2000:-200] = b"\xff" * 1800
-    uri = remote_scene.uri.replace("scene.tif", "damaged.tif")
-    storage.replace(uri, bytes(data))
-    error = read_tile(remote_scene.decoder, uri, 32, 32)
+def damage_block(data: bytes) -> bytes:
+    return data[:-2000] + b"\xff" * 1800 + data[-200:]
+
+
+def damage_directory(data: bytes) -> bytes:
+    directory = int.from_bytes(data[4:8], "little")
+    return data[:directory] + b"\xff" * 200 + data[directory + 200 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "status"),
+    [
+        (damage_block, Status.CORRUPT),
+        (damage_directory, Status.CORRUPT),
+        (lambda data: data[:-300], Status.TRUNCATED),
+        (lambda data: data[:7], Status.TRUNCATED),
+        (lambda _: b"", Status.EMPTY),
+        (lambda _: b"no raster", Status.NOT_AN_IMAGE),
+    ],
+    ids=["block", "directory", "cut", "cut in the header", "empty", "text"],
+)
+def test_what_is_damaged_in_the_bucket_is_what_it_is_on_a_disk(
+    damage: Callable[[bytes], bytes], status: Status, remote_scene: RemoteScene, tmp_path: Path
+) -> None:
+    local = write_raster(tmp_path / "damaged.tif", noise(3, 64, 64), compress="deflate")
+    local.write_bytes(damage(local.read_bytes()))
+    remote = remote_scene.uri.replace("scene.tif", "damaged.tif")
+    storage.replace(remote, local.read_bytes())
+    for uri in (str(local), remote):
+        error = read_tile(remote_scene.decoder, uri, 32, 32)
+        assert error is not None
+        assert error.status is status, error
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_photograph_that_was_cut_in_the_bucket_is_truncated(kind: str, remote_scene: RemoteScene) -> None:
+    data = encoded(kind, 256)
+    uri = remote_scene.uri.replace("scene.tif", f"cut.{kind.lower()}")
+    storage.replace(uri, data[: len(data) // 2])
+    error = read_tile(remote_scene.decoder, uri, 220, 220)
     assert error is not None
-    assert error.status is Status.CORRUPT
+    assert error.status is Status.TRUNCATED, error
+
+
+def test_of_a_large_scene_that_was_cut_in_the_bucket_what_is_there_is_read(
+    remote_scene: RemoteScene, tmp_path: Path
+) -> None:
+    """Too large to be read whole for each of its tiles: its size tells."""
+    samples_CHW = np.zeros((3, 2560, 2560), "uint8")
+    path = write_raster(tmp_path / "large.tif", samples_CHW, tiled=True, blockxsize=256, blockysize=256)
+    data = path.read_bytes()
+    assert len(data) > 17 * 2**20
+    uri = remote_scene.uri.replace("scene.tif", "large.tif")
+    storage.replace(uri, data[:-1000])
+    error = read_tile(remote_scene.decoder, uri, 2528, 2528)
+    assert error is not None
+    assert error.status is Status.TRUNCATED, error
+    assert read_tile(remote_scene.decoder, uri, 0, 0) is None
+    assert max(size for _, _, size in remote_scene.server.passed) < 2**20
+
+
+def test_a_tile_that_gdal_cannot_get_twice_is_read_from_the_bytes_of_its_scene(remote_scene: RemoteScene) -> None:
+    """GDAL asks for parts, and our own client for the whole."""
+    assert remote_scene.read(0, 0) is None
+    whole = storage.file_info(remote_scene.uri).size
+    remote_scene.fail("parts")
+    assert remote_scene.read(700, 700) is None
+    assert whole in {size for _, _, size in remote_scene.server.passed}
