@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rasterio.enums import MaskFlags
 from rasterio.errors import RasterioError
-from rasterio.io import DatasetReader
+from rasterio.io import DatasetReader, MemoryFile
 from rasterio.warp import transform as to_crs
 
 from imgbatch.config import Config, FetchConfig
@@ -32,11 +32,12 @@ from imgbatch.core.geoparquet import BBOX, BBOX_TYPE, CRS, GEOMETRY, TRANSFORM
 from imgbatch.core.manifest_build import SPLIT_FOLDERS, draw_split, split_of_folders
 from imgbatch.core.manifest_sources import OBJECT_COLUMNS, Source, TableOptions, open_sources
 from imgbatch.core.parquet import BATCH_ROWS, rechunk
+from imgbatch.core.raster_bytes import read_raster_bytes
 from imgbatch.core.raster_samples import RasterRejected
 from imgbatch.core.rasters import gdal_env, open_raster
 from imgbatch.core.row_decoder import find_raster
 from imgbatch.core.vector_labels import VectorLabels
-from imgbatch.errors import MAY_PASS, ImgbatchError, RowError, UsageError, normalise_message
+from imgbatch.errors import MAY_PASS, ImgbatchError, RowError, Status, UsageError, normalise_message
 from imgbatch.schema import BANDS, ETAG, IMAGE_ID, SIZE, SPLIT, TARGET, URI, WINDOW, WINDOW_TYPE
 
 LONGITUDE_LATITUDE = "OGC:CRS84"
@@ -104,7 +105,8 @@ def tile_scenes(
     same when the collection moves. Tiles of objects have their scene's ``size`` and ``etag``.
 
     Args:
-        config: where scenes may lie (section ``fetch``); none: the defaults.
+        config: where scenes may lie, and up to which size an object that GDAL cannot read is read whole to see whether
+            it is damaged (section ``fetch``); none: the defaults.
 
     Raises:
         UsageError: a source that cannot be read, two scenes of one name, no scene, or ``output`` exists.
@@ -164,12 +166,12 @@ def _iter_tables(
         seen.add(name)
         tally.num_scenes += 1
         try:
-            with open_raster(_place(uri, access)) as scene:
-                table = _tiles(scene, listed, options, tally).select(schema.names).cast(schema)
+            table = _tiles_of(listed, options, tally, access).select(schema.names).cast(schema)
         except UsageError:
             raise
         except Exception as error:  # a damaged file raises anything
-            if _may_pass(error, uri):
+            # What may well be read later must not be missing.
+            if isinstance(error, RasterRejected) and error.status in MAY_PASS:
                 raise ImgbatchError(
                     f"{uri}: cannot be read now ({normalise_message(error)}); run the command again, or name the other "
                     "scenes in a list"
@@ -188,12 +190,23 @@ def _failed_row(listed: _Listed, options: TileOptions, schema: pa.Schema) -> pa.
     return pa.Table.from_pylist([{name: row.get(name) for name in schema.names}], schema=schema)
 
 
-def _may_pass(error: Exception, uri: str) -> bool:
-    """Whether a scene that failed like this may well be read later: then its tiles must not be missing."""
-    if isinstance(error, RasterRejected):
-        return error.status in MAY_PASS
-    # GDAL says the same of a damaged block and of a server that failed for a moment.
-    return isinstance(error, RasterioError) and storage.is_s3(uri)
+def _tiles_of(listed: _Listed, options: TileOptions, tally: TileTally, access: FetchConfig) -> pa.Table:
+    place = _place(listed.uri, access)
+    try:
+        with open_raster(place) as scene:
+            return _tiles(scene, listed, options, tally)
+    except (RasterRejected, RasterioError) as error:
+        said = error.status if isinstance(error, RasterRejected) else Status.FETCH_FAILED
+        if said is not Status.FETCH_FAILED or not storage.is_s3(place):
+            raise
+        # GDAL says the same of a damaged file and of a server that failed for a moment; with the bytes in memory, what
+        # fails is the file.
+        found = read_raster_bytes(place, max_bytes=access.max_bytes)
+        if found.data is None:
+            unknown = f"{found.size} bytes, more than fetch.max_bytes, so not looked into for damage"
+            raise RasterRejected(said, f"{error}; {unknown}") from error
+    with MemoryFile(found.data) as memory, open_raster(memory.name, found.data) as scene:
+        return _tiles(scene, listed, options, tally)
 
 
 def _place(uri: str, access: FetchConfig) -> str:

@@ -143,6 +143,78 @@ def test_a_server_that_fails_while_a_scene_is(after, tmp_path, s3_bucket, s3_ser
     assert not output.exists()
 
 
+def damaged_tiffs(whole: bytes) -> dict[str, bytes]:
+    """Of a TIFF, by what is wrong: GDAL opens none of them."""
+    directory = int.from_bytes(whole[4:8], "little")
+    return {
+        "empty": b"",
+        "cut before the directory": whole[:8],
+        "cut in the directory": whole[: directory + 20],
+        "damaged directory": whole[:directory] + b"\xff" * 200 + whole[directory + 200 :],
+    }
+
+
+def test_a_damaged_scene_in_an_object_store_costs_no_other_and_is_what_it_is_on_a_disk(tmp_path, scenes, s3_bucket):
+    local = tmp_path / "damaged"
+    local.mkdir()
+    whole = (scenes / "north" / "a.tif").read_bytes()
+    for name, data in {**damaged_tiffs(whole), "whole": whole}.items():
+        (local / f"{name}.tif").write_bytes(data)
+        storage.replace(f"{s3_bucket}/{name}.tif", data)
+    said, rows = {}, {}
+    for place in (str(local), s3_bucket):
+        output = tmp_path / "tiles.parquet"
+        tiling = tile_in_another_process(place, "-o", output, "--size", "64", "--overwrite")
+        assert "2 tiles of 5 scenes" in tiling.stdout, tiling.stderr
+        lines = tiling.stdout.replace(f"{place}/", "").splitlines()
+        said[place] = [line for line in lines if line.startswith("cannot be opened")]
+        rows[place] = pq.read_table(output).drop_columns(["uri"]).to_pylist()
+    in_store = [{name: row[name] for name in rows[str(local)][0]} for row in rows[s3_bucket]]
+    assert in_store == rows[str(local)]
+    assert all(row["etag"] for row in rows[s3_bucket])
+    kinds = [[line.split(":")[1:3] for line in lines] for lines in said.values()]
+    assert len(kinds[0]) == 4
+    assert kinds[0] == kinds[1]
+
+
+def test_a_scene_whose_mask_is_damaged_in_an_object_store_costs_no_other(tmp_path, scenes, s3_bucket):
+    samples = noise(1, 512, 512, dtype="uint8", high=255)
+    scene = write_raster(tmp_path / "scene.tif", samples, nodata=0, tiled=True, blockxsize=256, blockysize=256)
+    storage.replace(f"{s3_bucket}/cut.tif", scene.read_bytes()[:-1000])
+    storage.replace(f"{s3_bucket}/whole.tif", (scenes / "north" / "a.tif").read_bytes())
+    output = tmp_path / "tiles.parquet"
+    tiling = tile_in_another_process(s3_bucket, "-o", output, "--min-valid", "0.5", "--size", "64")
+    assert "2 tiles of 2 scenes" in tiling.stdout, tiling.stderr
+    assert f"cannot be opened: {s3_bucket}/cut.tif" in tiling.stdout
+
+
+def test_a_damaged_scene_that_is_too_large_to_look_into_ends_the_command_unless_its_ends_tell(
+    tmp_path, scenes, s3_bucket
+):
+    damaged = damaged_tiffs((scenes / "north" / "a.tif").read_bytes())
+    for name, code in (("cut before the directory", 0), ("damaged directory", 1)):
+        uri = f"{s3_bucket}/{name}.tif"
+        storage.replace(uri, damaged[name])
+        output = tmp_path / f"{name}.parquet"
+        tiling = tile_in_another_process(uri, scenes / "b.tif", "-o", output, "--set", "fetch.max_bytes=5")
+        assert tiling.returncode == code, tiling.stderr
+    assert "more than fetch.max_bytes, so not looked into for damage" in " ".join(tiling.stderr.split())
+
+
+def test_a_scene_that_only_gdal_could_not_read_is_tiled(tmp_path, s3_bucket, s3_server, monkeypatch):
+    """Its bytes, which our own client gets, tell that the network was at fault."""
+    samples = noise(1, 512, 512, dtype="uint8", high=255)
+    scene = write_raster(tmp_path / "scene.tif", samples, nodata=0, tiled=True, blockxsize=256, blockysize=256)
+    storage.replace(f"{s3_bucket}/scene.tif", scene.read_bytes())
+    output = tmp_path / "tiles.parquet"
+    with faulty_server(s3_server) as (url, server):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        server.faults = [Fault("GET", r"/scene\.tif", "parts")]
+        tiling = tile_in_another_process(f"{s3_bucket}/scene.tif", "-o", output, "--min-valid", "0.5")
+    assert server.acted
+    assert "4 tiles of 1 scenes" in tiling.stdout, tiling.stderr
+
+
 def test_scenes_are_tiled_again_into_their_own_folder(scenes):
     output = str(scenes / "tiles.parquet")
     for _ in range(2):
