@@ -204,8 +204,11 @@ def _decode_plain_jpeg(data: bytes, image: Image.Image, scale: int) -> Image.Ima
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        # Says nothing about the metadata: the pixels would be taken for upright.
+        raise
     except Exception:
-        # Damaged metadata says nothing about the pixels.
+        # Damaged metadata raises anything, and says nothing about the pixels.
         return 1
     return orientation if orientation in _TRANSPOSE else 1
 

@@ -77,6 +77,17 @@ def test_broken_exif_spoils_nothing() -> None:
     assert_uniform(data, GREY, tolerance=3)
 
 
+def test_memory_that_runs_out_while_exif_is_read_leaves_no_photograph_lying(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise MemoryError
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.new("RGB", (16, 16), GREY), "PNG", exif=exif)
+    monkeypatch.setattr(Image.Exif, "load", load)
+    assert status(data) is Status.OUT_OF_MEMORY
+
+
 def test_other_than_three_channels_is_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="1 channels"):
         decode_image(b"x", PreprocessSpec(mean=(0.5,), std=(0.5,)), max_pixels=1)
