@@ -93,7 +93,8 @@ class HttpsReader:
             # Sharing the descriptor, so that the timer ends the encrypted connection as well.
             connection.sock = self._context.wrap_socket(plain.dup(), server_hostname=host)
             yield connection
-        except Exception:
+        except (OSError, http.client.HTTPException):
+            # What a connection raises that give_up has ended.
             if not out_of_time.is_set():
                 raise
         finally:
