@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -156,18 +155,15 @@ def plan_run(config: Config, device: DeviceKind) -> Run:
     out = storage.absolute(str(config.output.path))
     _check_readable(out)
     storage.check_writable(out)
+    new_run = wants_new_run(config, manifest, bundle, out, fingerprint)
     abandon = config.run.on_unfinished == "abandon"
-    choose = partial(choose_run_id, out, fingerprint, fields, abandon=abandon)
-    run_id = choose(new_run=config.run.new_run)
-    if RunPaths(out, run_id).is_finished() and _has_more(config, manifest, bundle, out, fingerprint):
-        run_id = choose(new_run=True)
-    paths = RunPaths(out, run_id)
+    paths = RunPaths(out, choose_run_id(out, fingerprint, fields, new_run=new_run, abandon=abandon))
     if not storage.exists(paths.plan):
         wanted = wanted_rows(config, manifest, bundle, out)
         layout = choose_layout(config, manifest, wanted, bundle, spec, on_cpus=device == "cpu")
         tables = (normalise_columns(table) for table in _manifest_rows(manifest, wanted))
         plan = _new_plan(
-            config, fields, run_id, layout, bundle, has_bytes=manifest.has_bytes, parent=None, device=device
+            config, fields, paths.run_id, layout, bundle, has_bytes=manifest.has_bytes, parent=None, device=device
         )
         _create(paths, plan, tables, check_duplicates=config.input.duplicates == "error")
     return replace(open_run(paths, config, bundle, spec), backend=backend)
@@ -303,14 +299,17 @@ def _wants_unlabelled(config: Config) -> bool:
     return config.input.skip_existing or config.input.since_run is not None
 
 
-def _has_more(config: Config, manifest: Manifest, bundle: ModelBundle, out: str, fingerprint: str) -> bool:
-    """Whether only unlabelled rows are wanted, and there are some that no finished run of the fingerprint took.
+def wants_new_run(config: Config, manifest: Manifest, bundle: ModelBundle, out: str, fingerprint: str) -> bool:
+    """Whether the command is to start a run beside one of its fingerprint that has finished: asked for, or needed.
 
-    So it is where a run of others was removed since; rows that failed in a finished run are for a retry.
+    Needed where only unlabelled rows are wanted, and there are some that no finished run of the fingerprint took: a
+    run of others was removed since. Rows that failed in a finished run are for a retry.
     """
-    if not _wants_unlabelled(config):
-        return False
+    if config.run.new_run or not _wants_unlabelled(config):
+        return config.run.new_run
     same = [run.run_id for run in list_runs(out) if run.finished and run.plan["fingerprint"] == fingerprint]
+    if not same:
+        return False
     num_rows, model_id = _num_rows(config, manifest), bundle.model_id
     left = unlabelled_rows(config, manifest, out, num_rows=num_rows, model_id=model_id, taken_by=same)
     return bool(left.any())

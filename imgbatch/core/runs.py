@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -186,36 +186,56 @@ def find_run(out: str, run_id: str | None = None) -> RunEntry:
 def choose_run_id(
     out: str, fingerprint: str, fields: Mapping[str, Any], *, new_run: bool, abandon: bool, parent: str | None = None
 ) -> str:
-    """The id of the run that a command with this fingerprint continues or starts.
-
-    The newest run with the same fingerprint is continued, or done; ``new_run`` starts another beside a finished
-    one, with ``-2`` and so on after its id. An unfinished run with another fingerprint stops the command, or is
-    marked as abandoned.
+    """:func:`run_id_of`, once no unfinished run stands in the way; those that do may be marked as abandoned.
 
     Raises:
         UsageError: an unfinished run differs, and the message names the fields; or it is being worked on.
     """
-    siblings = [entry for entry in list_runs(out) if entry.parent == parent and not entry.abandoned]
-    same = [entry for entry in siblings if entry.plan["fingerprint"] == fingerprint]
-    for entry in siblings:
-        if entry.finished or entry in same:
-            continue
+    runs = list_runs(out)
+    for entry in runs_in_the_way(runs, fingerprint, parent=parent):
         if not abandon:
-            differing = ", ".join(differing_fields(entry.plan["fields"], fields))
-            raise UsageError(
-                f"output {out}: run {entry.run_id} is unfinished and was started with other settings ({differing}); "
-                f"finish it with those, or give it up with --set run.on_unfinished=abandon"
-            )
+            raise UsageError(why_in_the_way(out, entry, fields))
         _refuse_if_alive(entry.paths)
         storage.create_if_absent(entry.paths.abandoned, b"")
+    return run_id_of(runs, fingerprint, new_run=new_run, parent=parent)
+
+
+def run_id_of(runs: Sequence[RunEntry], fingerprint: str, *, new_run: bool, parent: str | None = None) -> str:
+    """The id of the run that a command with this fingerprint continues or starts.
+
+    The newest run with the same fingerprint is continued, or done; ``new_run`` starts another beside a finished
+    one, with ``-2`` and so on after its id.
+
+    Args:
+        runs: every run of the output.
+    """
     run_id = "r" + fingerprint[:12]
+    taken = {entry.run_id for entry in runs}
+    same = [entry for entry in _siblings(runs, parent) if entry.plan["fingerprint"] == fingerprint]
     if not same:
-        taken = {entry.run_id for entry in list_runs(out)}
         return run_id if run_id not in taken else _next_id(run_id, taken)
     newest = max(same, key=lambda entry: (len(entry.run_id), entry.run_id))
-    if newest.finished and new_run:
-        return _next_id(run_id, {entry.run_id for entry in list_runs(out)})
-    return newest.run_id
+    return _next_id(run_id, taken) if newest.finished and new_run else newest.run_id
+
+
+def runs_in_the_way(runs: Sequence[RunEntry], fingerprint: str, *, parent: str | None = None) -> list[RunEntry]:
+    """Unfinished runs with another fingerprint, which stop a command unless it is to give them up."""
+    return [
+        entry for entry in _siblings(runs, parent) if not entry.finished and entry.plan["fingerprint"] != fingerprint
+    ]
+
+
+def why_in_the_way(out: str, entry: RunEntry, fields: Mapping[str, Any]) -> str:
+    """One line about a run in the way of one with these ``fields`` of its fingerprint, and what to do about it."""
+    differing = ", ".join(differing_fields(entry.plan["fields"], fields))
+    return (
+        f"output {out}: run {entry.run_id} is unfinished and was started with other settings ({differing}); "
+        f"finish it with those, or give it up with --set run.on_unfinished=abandon"
+    )
+
+
+def _siblings(runs: Sequence[RunEntry], parent: str | None) -> list[RunEntry]:
+    return [entry for entry in runs if entry.parent == parent and not entry.abandoned]
 
 
 def _next_id(run_id: str, taken: set[str]) -> str:

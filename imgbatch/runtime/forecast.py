@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from imgbatch.core.fingerprint import fingerprint_of, result_fields
 from imgbatch.core.layout import choose_layout, estimate_row_bytes
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.model import ModelBundle, float32_bytes
-from imgbatch.core.plan import DeviceKind, open_inputs, read_plan, wanted_rows
+from imgbatch.core.plan import DeviceKind, open_inputs, read_plan, wanted_rows, wants_new_run
 from imgbatch.core.regions import region_warnings
-from imgbatch.core.runs import list_runs
+from imgbatch.core.runs import list_runs, run_id_of, runs_in_the_way, why_in_the_way
 from imgbatch.core.sample import DecodedSample, classify_sample, decode_sample, sample_rows
 from imgbatch.core.stages import fitting_batch_size
 from imgbatch.core.transforms import PreprocessSpec
@@ -93,18 +92,16 @@ def forecast(config: Config) -> Forecast:
         machine, regions, warnings = place.machine, place.regions, place.warnings
         device = choose_device(config.resources, machine)
         pools = choose_pools(config.resources, device, machine)
-    wanted = wanted_rows(config, manifest, bundle, out)
-    layout = choose_layout(config, manifest, wanted, bundle, spec, on_cpus=device == "cpu")
     backend = choose_backend(config, bundle, spec, device)
     fields = result_fields(config, manifest, bundle, spec, device, backend)
-    run_id, state, layout, done = _existing(fields, out, layout)
+    run_id, state, layout, done = _run_ahead(config, manifest, bundle, spec, device, fields, out)
     sample, stage_s = _measure(config, manifest, bundle, spec, device, pools, backend, layout.unit_rows)
     rates = stage_rates(stage_s, pools, device, machine)
     limit = min(rates, key=lambda stage: rates[stage]) if "classify" in rates else None
     left = layout.num_rows - sum(layout.unit(index).num_rows for index in done)
     hours = (left / rates[limit] + _START_UP_S) / 3600 if limit and state != "finished" else None
     statuses = Counter(error.status.value for error in sample.decoded.errors if error) if sample else Counter()
-    warnings += [*backend.left_out, *input_warnings(sample, bundle, spec)]
+    warnings += [*_blocked(config, fields, out), *backend.left_out, *input_warnings(sample, bundle, spec)]
     if rates and limit is None:
         warnings.append("the model was not measured: no GPU here; so there is no limit, time or cost to tell")
     images = [row.get(URI) for row in sample.rows] if sample else []
@@ -163,19 +160,46 @@ def _place(config: Config) -> Iterator[_Place]:
     yield _Place(this_machine(), configured, [])
 
 
-def _existing(fields: dict[str, Any], out: str, new_layout: UnitLayout) -> tuple[str, str, UnitLayout, Collection[int]]:
-    """The run that the command would continue or start: run_id, state, its units and the indices of finished ones.
+class _RunAhead(NamedTuple):
+    """The run that classify would continue, start, or find done."""
 
-    A run keeps the units that it was planned with, whatever the settings would make of them now.
-    """
-    fingerprint = fingerprint_of(json.loads(json.dumps(fields)))
-    for run in reversed(list_runs(out)):
-        if run.plan["fingerprint"] == fingerprint and not run.abandoned:
-            layout = read_plan(run).layout
-            if run.finished:
-                return run.run_id, "finished", layout, range(layout.num_units)
-            return run.run_id, "unfinished", layout, run.paths.committed_units(layout.num_units)
-    return "r" + fingerprint[:12], "new", new_layout, ()
+    run_id: str
+    state: str
+    layout: UnitLayout
+    done: Collection[int]
+    """Indices of its finished units."""
+
+
+def _run_ahead(
+    config: Config,
+    manifest: Manifest,
+    bundle: ModelBundle,
+    spec: PreprocessSpec,
+    device: DeviceKind,
+    fields: Mapping[str, Any],
+    out: str,
+) -> _RunAhead:
+    """A run keeps the units that it was planned with, whatever the settings would make of them now."""
+    fingerprint = fingerprint_of(dict(fields))
+    runs = list_runs(out)
+    run_id = run_id_of(runs, fingerprint, new_run=wants_new_run(config, manifest, bundle, out, fingerprint))
+    run = next((run for run in runs if run.run_id == run_id), None)
+    if run is None:
+        wanted = wanted_rows(config, manifest, bundle, out)
+        layout = choose_layout(config, manifest, wanted, bundle, spec, on_cpus=device == "cpu")
+        return _RunAhead(run_id, "new", layout, ())
+    layout = read_plan(run).layout
+    if run.finished:
+        return _RunAhead(run_id, "finished", layout, range(layout.num_units))
+    return _RunAhead(run_id, "unfinished", layout, run.paths.committed_units(layout.num_units))
+
+
+def _blocked(config: Config, fields: Mapping[str, Any], out: str) -> list[str]:
+    """A warning where an unfinished run would stop classify."""
+    if config.run.on_unfinished == "abandon":
+        return []
+    in_the_way = runs_in_the_way(list_runs(out), fingerprint_of(dict(fields)))
+    return [f"classify would stop: {why_in_the_way(out, run, fields)}" for run in in_the_way[:1]]
 
 
 def _measure(

@@ -11,6 +11,7 @@ from PIL import Image
 from imgbatch.config import Config, PlanConfig
 from imgbatch.core import backends, storage
 from imgbatch.core.backends import Backend
+from imgbatch.core.clean import remove_run
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.plan import plan_run
 from imgbatch.core.units import UnitLayout
@@ -63,6 +64,55 @@ def test_what_is_left_are_the_rows_of_pending_units(
     assert ahead.hours is not None
     assert ahead.images_per_s is not None
     assert 3600 * ahead.hours == pytest.approx(30 + 30 / ahead.images_per_s)
+
+
+def test_once_a_run_was_removed_a_forecast_says_what_classify_would_do(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    """The second night's run is finished, but what the first one had labelled is to be labelled again."""
+
+    def night(number: int, chosen: list[Path], **flags: object) -> Config:
+        manifest = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"uri": [str(photo) for photo in chosen]}), manifest)
+        return changed(photo_config, input__manifest=str(manifest), plan__sample_rows=0, **flags)
+
+    first = classify(night(1, photos[:4]))
+    second = night(2, photos[:5], input__skip_existing=True)
+    finished = classify(second)
+    ahead = forecast(second)
+    assert (ahead.run_id, ahead.state, ahead.num_rows) == (finished.run_id, "finished", 1)
+    remove_run(first.out, first.run_id)
+    ahead = forecast(second)
+    assert (ahead.state, ahead.num_rows, ahead.units_done) == ("new", 4, 0)
+    again = classify(second)
+    assert (again.run_id, again.num_rows, again.already_finished) == (ahead.run_id, 4, False)
+    for run_id in (again.run_id, finished.run_id):
+        remove_run(first.out, run_id)
+    ahead = forecast(second)
+    assert (ahead.run_id, ahead.state, ahead.num_rows) == (finished.run_id, "new", 5)
+
+
+def test_a_second_run_is_forecast_where_one_is_asked_for(photo_config: Config) -> None:
+    first = classify(photo_config)
+    ahead = forecast(changed(photo_config, run__new_run=True, plan__sample_rows=0))
+    assert (ahead.run_id, ahead.state) == (f"{first.run_id}-2", "new")
+
+
+def test_an_unfinished_run_in_the_way_is_warned_of(photo_config: Config) -> None:
+    unfinished = plan_run(photo_config, "cpu")
+    other = changed(photo_config, output__top_k=1, plan__sample_rows=0)
+    with pytest.raises(UsageError) as refused:
+        plan_run(other, "cpu")
+    (warning,) = forecast(other).warnings
+    assert warning == f"classify would stop: {refused.value}"
+    given_up = changed(other, run__on_unfinished="abandon")
+    assert forecast(given_up).warnings == []
+    assert plan_run(given_up, "cpu").run_id != unfinished.run_id
+    # Its own settings again are another run.
+    again = changed(photo_config, run__on_unfinished="abandon", plan__sample_rows=0)
+    ahead = forecast(again)
+    assert (ahead.run_id, ahead.state) == (f"{unfinished.run_id}-2", "new")
+    assert plan_run(again, "cpu").run_id == ahead.run_id
 
 
 @pytest.mark.skipif(bool(this_machine().num_gpus), reason="there is a GPU here")
