@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from imgbatch.config import Config
-from imgbatch.core.machine import has_bfloat16
+from imgbatch.core.machine import Gpu, has_bfloat16, local_gpus
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.predictions import BatchedPredictor
 from imgbatch.core.transforms import PreprocessSpec
@@ -23,6 +23,13 @@ from imgbatch.core.variants import ONNX_FILE, Target, Variant, load_variants, re
 from imgbatch.errors import UsageError
 
 TORCH = "torch"
+
+_NEEDED_CAPABILITY: dict[Target, tuple[tuple[int, int], str]] = {
+    "torch-bf16": ((8, 0), "bfloat16 arithmetic"),  # GPUs before Ampere emulate it, slower than float32
+    "torch-compile": ((7, 0), "Triton"),
+    "onnx-int8": ((7, 5), "TensorRT"),  # of CUDA 13
+}
+"""Of a GPU, the least that runs a variant, and what of it needs that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +63,16 @@ class Backend:
         )
 
 
-def choose_backend(config: Config, bundle: ModelBundle, spec: PreprocessSpec, device: str) -> Backend:
+def choose_backend(
+    config: Config, bundle: ModelBundle, spec: PreprocessSpec, device: str, gpus: Sequence[Gpu] | None = None
+) -> Backend:
     """The backend that ``classify.backend`` means for this bundle on this device; a variant's files are checked.
 
     ``auto`` takes the fastest variant that fits and falls back on torch; any other name is taken or refused.
 
     Args:
         spec: the preprocessing after overrides.
+        gpus: that the model may run on, of a cluster, as far as they are known; none: those of this machine.
 
     Raises:
         UsageError: the backend that was asked for does not serve, or a variant's files are damaged.
@@ -74,7 +84,7 @@ def choose_backend(config: Config, bundle: ModelBundle, spec: PreprocessSpec, de
     for variant in load_variants(bundle):
         if wanted != "auto" and not variant.backend.startswith(wanted):
             continue
-        reason = _why_not(variant, config, bundle, spec, device)
+        reason = _why_not(variant, config, bundle, spec, device, gpus)
         if reason is None and wanted == "auto" and variant.speedup < 1:
             reason = f"where it was made it had {variant.speedup:.2f} of torch's speed"
         if reason is None:
@@ -217,12 +227,24 @@ def without_bfloat16(target: Target, device: str) -> Literal["processor", "GPU"]
     if target == "torch-bf16" and device != "cpu":
         import torch
 
-        # GPUs before Ampere emulate it, slower than they compute in float32.
         return None if torch.cuda.is_bf16_supported(including_emulation=False) else "GPU"
     return None
 
 
-def _why_not(variant: Variant, config: Config, bundle: ModelBundle, spec: PreprocessSpec, device: str) -> str | None:
+def lacking_gpus(target: Target, gpus: Sequence[Gpu]) -> list[Gpu]:
+    """Those that are known not to run a variant; what is not known tells when it loads the model."""
+    needed, _ = _NEEDED_CAPABILITY.get(target, ((0, 0), ""))
+    return [gpu for gpu in gpus if gpu.lacks(needed)]
+
+
+def _why_not(
+    variant: Variant,
+    config: Config,
+    bundle: ModelBundle,
+    spec: PreprocessSpec,
+    device: str,
+    gpus: Sequence[Gpu] | None,
+) -> str | None:
     """Why a variant does not serve, and what to do about it; none if it does."""
     again = f"make it again with `imgbatch model optimize {bundle.path} --target {variant.target}`"
     if variant.weights_sha256 != bundle.weights_sha256:
@@ -241,12 +263,30 @@ def _why_not(variant: Variant, config: Config, bundle: ModelBundle, spec: Prepro
             f"its labels agree with torch on {variant.agreement.labels:.2%} of {variant.agreement.images:,} images, "
             f"below classify.min_agreement {min_agreement:g}"
         )
-    needs_bfloat16 = variant.target in ("openvino-bf16", "torch-bf16") and device == "cpu"
-    # A cluster's processors may have it, and tell when they load the model.
+    # A cluster's machines may have what it takes, and tell when they load the model.
     is_named = config.on_cluster and config.classify.backend == variant.backend
-    if needs_bfloat16 and not is_named and not has_bfloat16():
-        return "this processor has no bfloat16 arithmetic"
-    return _missing_tool(variant)
+    return (None if is_named else _missing_arithmetic(variant, device, gpus, config)) or _missing_tool(variant)
+
+
+def _missing_arithmetic(variant: Variant, device: str, gpus: Sequence[Gpu] | None, config: Config) -> str | None:
+    """What the machines that may run a variant lack; one that lacks it is enough, as all of a run take the same."""
+    if device == "cpu":
+        needs_bfloat16 = variant.target in ("openvino-bf16", "torch-bf16")
+        return "this processor has no bfloat16 arithmetic" if needs_bfloat16 and not has_bfloat16() else None
+    if variant.target not in _NEEDED_CAPABILITY:
+        return None
+    if gpus is None:
+        gpus = () if config.on_cluster else local_gpus()
+    lacking = lacking_gpus(variant.target, gpus)
+    if not lacking:
+        return None
+    (major, minor), what = _NEEDED_CAPABILITY[variant.target]
+    found = sorted({f"{gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}" for gpu in lacking if gpu.capability})
+    advice = "; resources.classify_labels can keep the model to others"
+    return (
+        f"{what} needs a GPU of compute capability {major}.{minor}, and {', '.join(found)}"
+        f"{advice if config.on_cluster and len(lacking) < len(gpus) else ''}"
+    )
 
 
 def _missing_tool(variant: Variant) -> str | None:

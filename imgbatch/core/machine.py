@@ -1,16 +1,42 @@
-"""What of the machine this process may use: the cores that it may run on, and what a container allows it."""
+"""What of the machine this process may use: cores, memory and GPUs, and what their arithmetic is."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 """Of glibc's ``mallopt(3)``."""
+
+_CAPABILITIES = {
+    "P100": (6, 0),
+    **dict.fromkeys(("P4", "P6", "P40"), (6, 1)),
+    **dict.fromkeys(("V100", "V100S"), (7, 0)),
+    **dict.fromkeys(("T4", "T4G"), (7, 5)),
+}
+"""By the name that Ray gives a type, of those before Ampere (https://developer.nvidia.com/cuda-legacy-gpus): later ones
+can all that is asked for."""
+_CAPABILITY_ATTRIBUTES = (75, 76)
+"""Major and minor: ``CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`` and ``_MINOR`` of cuda.h."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU, or several of one type."""
+
+    name: str
+    capability: tuple[int, int] | None
+    """CUDA's compute capability, major and minor; none: not known."""
+
+    def lacks(self, needed: tuple[int, int]) -> bool:
+        """Whether it is known to be of a lower capability than is needed."""
+        return self.capability is not None and self.capability < needed
 
 
 def num_cpus(cgroups: Path = _CGROUPS) -> int:
@@ -59,6 +85,37 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most before glibc 2.35
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 2**26)
+
+
+def gpu_of_type(name: str) -> Gpu:
+    """The GPU that Ray calls ``name`` in its resources and labels, as ``T4``."""
+    return Gpu(name, _CAPABILITIES.get(name))
+
+
+def local_gpus(driver: Any = None) -> tuple[Gpu, ...]:
+    """GPUs that CUDA shows this process, without a context on any; empty where its driver does not answer.
+
+    Args:
+        driver: CUDA's library; none: that of this machine.
+    """
+    try:
+        cuda = driver or ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return ()
+    return tuple(_local_gpu(cuda, index) for index in range(count.value))
+
+
+def _local_gpu(cuda: Any, index: int) -> Gpu:
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    capability = [ctypes.c_int() for _ in _CAPABILITY_ATTRIBUTES]
+    failed = cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDeviceGetName(name, len(name), device)
+    for value, attribute in zip(capability, _CAPABILITY_ATTRIBUTES, strict=True):
+        failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    major, minor = (value.value for value in capability)
+    return Gpu(name.value.decode(errors="replace") or f"GPU {index}", None if failed else (major, minor))
 
 
 def _numbers(path: Path) -> list[int]:

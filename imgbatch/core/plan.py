@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from imgbatch.core.geoparquet import carried_metadata
 from imgbatch.core.gpu_share import check_gpu_share
 from imgbatch.core.incremental import unlabelled_rows
 from imgbatch.core.layout import choose_layout, cut_rows
+from imgbatch.core.machine import Gpu
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.partitions import Partition, PartitionCheck, check_class_names, parse_partitions
@@ -141,15 +142,18 @@ def open_inputs(config: Config) -> tuple[Manifest, ModelBundle, PreprocessSpec]:
     return manifest, bundle, spec
 
 
-def plan_run(config: Config, device: DeviceKind) -> Run:
+def plan_run(config: Config, device: DeviceKind, gpus: Sequence[Gpu] | None = None) -> Run:
     """The run that ``config`` means, planned now or earlier.
+
+    Args:
+        gpus: as for :func:`choose_backend`.
 
     Raises:
         NothingToDo: only unlabelled rows are wanted, and there are none.
         UsageError: bad input, or an unfinished run with other settings stands in the way.
     """
     manifest, bundle, spec = open_inputs(config)
-    backend = choose_backend(config, bundle, spec, device)
+    backend = choose_backend(config, bundle, spec, device, gpus)
     fields = result_fields(config, manifest, bundle, spec, device, backend)
     fingerprint = fingerprint_of(fields)
     out = storage.absolute(str(config.output.path))

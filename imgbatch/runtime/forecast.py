@@ -12,9 +12,10 @@ import numpy as np
 
 from imgbatch.config import Config, PlanConfig
 from imgbatch.core import storage
-from imgbatch.core.backends import Backend, choose_backend, without_bfloat16
+from imgbatch.core.backends import Backend, choose_backend, lacking_gpus, without_bfloat16
 from imgbatch.core.fingerprint import fingerprint_of, result_fields
 from imgbatch.core.layout import choose_layout, estimate_row_bytes
+from imgbatch.core.machine import Gpu, local_gpus
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.model import ModelBundle, float32_bytes
 from imgbatch.core.plan import DeviceKind, open_inputs, read_plan, wanted_rows, wants_new_run
@@ -92,7 +93,7 @@ def forecast(config: Config) -> Forecast:
         machine, regions, warnings = place.machine, place.regions, place.warnings
         device = choose_device(config.resources, machine)
         pools = choose_pools(config.resources, device, machine)
-    backend = choose_backend(config, bundle, spec, device)
+    backend = choose_backend(config, bundle, spec, device, place.gpus)
     fields = result_fields(config, manifest, bundle, spec, device, backend)
     run_id, state, layout, done = _run_ahead(config, manifest, bundle, spec, device, fields, out)
     sample, stage_s = _measure(config, manifest, bundle, spec, device, pools, backend, layout.unit_rows)
@@ -141,7 +142,12 @@ class _Place(NamedTuple):
     machine: Machine
     regions: list[str]
     warnings: list[str]
-    is_cluster: bool = False
+    gpus: Sequence[Gpu] | None = None
+    """Of a cluster."""
+
+    @property
+    def is_cluster(self) -> bool:
+        return self.gpus is not None
 
 
 @contextlib.contextmanager
@@ -155,7 +161,8 @@ def _place(config: Config) -> Iterator[_Place]:
             with session.ray_session(config):
                 regions = session.cluster_regions() or configured
                 warnings = zone_warnings(*session.cluster_zones())
-                yield _Place(session.cluster_machine(), regions, warnings, is_cluster=True)
+                gpus = session.cluster_gpus(config.resources.classify_labels)
+                yield _Place(session.cluster_machine(), regions, warnings, gpus)
             return
     yield _Place(this_machine(), configured, [])
 
@@ -231,9 +238,10 @@ def _measure(
 
 def _runs_here(backend: Backend, device: DeviceKind) -> bool:
     """Whether this machine, which may be the head of a cluster, has what runs the model."""
+    variant = backend.variant
     if device == "cuda":
-        return this_machine().num_gpus > 0
-    return backend.variant is None or without_bfloat16(backend.variant.target, device) is None
+        return this_machine().num_gpus > 0 and (variant is None or not lacking_gpus(variant.target, local_gpus()))
+    return variant is None or without_bfloat16(variant.target, device) is None
 
 
 def _batch_size(config: Config, spec: PreprocessSpec, backend: Backend, device: DeviceKind, unit_rows: int) -> int:

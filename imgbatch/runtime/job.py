@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import pyarrow as pa
 from rich.console import Console
@@ -18,7 +18,8 @@ from imgbatch.config import Config
 from imgbatch.core import current, storage
 from imgbatch.core.access import fetch_settings, moved_inputs
 from imgbatch.core.finalize import finalize
-from imgbatch.core.plan import Run, plan_retry, plan_run, read_plan
+from imgbatch.core.machine import Gpu
+from imgbatch.core.plan import DeviceKind, Run, plan_retry, plan_run, read_plan
 from imgbatch.core.preflight import check_sample
 from imgbatch.core.runs import RunEntry, find_run, heartbeat, list_runs
 from imgbatch.core.views import open_views
@@ -68,8 +69,8 @@ def classify(config: Config, console: Console | None = None, stop: StopSwitch | 
     """
     console = console or Console(quiet=True)
     storage.configure(config.storage)
-    with device_kind(config) as device:
-        return _work(plan_run(config, device), console, stop or StopSwitch())
+    with hardware(config) as there:
+        return _work(plan_run(config, there.device, there.gpus), console, stop or StopSwitch())
 
 
 def retry(
@@ -108,9 +109,9 @@ def retry(
             "output": settled.output.model_copy(update={"path": out}),
         }
     )
-    with device_kind(config) as device:
+    with hardware(config) as there:
         attempt = len(_finished_retries(out, parent)) + 1
-        run = plan_retry(config, parent, failed, device, attempt=attempt)
+        run = plan_retry(config, parent, failed, there.device, attempt=attempt)
         return _work(run, console, stop or StopSwitch())
 
 
@@ -144,18 +145,28 @@ def _finished_retries(out: str, parent: RunEntry) -> list[RunEntry]:
     return [run for run in list_runs(out) if run.parent == parent.run_id and run.finished]
 
 
-@contextlib.contextmanager
-def device_kind(config: Config) -> Iterator[Any]:
-    """The device kind. A cluster has to be asked, so it is connected for the block; a Ray of our own starts later."""
-    from_cluster = config.classify.engine == "ray" and config.resources.device == "auto"
-    if from_cluster:
-        from imgbatch.runtime.session import cluster_address, cluster_machine, ray_session
+class Hardware(NamedTuple):
+    """What the model is to run on."""
 
-        if cluster_address(config) is not None:
-            with ray_session(config):
-                yield choose_device(config.resources, cluster_machine())
-            return
-    yield choose_device(config.resources, this_machine())
+    device: DeviceKind
+    gpus: Sequence[Gpu] | None
+    """Of the cluster; none: this machine has them, or nothing hangs on them."""
+
+
+@contextlib.contextmanager
+def hardware(config: Config) -> Iterator[Hardware]:
+    """What to plan for. A cluster has to be asked, so it is connected for the block; a Ray of our own starts later."""
+    resources = config.resources
+    # That it has GPUs does not say which variants they run.
+    hangs_on_gpus = resources.device == "cuda" and config.classify.backend == "auto"
+    if config.on_cluster and (resources.device == "auto" or hangs_on_gpus):
+        from imgbatch.runtime.session import cluster_gpus, cluster_machine, ray_session
+
+        with ray_session(config):
+            device = choose_device(resources, cluster_machine())
+            yield Hardware(device, cluster_gpus(resources.classify_labels))
+        return
+    yield Hardware(choose_device(resources, this_machine()), None)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 
 from imgbatch.config import Config
-from imgbatch.core.machine import memory_bytes
+from imgbatch.core.machine import Gpu, gpu_of_type, memory_bytes
 from imgbatch.core.units import MAX_UNIT_PIXEL_BYTES
 from imgbatch.errors import UsageError
 from imgbatch.runtime.own_ray import NO_TASK_EVENTS, without_idle_processes
@@ -23,6 +24,8 @@ from imgbatch.runtime.pools import Machine, Pools, this_machine
 
 _BLOCKS_PER_ACTOR = 4
 """Decoded blocks that the object store has room for, per unit at work: one worked on, two queued, one on its way."""
+_ACCELERATOR = "accelerator_type:"
+"""How Ray's resources begin that say of what type a node's GPUs are."""
 _MIN_STORE_BYTES = 512 * 2**20
 _our_own = threading.Event()
 """Set while this process has a Ray of our own."""
@@ -118,6 +121,41 @@ def cluster_machine() -> Machine:
     resources = ray.cluster_resources()
     smallest = min((int(node["Resources"].get("CPU", 0)) for node in _working_nodes()), default=0)
     return Machine(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), node_cpus=smallest)
+
+
+def cluster_gpus(selector: Mapping[str, str]) -> tuple[Gpu, ...]:
+    """As :func:`gpus_of_nodes`, of the connected cluster."""
+    return gpus_of_nodes(_working_nodes(), selector)
+
+
+def gpus_of_nodes(nodes: Iterable[Mapping[str, Any]], selector: Mapping[str, str]) -> tuple[Gpu, ...]:
+    """One GPU of each type that the nodes have, as far as Ray knows the types.
+
+    Args:
+        nodes: as ``ray.nodes`` describes them.
+        selector: labels that a node must have, as ``resources.classify_labels``.
+    """
+    types = {
+        name.removeprefix(_ACCELERATOR)
+        for node in nodes
+        if node["Resources"].get("GPU") and is_selected(node["Labels"], selector)
+        for name in node["Resources"]
+        if name.startswith(_ACCELERATOR)
+    }
+    return tuple(gpu_of_type(name) for name in sorted(types))
+
+
+def is_selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether a node with these labels is one that Ray's label selector means: ``a``, ``!a``, ``in(a, b)``,
+    ``!in(a, b)``."""
+    return all(_agrees(labels.get(name), wanted) for name, wanted in selector.items())
+
+
+def _agrees(value: str | None, wanted: str) -> bool:
+    text = wanted.removeprefix("!")
+    several = re.fullmatch(r"(?:in)?\((.*)\)", text)
+    allowed = [each.strip() for each in several[1].split(",")] if several else [text]
+    return (value in allowed) != wanted.startswith("!")
 
 
 def cluster_zones() -> tuple[list[str], list[str]]:

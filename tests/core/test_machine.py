@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from imgbatch.core.machine import has_bfloat16, memory_bytes, num_cpus
+from imgbatch.core.machine import Gpu, gpu_of_type, has_bfloat16, local_gpus, memory_bytes, num_cpus
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -55,3 +56,43 @@ def test_bfloat16_is_read_from_what_the_processor_can(tmp_path: Path, line: str,
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     assert has_bfloat16(tmp_path / "cpuinfo") == has_it
     assert not has_bfloat16(tmp_path / "none")
+
+
+class CudaDriver:
+    """What of ``libcuda`` is asked, for machines without a GPU; 0 is success."""
+
+    def __init__(self, gpus: list[tuple[bytes, int, int]], *, starts: bool = True) -> None:
+        self._gpus, self._starts = gpus, starts
+
+    def cuInit(self, _flags: int) -> int:  # noqa: N802 - CUDA's name, as are those below
+        return 0 if self._starts else 100
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = len(self._gpus)
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
+        name.value = self._gpus[device.value][0][: size - 1]
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        value._obj.value = {75: self._gpus[device.value][1], 76: self._gpus[device.value][2]}[attribute]
+        return 0
+
+
+def test_gpus_are_those_that_the_driver_shows() -> None:
+    driver = CudaDriver([(b"Tesla V100-SXM2-16GB", 7, 0), (b"NVIDIA A10G", 8, 6)])
+    assert local_gpus(driver) == (Gpu("Tesla V100-SXM2-16GB", (7, 0)), Gpu("NVIDIA A10G", (8, 6)))
+    assert local_gpus(CudaDriver([])) == ()
+    assert local_gpus(CudaDriver([(b"Tesla T4", 7, 5)], starts=False)) == ()
+
+
+def test_of_a_gpu_that_is_not_known_nothing_is_said() -> None:
+    assert gpu_of_type("T4") == Gpu("T4", (7, 5))
+    assert gpu_of_type("T4").lacks((8, 0))
+    assert not gpu_of_type("T4").lacks((7, 5))
+    assert not gpu_of_type("H100").lacks((8, 0))

@@ -19,12 +19,14 @@ from imgbatch.core import plan, storage
 from imgbatch.core.architectures import build_network
 from imgbatch.core.backends import Backend
 from imgbatch.core.fingerprint import fingerprint_of, result_fields
+from imgbatch.core.machine import Gpu
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.plan import RunPlan, plan_run
 from imgbatch.core.rows import RowsReader
 from imgbatch.errors import UsageError
 from tests.conftest import changed
+from tests.core.test_variants import plant_variant
 
 NUM_ROWS = 5_000_000
 PEAK_BYTES = 10**9
@@ -262,6 +264,17 @@ def test_a_crop_that_the_network_cannot_take_is_known_before_anything_is_written
     with pytest.raises(UsageError, match="hog_color: crop_size 15 must be at least 16"):
         plan_run(config, "cpu")
     assert not Path(str(config.output.path)).exists()
+
+
+def test_a_run_is_planned_with_what_all_of_its_gpus_run(photo_config: Config, make_bundle: Callable[..., ModelBundle]):
+    bundle = make_bundle()
+    variant = plant_variant(bundle, "torch-bf16", device="cuda")
+    config = changed(photo_config, model__path=bundle.path, run__on_unfinished="abandon")
+    newer, older = Gpu("A100", (8, 0)), Gpu("V100", (7, 0))
+    assert plan_run(config, "cuda", [newer]).plan.fields["variant"] == variant.variant_id
+    run = plan_run(config, "cuda", [newer, older])
+    assert (run.plan.backend, run.backend.name) == ("torch", "torch")
+    assert run.backend.left_out[0].startswith("torch-bf16 is left out: ")
 
 
 def test_what_cannot_be_done_is_refused(photo_config: Config) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,7 @@ import torch
 from imgbatch.config import ClassifyConfig, Config, OutputConfig, RayConfig
 from imgbatch.core import backends
 from imgbatch.core.backends import Backend, _lacks_compiler, build_predictor, choose_backend, planned_backend
+from imgbatch.core.machine import Gpu
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.variants import Agreement, Variant, load_variants, read_files, save_variant
 from imgbatch.errors import UsageError
@@ -58,12 +59,18 @@ def has_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choose(
-    bundle: ModelBundle, *, device: str = "cpu", features: bool = False, address: str | None = None, **settings: Any
+    bundle: ModelBundle,
+    *,
+    device: str = "cpu",
+    features: bool = False,
+    address: str | None = None,
+    gpus: Sequence[Gpu] | None = None,
+    **settings: Any,
 ) -> Backend:
     config = Config(
         classify=ClassifyConfig(**settings), output=OutputConfig(embeddings=features), ray=RayConfig(address=address)
     )
-    return choose_backend(config, bundle, bundle.preprocess, device)
+    return choose_backend(config, bundle, bundle.preprocess, device, gpus)
 
 
 def test_variants_come_back_fastest_first_and_leave_the_model_id_alone(make_bundle: MakeBundle):
@@ -170,6 +177,81 @@ def test_a_cluster_may_have_the_arithmetic_that_its_head_lacks(
     assert choose(bundle, address="auto").name == "torch"
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert choose(bundle, backend="openvino_bf16").name == "openvino_bf16"
+
+
+V100, T4, A100 = Gpu("V100", (7, 0)), Gpu("T4", (7, 5)), Gpu("A100", (8, 0))
+
+
+@pytest.fixture
+def on_gpus(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> ModelBundle:
+    """A bundle with three variants for GPUs, and this machine as if it had what runs them but for the GPU."""
+    bundle = make_bundle()
+    for rate, target in enumerate(("onnx-int8", "torch-compile", "torch-bf16"), start=2):
+        plant_variant(bundle, target, device="cuda", images_per_s={"original": 1.0, "variant": float(rate)})
+    for name in ("onnxruntime", "tensorrt"):
+        package = ModuleType(name)
+        package.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setattr(backends, "local_gpus", tuple)
+    return bundle
+
+
+@pytest.mark.parametrize(
+    ("gpus", "name", "left_out"),
+    [
+        ([A100], "torch_bf16", ()),
+        ([], "torch_bf16", ()),
+        ([Gpu("H9000", None)], "torch_bf16", ()),
+        ([T4], "torch_compile", ("bfloat16 arithmetic needs a GPU of compute capability 8.0, and T4 has 7.5",)),
+        ([A100, T4], "torch_compile", ("bfloat16 arithmetic needs a GPU of compute capability 8.0, and T4 has 7.5",)),
+        (
+            [V100, T4, V100],
+            "torch_compile",
+            ("bfloat16 arithmetic needs a GPU of compute capability 8.0, and T4 has 7.5, V100 has 7.0",),
+        ),
+        (
+            [Gpu("P4", (6, 1))],
+            "torch",
+            (
+                "bfloat16 arithmetic needs a GPU of compute capability 8.0, and P4 has 6.1",
+                "Triton needs a GPU of compute capability 7.0, and P4 has 6.1",
+                "TensorRT needs a GPU of compute capability 7.5, and P4 has 6.1",
+            ),
+        ),
+    ],
+)
+def test_auto_takes_the_next_best_that_every_gpu_runs(
+    on_gpus: ModelBundle, gpus: list[Gpu], name: str, left_out: tuple[str, ...]
+):
+    backend = choose(on_gpus, device="cuda", gpus=gpus)
+    assert backend.name == name
+    targets = ("torch-bf16", "torch-compile", "onnx-int8")
+    said = tuple(f"{target} is left out: {reason}" for target, reason in zip(targets, left_out, strict=False))
+    assert backend.left_out == said
+
+
+def test_a_named_variant_that_the_gpu_does_not_run_is_refused_in_one_line(
+    on_gpus: ModelBundle, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(backends, "local_gpus", lambda: (V100,))
+    assert choose(on_gpus, device="cuda").name == "torch_compile"
+    expected = (
+        r"^classify.backend torch_bf16: torch-bf16 is left out: bfloat16 arithmetic needs a GPU of compute capability "
+        r"8\.0, and V100 has 7\.0$"
+    )
+    with pytest.raises(UsageError, match=expected):
+        choose(on_gpus, device="cuda", backend="torch_bf16")
+
+
+def test_of_a_clusters_gpus_nothing_is_asked_here(on_gpus: ModelBundle, monkeypatch: pytest.MonkeyPatch):
+    """The head's own say nothing of the nodes'; and what is named, nodes that join later may run."""
+    monkeypatch.setattr(backends, "local_gpus", lambda: (V100,))
+    assert choose(on_gpus, device="cuda", address="auto").name == "torch_bf16"
+    mixed = choose(on_gpus, device="cuda", address="auto", gpus=[A100, T4])
+    assert mixed.name == "torch_compile"
+    assert mixed.left_out[0].endswith("; resources.classify_labels can keep the model to others")
+    assert not choose(on_gpus, device="cuda", address="auto", gpus=[T4]).left_out[0].endswith("to others")
+    assert choose(on_gpus, device="cuda", address="auto", gpus=[T4], backend="torch_bf16").name == "torch_bf16"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from imgbatch.config import Config, PlanConfig
 from imgbatch.core import backends, storage
 from imgbatch.core.backends import Backend
 from imgbatch.core.clean import remove_run
+from imgbatch.core.machine import Gpu
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.plan import plan_run
 from imgbatch.core.units import UnitLayout
@@ -147,6 +148,12 @@ def test_what_is_measured_is_what_would_run(
         monkeypatch.setattr(backends, "has_bfloat16", lambda has_it=has_it: has_it)
         assert _runs_here(Backend(plant_variant(bundle, "openvino-bf16")), "cpu") == has_it
         assert _runs_here(Backend(), "cpu")
+    monkeypatch.setattr("imgbatch.runtime.forecast.this_machine", lambda: Machine(2, 1))
+    on_gpu = Backend(plant_variant(bundle, "torch-bf16", device="cuda"), device="cuda")
+    for capability in ((7, 5), (8, 0)):
+        monkeypatch.setattr("imgbatch.runtime.forecast.local_gpus", lambda found=capability: (Gpu("here", found),))
+        assert _runs_here(on_gpu, "cuda") == (capability == (8, 0)), "a cluster's GPUs may run what the head's does not"
+        assert _runs_here(Backend(device="cuda"), "cuda")
 
 
 def test_a_share_for_the_gpu_where_there_is_none(photo_config: Config) -> None:

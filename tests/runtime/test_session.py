@@ -12,7 +12,10 @@ import pytest
 import ray
 
 from imgbatch.config import Config
-from imgbatch.runtime.session import ray_session
+from imgbatch.core.machine import Gpu
+from imgbatch.runtime.job import Hardware, hardware
+from imgbatch.runtime.session import gpus_of_nodes, is_selected, ray_session
+from tests.conftest import changed
 
 pytestmark = pytest.mark.ray
 
@@ -93,3 +96,46 @@ def test_a_ray_that_was_there_before_is_not_our_own() -> None:
     with ray_session(Config()) as is_our_own:
         assert not is_our_own
     assert ray.is_initialized()
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("backend", ["auto", "torch_bf16"])
+def test_a_cluster_is_asked_for_its_gpus_where_a_choice_hangs_on_them(photo_config: Config, backend: str) -> None:
+    """It has none yet, of which the machine that plans must not take its own for them."""
+    config = changed(photo_config, classify__engine="ray", ray__address="auto", classify__backend=backend)
+    with hardware(changed(config, resources__device="cuda")) as there:
+        assert there == Hardware("cuda", () if backend == "auto" else None)
+    with hardware(config) as there:
+        assert there == Hardware("cpu", None)
+
+
+def test_the_gpus_of_nodes_are_those_of_types_that_ray_knows() -> None:
+    nodes = [
+        {"Resources": {"CPU": 8.0, "node:10.0.0.1": 1.0}, "Labels": {}},
+        {"Resources": {"GPU": 1.0, "accelerator_type:V100": 1.0}, "Labels": {"pool": "old"}},
+        {"Resources": {"GPU": 4.0, "accelerator_type:A100": 1.0}, "Labels": {"pool": "new"}},
+        {"Resources": {"GPU": 4.0, "accelerator_type:A100": 1.0}, "Labels": {"pool": "new"}},
+        {"Resources": {"GPU": 1.0}, "Labels": {"pool": "unknown"}},
+    ]
+    assert gpus_of_nodes(nodes, {}) == (Gpu("A100", None), Gpu("V100", (7, 0)))
+    assert gpus_of_nodes(nodes, {"pool": "new"}) == (Gpu("A100", None),)
+    assert gpus_of_nodes(nodes[:1], {}) == ()
+
+
+@pytest.mark.parametrize(
+    ("selector", "meant"),
+    [
+        ({}, True),
+        ({"zone": "india"}, True),
+        ({"zone": "in"}, False),
+        ({"zone": "!india"}, False),
+        ({"zone": "!in"}, True),
+        ({"zone": "in(a, india)"}, True),
+        ({"zone": "!in(a,b)"}, True),
+        ({"zone": "!in(a,india)"}, False),
+        ({"zone": "india", "spot": "yes"}, False),
+        ({"zone": "india", "spot": "!yes"}, True),
+    ],
+)
+def test_labels_are_matched_as_ray_matches_them(selector: dict[str, str], meant: bool) -> None:
+    assert is_selected({"zone": "india"}, selector) == meant
