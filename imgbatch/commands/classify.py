@@ -85,6 +85,9 @@ def retry(
 def _report(result: RunResult, config: Config) -> None:
     if result.already_finished:
         console.print(f"run {result.run_id} is finished already, nothing to do", markup=False)
+        if result.num_errors:
+            command = f"{this_command()} retry {result.out} --run {result.run_id}"
+            console.print(f"the rows that failed in it are tried again by `{command}` only", markup=False)
     rate = f", {result.images_per_s:,.1f} images/s" if result.images_per_s else ""
     console.print(
         f"{result.num_rows:,} rows: {result.counts.get(Status.OK.value, 0):,} predictions, "

@@ -214,7 +214,8 @@ def _work(run: Run, console: Console, stop: StopSwitch) -> RunResult:
     if run.plan.parent is None and not result.counts.get(Status.OK.value):
         raise ErrorBudgetExceeded(
             f"run {run.run_id} has not one prediction ({_counted(result.counts)}); see why with "
-            f'`imgbatch query {run.paths.out} "select status, error_message, uri from errors"`'
+            f'`imgbatch query {run.paths.out} "select status, error_message, uri from errors"`, and try the rows again '
+            f"with `imgbatch retry {run.paths.out} --run {run.run_id}`"
         )
     return result
 
