@@ -9,7 +9,7 @@ copies, so that neither cleaning the output nor vacuuming the table hurts the ot
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -42,7 +42,7 @@ class Published:
     run_id: str
     num_rows: int
     version: int | None
-    """Of the table, that the run made; none: it was there already, or has no prediction."""
+    """Of the table, that the run made; none: it was there already, or has no prediction, and there was none of it."""
     already_there: bool
 
 
@@ -73,14 +73,14 @@ def _publish_run(out: str, run: CurrentRun, table: str, options: dict[str, str] 
     from deltalake import CommitProperties, Transaction, write_deltalake
     from deltalake.exceptions import CommitFailedError, DeltaError
 
-    if not run.num_predictions:
-        return Published(run.run_id, 0, None, already_there=False)
     there = Published(run.run_id, run.num_predictions, None, already_there=True)
     properties = CommitProperties(
         app_transactions=[Transaction(run.run_id, _app_version(run))],
         custom_metadata={"imgbatch.model_id": run.model_id, "imgbatch.output": storage.absolute(out)},
     )
     try:
+        if not run.num_predictions:
+            return _publish_none(run, table, options, properties)
         with spilling(out, memory_mb=_MEMORY_MB) as connection:
             rows = _read(connection, out, run)
             # The table as it is now: what others commit from here on is in conflict with this transaction.
@@ -89,7 +89,7 @@ def _publish_run(out: str, run: CurrentRun, table: str, options: dict[str, str] 
                 return there
             how: dict[str, Any] = {"mode": "append"}
             if opened.transaction_version(run.run_id) is not None:  # the rows of before it was cleaned
-                how = {"mode": "overwrite", "predicate": f"{_RUN_ID} = '{run.run_id}'"}
+                how = {"mode": "overwrite", "predicate": _rows_of(run)}
             write_deltalake(opened, rows, schema_mode="merge", commit_properties=properties, **how)
     except CommitFailedError as error:
         if _holds(_open(table, None, options), run):  # another publisher was first
@@ -98,6 +98,29 @@ def _publish_run(out: str, run: CurrentRun, table: str, options: dict[str, str] 
     except (DeltaError, OSError, ValueError) as error:
         raise UsageError(f"{table}: {run.run_id}: {normalise_message(error)}") from error
     return Published(run.run_id, run.num_predictions, opened.version(), already_there=False)
+
+
+def _publish_none(run: CurrentRun, table: str, options: dict[str, str] | None, properties: Any) -> Published:
+    """A run without a prediction leaves no trace, but for taking away the rows of before it was cleaned."""
+    from deltalake.exceptions import TableNotFoundError
+
+    nothing = Published(run.run_id, 0, None, already_there=False)
+    try:
+        opened = _open(table, None, options)
+    except TableNotFoundError:
+        return nothing
+    if opened.transaction_version(run.run_id) is None:
+        return nothing
+    if _holds(opened, run):
+        return replace(nothing, already_there=True)
+    before = opened.version()
+    opened.delete(_rows_of(run), commit_properties=properties)
+    # Where there is no row to take away, nothing is committed.
+    return replace(nothing, version=opened.version()) if opened.version() > before else nothing
+
+
+def _rows_of(run: CurrentRun) -> str:
+    return f"{_RUN_ID} = '{run.run_id}'"
 
 
 def _app_version(run: CurrentRun) -> int:

@@ -15,7 +15,7 @@ from imgbatch.core.clean import remove_run
 from imgbatch.core.compact import _write, compact
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
-from imgbatch.errors import UsageError
+from imgbatch.errors import ErrorBudgetExceeded, UsageError
 from imgbatch.runtime.job import classify
 from tests.conftest import changed
 
@@ -71,6 +71,35 @@ def test_a_run_that_was_cleaned_and_classified_anew_is_compacted_anew(store_run:
     store_run(("cat", "dog"), 1 - probs_NK, predicted_at="2026-01-03T03:04:05.000000+00:00")
     (file,) = compact(out, target_file_mb=128).files
     assert pq.read_table(Path(out, file["path"]), partitioning=None)["label"].to_pylist() == ["dog"]
+
+
+def test_a_run_without_a_prediction_any_more_is_compacted_anew(store_run: Callable[..., Path]) -> None:
+    probs_NK = np.array([[0.75, 0.25]], np.float32)
+    out = str(store_run(("cat", "dog"), probs_NK))
+    compact(out, target_file_mb=128)
+    remove_run(out, "r000000000001")
+    failed = {"image_id": ["image-0"], "status": ["NOT_FOUND"]}
+    store_run(("cat", "dog"), probs_NK[:0], failed=failed, predicted_at="2026-01-03T03:04:05.000000+00:00")
+    result = compact(out, target_file_mb=128)
+    assert (result.already_there, result.num_rows) == (False, 0)
+    assert {path.name for path in Path(result.path).iterdir()} == {Path(file["path"]).name for file in result.files}
+    assert [pq.read_table(Path(out, file["path"])).num_rows for file in result.files] == [0]
+
+
+def test_a_partitioned_run_without_a_prediction_any_more_is_compacted_anew(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    """It has no file of predictions at all."""
+    moved = tmp_path / "moved.jpg"
+    moved.write_bytes(photos[0].read_bytes())
+    config = night(photo_config, tmp_path / "1.parquet", [moved], output__partition_by=("bucket:2",))
+    first = classify(config)
+    assert compact(first.out, target_file_mb=128).num_rows == 1
+    remove_run(first.out, first.run_id)
+    moved.unlink()
+    with pytest.raises(ErrorBudgetExceeded, match="not one prediction"):
+        classify(config)
+    assert compact(first.out, target_file_mb=128).num_rows == 0
 
 
 def test_a_moved_output_is_known_by_what_lies_in_it(store_run: Callable[..., Path], tmp_path: Path) -> None:

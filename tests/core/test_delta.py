@@ -141,6 +141,49 @@ def test_a_run_without_a_prediction_leaves_no_trace(store_run: Callable[..., Pat
     assert not (tmp_path / "table").exists()
 
 
+def test_a_run_that_has_no_prediction_any_more_takes_its_former_rows_away(
+    out: Path, store_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was cleaned and classified anew; the other run stays as it is."""
+    table = str(tmp_path / "table")
+    publish(str(out), table)
+    for day, version in (("04", 3), ("05", None)):
+        remove_run(str(out), "r000000000001")
+        store_run(
+            CLASSES,
+            PROBS_NK[:0],
+            run_id="r000000000001",
+            failed={"image_id": ["image-0"], "status": ["NOT_FOUND"]},
+            predicted_at=f"2026-01-{day}T03:04:05.000000+00:00",
+        )
+        published = publish(str(out), table, "r000000000001")
+        assert [(entry.num_rows, entry.version, entry.already_there) for entry in published] == [(0, version, False)]
+        assert set(rows_of(table)["run_id"].to_pylist()) == {"r000000000002"}
+    assert run(["publish", str(out), "--delta", table]) == ExitCode.DONE
+    assert capsys.readouterr().out == "r000000000002: was there already\nr000000000001: has no prediction\n"
+    # With predictions it comes back.
+    remove_run(str(out), "r000000000001")
+    store_run(CLASSES, PROBS_NK, run_id="r000000000001", predicted_at="2026-01-06T03:04:05.000000+00:00")
+    assert [entry.num_rows for entry in publish(str(out), table, "r000000000001")] == [3]
+    assert rows_of(table).num_rows == 5
+
+
+def test_of_publishers_that_take_rows_away_at_once_one_wins(
+    out: Path, store_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    table = str(tmp_path / "table")
+    publish(str(out), table)
+    remove_run(str(out), "r000000000001")
+    failed = {"image_id": ["image-0"], "status": ["NOT_FOUND"]}
+    later = "2026-01-04T03:04:05.000000+00:00"
+    store_run(CLASSES, PROBS_NK[:0], run_id="r000000000001", failed=failed, predicted_at=later)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: publish(str(out), table, "r000000000001"), range(4)))
+    assert sum(entry.version is not None for (entry,) in results) == 1
+    assert sum(entry.already_there for (entry,) in results) == 3
+    assert rows_of(table).num_rows == 2
+
+
 def test_the_command(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = str(tmp_path / "table")
     assert run(["publish", str(out), "--delta", table, "--run", "r000000000001"]) == ExitCode.DONE
