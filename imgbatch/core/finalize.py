@@ -51,7 +51,7 @@ BUFFERED_BYTES = 256 * 2**20
 """Arrow bytes held over all open files before they become row groups."""
 MAX_ROW_GROUP_BYTES = 32 * 2**20
 COUNTED_UNITS = 1024
-"""Units of one part of the layout."""
+"""Units of one part of the layout; files of partitions that are made of no more are written together."""
 FEW_PARTS = 4
 """As many as :func:`in_threads` does at once."""
 READERS = 8
@@ -97,8 +97,8 @@ def finalize(run: Run, map_parts: MapParts = in_threads) -> dict[str, Any]:
 def _write_output(run: Run, map_parts: MapParts) -> None:
     files = _settled_layout(run, map_parts)
     failpoint("finalize.after_layout")
-    groups = group_files(run, files)
-    entries = itertools.chain.from_iterable(_here_if_few(groups, map_parts)(write_files, run, groups))
+    parts = [part for group in group_files(run, files) for part in _spread(group)]
+    entries = itertools.chain.from_iterable(_here_if_few(parts, map_parts)(write_files, run, parts))
     entry_of = {entry["path"]: entry for entry in entries}
     written = [entry_of[file.path] for file in files]
     failpoint("finalize.after_files")
@@ -303,22 +303,41 @@ def _date(run: Run) -> str:
     return run.plan.predicted_at[:10]
 
 
+class FilesToWrite(NamedTuple):
+    """Output files that are written in one pass over their units."""
+
+    files: list[OutputFile]
+    group_size: int
+    """Files of the group that these are part of, which settles their row groups."""
+
+
 def group_files(run: Run, files: list[OutputFile]) -> list[list[OutputFile]]:
-    """Files to be written together: those of partitions share their units, others have units of their own."""
+    """Files whose row groups share a memory: those of partitions, which may share units too."""
     size = OPEN_FILES if run.partitions else 1
     files = sorted(files, key=lambda file: file.units[:1])  # near each other, where a partition is no matter of chance
     return [files[first : first + size] for first in range(0, len(files), size)]
 
 
-def write_files(run: Run, files: list[OutputFile], *, group_size: int | None = None) -> list[dict[str, Any]]:
-    """Write some output files in one pass over their units, for :class:`MapParts`; what files.json says of each.
+def _spread(group: list[OutputFile]) -> list[FilesToWrite]:
+    """The files of a large group one by one, where no unit is of two files of a kind: as where all have one date."""
+    spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for file in group:
+        if file.units:
+            spans[file.kind].append((file.units[0][0], file.units[-1][1]))
+    is_apart = all(
+        last < first for ordered in map(sorted, spans.values()) for (_, last), (first, _) in itertools.pairwise(ordered)
+    )
+    is_large = any(sum(last - first + 1 for first, last in of_kind) > COUNTED_UNITS for of_kind in spans.values())
+    parts = [[file] for file in group] if is_apart and is_large else [group]
+    return [FilesToWrite(files, len(group)) for files in parts]
 
-    Args:
-        group_size: files of the group that these are part of, which settles their row groups; none: they are the group.
-    """
+
+def write_files(run: Run, part: FilesToWrite) -> list[dict[str, Any]]:
+    """Write some output files in one pass over their units, for :class:`MapParts`; what files.json says of each."""
+    files = part.files
     storage.configure(run.config.storage)
     schemas = {kind: output_schema(run, kind) for kind in _kinds(run)}
-    limit = min(MAX_ROW_GROUP_BYTES, BUFFERED_BYTES // (group_size or len(files)))
+    limit = min(MAX_ROW_GROUP_BYTES, BUFFERED_BYTES // part.group_size)
     with ExitStack() as stack:
         writers = {
             file.path: stack.enter_context(OutputFileWriter(run.paths.out, file, schemas[file.kind], limit))

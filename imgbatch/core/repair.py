@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imgbatch.core import current, storage
-from imgbatch.core.finalize import count_statuses, group_files, write_files
+from imgbatch.core.finalize import FilesToWrite, count_statuses, group_files, write_files
 from imgbatch.core.output_files import OutputFile, find_strays
 from imgbatch.core.plan import Run
 from imgbatch.core.runs import RunPaths, find_run
@@ -77,7 +77,7 @@ def rebuild(run: Run, damage: Damage) -> None:
     written = []
     for group in group_files(run, _laid_out(run.paths)):
         if files := [file for file in group if file.path in damaged]:
-            written += write_files(run, files, group_size=len(group))
+            written += write_files(run, FilesToWrite(files, len(group)))
     if written:
         _check_rows(run, damage.files)
     for uri in damage.strays:

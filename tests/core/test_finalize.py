@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -121,9 +122,9 @@ def test_files_of_partitions_are_written_a_few_at_a_time(
     monkeypatch.setattr(finalize, "OPEN_FILES", 2)
     write_files, groups = finalize.write_files, list[int]()
 
-    def counted(run: finalize.Run, files: list[finalize.OutputFile]) -> list[dict[str, object]]:
-        groups.append(len(files))
-        return write_files(run, files)
+    def counted(run: finalize.Run, part: finalize.FilesToWrite) -> list[dict[str, object]]:
+        groups.append(len(part.files))
+        return write_files(run, part)
 
     monkeypatch.setattr(finalize, "write_files", counted)
     result = classify(changed(photo_config, output__partition_by=("shop", "bucket:3")))
@@ -134,6 +135,44 @@ def test_files_of_partitions_are_written_a_few_at_a_time(
     assert max(groups) == 2
     row_ids = [row_id for path in files for row_id in pq.read_table(path, partitioning=None)["row_id"].to_pylist()]
     assert sorted(row_ids) == [row_id for row_id in range(len(photos)) if row_id % 20 != 5]
+
+
+@pytest.mark.parametrize(
+    ("partition_by", "counted_units", "is_spread"),
+    [(("date",), 3, True), (("date",), 1024, False), (("date", "bucket:2"), 3, False)],
+)
+def test_files_with_units_of_their_own_are_written_each_by_itself(
+    photo_config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    partition_by: tuple[str, ...],
+    counted_units: int,
+    is_spread: bool,
+) -> None:
+    """As those of one date; with the row groups that they have when they are written together."""
+    monkeypatch.setattr(finalize, "COUNTED_UNITS", counted_units)
+    monkeypatch.setattr(finalize, "BUFFERED_BYTES", 8_000)
+    monkeypatch.setattr(finalize, "_rows_per_file", lambda *_: 40)
+    config = changed(photo_config, output__partition_by=partition_by, output__keep_units=True)
+    result = classify(config)
+    paths = RunPaths(result.out, result.run_id)
+    files = layout_of(result)
+    assert sum(file.kind == PREDICTIONS for file in files) > 2
+    before = {file.path: Path(result.out, file.path).read_bytes() for file in files}
+    parts: list[int] = []
+
+    def one_by_one(function: Any, run: Run, items: Sequence[Any]) -> Iterator[Any]:
+        parts.append(len(items))
+        return (function(run, item) for item in items)
+
+    monkeypatch.setattr(finalize, "FEW_PARTS", 0)
+    storage.remove(paths.success)
+    run = plan_run(config, "cpu")
+    finalize.finalize(run, one_by_one)
+    assert parts == [len(files) if is_spread else 1]
+    monkeypatch.setattr(finalize, "_spread", lambda group: [finalize.FilesToWrite(group, len(group))])
+    storage.remove(paths.success)
+    finalize.finalize(run)
+    assert {file.path: Path(result.out, file.path).read_bytes() for file in files} == before
 
 
 @pytest.mark.soak
