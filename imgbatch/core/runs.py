@@ -11,16 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from imgbatch.core import storage
 from imgbatch.core.failpoints import failpoint
+from imgbatch.core.parallel import map_ahead
 from imgbatch.errors import UsageError
 
 _log = logging.getLogger("imgbatch")
 
 HEARTBEAT_EVERY_S = 10.0
 HEARTBEAT_STALE_S = 60.0
+_READERS = 16
+"""Runs whose records are read at once."""
 _STEM_DIGITS = 4
 """Unit files whose numbers differ in the last so many digits only are listed together."""
 
@@ -147,25 +151,27 @@ class RunEntry:
 
 def list_runs(out: str) -> list[RunEntry]:
     """Every run of ``out``, oldest plan first."""
-    entries = []
-    for plan_uri in _plan_files(out):
-        paths = RunPaths(out, plan_uri.rsplit("/", 2)[1])
-        try:
-            plan = storage.read_json(plan_uri)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{plan_uri}: not a readable plan ({error}); remove that run's directory") from error
-        entries.append(RunEntry(paths, plan, paths.is_finished(), storage.exists(paths.abandoned)))
+    run_ids = storage.list_names(storage.join(out, "runs"))
+    found = map_ahead(partial(_read_entry, out), sorted(run_ids), threads=_READERS, ahead=2 * _READERS)
+    entries = [entry for entry in found if entry is not None]
     return sorted(entries, key=lambda entry: (entry.plan["predicted_at"], entry.run_id))
 
 
-def _plan_files(out: str) -> list[str]:
-    runs = storage.join(out, "runs")
-    if not storage.exists(runs):
-        return []
-    fs, path = storage.filesystem(runs)
-    fs.invalidate_cache()
-    plans = [storage.join(runs, name.rstrip("/").rsplit("/", 1)[1], "plan.json") for name in fs.ls(path, detail=False)]
-    return [plan for plan in plans if storage.exists(plan)]
+def _read_entry(out: str, run_id: str) -> RunEntry | None:
+    """The run, in two requests; none where there is no plan."""
+    paths = RunPaths(out, run_id)
+    names = storage.list_names(paths.root)
+    if _name(paths.plan) not in names:
+        return None
+    try:
+        plan = storage.read_json(paths.plan)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{paths.plan}: not a readable plan ({error}); remove that run's directory") from error
+    return RunEntry(paths, plan, _name(paths.success) in names, _name(paths.abandoned) in names)
+
+
+def _name(uri: str) -> str:
+    return uri.rsplit("/", 1)[1]
 
 
 def find_run(out: str, run_id: str | None = None) -> RunEntry:

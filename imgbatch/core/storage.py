@@ -232,6 +232,19 @@ def list_stems(directory: str, stems: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(stems)]
 
 
+def list_names(directory: str) -> set[str]:
+    """Names of the files and directories directly in a directory now; empty where there is none. One request."""
+    if is_local(directory):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return {path.name for path in local_path(directory).iterdir()}
+        return set()
+    fs, path = filesystem(directory)
+    fs.invalidate_cache(path)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return {name.rstrip("/").rsplit("/", 1)[1] for name in fs.ls(path, detail=False)}
+    return set()
+
+
 def listing_prefix(uri: str) -> str:
     """What every URI that a listing of ``uri`` yields starts with; ends in a slash."""
     if is_local(uri):

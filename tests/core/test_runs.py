@@ -94,6 +94,37 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
         list_runs(str(tmp_path))
 
 
+def test_the_runs_of_an_object_store_take_two_requests_each(s3_bucket: str, tmp_path: Path) -> None:
+    """And are those that a disk with the same files has; what is no run is none."""
+    paths = [RunPaths(s3_bucket, f"r{number}") for number in range(4)]
+    for number, run in enumerate(paths):
+        record = {"fingerprint": FIRST, "fields": {}, "predicted_at": f"2026-01-0{4 - number}", "parent": None}
+        storage.write_json(run.plan, record)
+    storage.create_if_absent(paths[1].success, b"")
+    storage.create_if_absent(paths[2].abandoned, b"")
+    storage.replace(storage.join(s3_bucket, "runs", "rlost", "units", "unit-00000000.parquet"), b"")
+    storage.replace(storage.join(s3_bucket, "runs", "notes.txt"), b"")
+    for info in storage.list_files(s3_bucket):
+        storage.replace(storage.join(str(tmp_path), info.uri.removeprefix(s3_bucket)), storage.read_bytes(info.uri))
+    fs, _ = storage.filesystem(s3_bucket)
+    sent: list[str] = []
+    fs.s3.meta.events.register("before-send.s3", lambda event_name, **_: sent.append(event_name.rsplit(".", 1)[1]))
+    found = list_runs(s3_bucket)
+    assert [entry.run_id for entry in found] == ["r3", "r2", "r1", "r0"]
+    assert [(entry.finished, entry.abandoned) for entry in found[1:3]] == [(False, True), (True, False)]
+    of_disk = list_runs(str(tmp_path))
+    assert [(run.run_id, run.plan, run.finished, run.abandoned) for run in found] == [
+        (run.run_id, run.plan, run.finished, run.abandoned) for run in of_disk
+    ]
+    assert sent.count("GetObject") == len(paths)
+    # One of `runs`, one of each directory there, and another to see that a file is none.
+    assert sent.count("ListObjectsV2") == len(sent) - len(paths) == 1 + len(paths) + 1 + 2
+
+
+def test_an_output_without_runs_has_none(s3_bucket: str, tmp_path: Path) -> None:
+    assert list_runs(storage.join(s3_bucket, "nothing")) == list_runs(str(tmp_path / "nothing")) == []
+
+
 def test_differing_fields_name_both_sides() -> None:
     assert differing_fields({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "d": 5}) == [
         "b: 2 -> 4",
