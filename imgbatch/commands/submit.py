@@ -28,7 +28,8 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `imgbatch jobs lis
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Where a tunnel to the dashboard ends: it listens on the head's loopback only."""
 NOT_SUBMITTED = ("submit", "jobs", "demo")
-READ = ("calibration", "corrections", "out_a", "out_b")
+READ = ("calibration", "corrections", "out_a", "out_b", "labels")
+LISTED = ("sources", "scenes", "root")
 WRITTEN = ("new_model", "directory", "path", "file", "to_file", "delta")
 """Parameters of commands that are paths, beside those that a configuration may give instead."""
 _CPU_TARGETS = ("openvino", "mnn")
@@ -48,6 +49,10 @@ class Command:
     """On this machine; one in an object store the job reads from there."""
     read: tuple[str, ...]
     written: tuple[str, ...]
+    listed: tuple[str, ...] = ()
+    """Where images are, whose places a manifest keeps."""
+    on_disk: str | None = None
+    """A folder that is written with what knows no object stores."""
     endpoint_url: str | None = None
     """Where the configuration says that the object store is."""
     uses_gpu: bool = False
@@ -151,6 +156,8 @@ def parse_command(words: list[str]) -> Command:
     """``words`` as the cluster's imgbatch would read them; raises as it would."""
     from imgbatch.cli import app as whole
     from imgbatch.core import storage
+    from imgbatch.core.classes import IMAGENET1K
+    from imgbatch.core.weights import published_name
 
     command: Any = typer.main.get_command(whole)
     rest = [word for word in words if word != "--debug"]
@@ -166,26 +173,54 @@ def parse_command(words: list[str]) -> Command:
     check_read(given.get("assignments"), command.callback.read)
     read = [given.get("model") or config.model.path, given.get("manifest") or config.input.manifest]
     out = given.get("out") or given.get("output") or config.output.path
+    read += [given.get(name) for name in READ]
+    weights = given.get("weights") or (config.train.weights if path == ["train"] else None)
+    if weights and not published_name(weights):
+        read.append(weights)
+    if given.get("classes") != IMAGENET1K:
+        read.append(given.get("classes"))
+    listed = [each for name in LISTED for each in _as_list(given.get(name))]
+    on_disk = given["directory"] if path == ["mosaic"] else None
+    written = [given.get(name) for name in WRITTEN if on_disk is None]
     optimizes = path == ["model", "optimize"]
     if optimizes:
         out = given["output"] or given["model"]  # where the variant goes
     return Command(
         words=tuple(words),
         config_file=storage.local_path(config_file) if config_file and storage.is_local(config_file) else None,
-        read=tuple(each for each in (*read, *map(given.get, READ)) if each),
-        written=tuple(each for each in (out, *map(given.get, WRITTEN)) if each),
+        read=tuple(each for each in read if each),
+        written=tuple(each for each in (out, *written) if each),
+        listed=tuple(listed),
+        on_disk=on_disk,
         endpoint_url=config.storage.endpoint_url,
         uses_gpu=optimizes and not all(target.value.startswith(_CPU_TARGETS) for target in given["target"]),
     )
 
 
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
 def check_paths(command: Command, package: Package) -> None:
     """Raises :class:`UsageError` for paths that mean something here and nothing, or something else, on the nodes."""
+    from imgbatch.core import storage
+
+    if command.on_disk is not None and (_is_relative(command.on_disk) or not storage.is_local(command.on_disk)):
+        raise UsageError(
+            f"{command.on_disk}: rasters are written to local folders; give the absolute path of one on a disk that "
+            f"all nodes share, or run the command here, without submit"
+        )
     for path in command.written:
         if _is_relative(path):
             raise UsageError(
                 f"{path}: would be written into a working directory that every node has for itself; "
                 f"give a path that all nodes share, like s3://BUCKET/{path}"
+            )
+    for path in command.listed:
+        if _is_relative(path) and Path(path).as_posix() not in package.files:  # lists may go along, images may not
+            raise UsageError(
+                f"{path}: the manifest would name images as they lie on one node; give a path that all nodes share, "
+                f"like s3://BUCKET/{path}"
             )
     for path in command.read:
         if _is_relative(path) and path not in package:

@@ -124,6 +124,26 @@ def test_the_help_of_a_command_is_shown_instead_of_sent(capsys):
         (["query", "s3://b/labels", "select 1", "-o", "rows.csv"], "rows.csv: would be"),
         (["publish", "s3://b/labels", "--delta", "table"], "table: would be"),
         (["compare", "s3://b/labels", "other"], "other: not among"),
+        (["manifest", "build", "s3://b/x", "photos", "-o", "s3://b/m.parquet"], "photos: the manifest would name"),
+        (["manifest", "build", "photos/*.jpg", "-o", "s3://b/m.parquet"], "the manifest would name"),
+        (["manifest", "build", "s3://b/l.csv", "--root", "photos", "-o", "s3://b/m.parquet"], "photos: the manifest"),
+        (["manifest", "build", "s3://b/x", "-o", "m.parquet"], "m.parquet: would be"),
+        (["manifest", "tile", "scenes", "-o", "s3://b/m.parquet"], "scenes: the manifest would name"),
+        (
+            ["manifest", "tile", "s3://b/x", "--labels", "fields.geojson", "-o", "s3://b/m.parquet"],
+            "fields.geojson: not among",
+        ),
+        (["train", "--manifest", "s3://b/m", "-o", "s3://b/n", "--weights", "resnet18.pth"], "resnet18.pth: not among"),
+        (
+            ["train", "--manifest", "s3://b/m", "-o", "s3://b/n", "--set", "train.weights=bundle"],
+            "bundle: not among",
+        ),
+        (
+            ["model", "init", "--weights", "imagenet", "--classes", "names.txt", "-o", "s3://b/n"],
+            "names.txt: not among",
+        ),
+        (["mosaic", "s3://b/labels", "-o", "maps"], "maps: rasters are written to local folders"),
+        (["mosaic", "s3://b/labels", "-o", "s3://b/maps"], "s3://b/maps: rasters are written to local folders"),
     ],
 )
 def test_paths_that_the_nodes_do_not_share_are_refused(night, words, named):
@@ -135,6 +155,25 @@ def test_paths_that_the_nodes_do_not_share_are_refused(night, words, named):
 def test_what_is_packed_or_shared_may_be_read(night):
     (night / "m.parquet").touch()
     command = parse_command(["classify", "-c", "night.yaml", "--manifest", "m.parquet", "-m", "/efs/model"])
+    check_paths(command, collect_package(night, command.config_file))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["manifest", "build", "./list.csv", "s3://b/images", "-o", "s3://b/m.parquet", "--root", "s3://b"],
+        ["manifest", "tile", "/efs/scenes", "list.csv", "-o", "s3://b/m.parquet"],
+        ["train", "--manifest", "s3://b/m", "-o", "s3://b/n", "--weights", "imagenet"],
+        ["train", "--manifest", "s3://b/m", "-o", "s3://b/n", "--weights", "IMAGENET1K_V2"],
+        ["train", "--manifest", "s3://b/m", "-o", "s3://b/n", "--set", "train.weights=s3://b/bundle"],
+        ["model", "init", "--weights", "imagenet", "--classes", "imagenet1k", "-o", "s3://b/n"],
+        ["classify", "-c", "night.yaml", "--manifest", "s3://b/m.parquet", "--set", "train.weights=bundle"],
+        ["mosaic", "s3://b/labels", "-o", "/efs/maps"],
+    ],
+)
+def test_names_lists_and_what_is_shared_are_sent(night, words):
+    (night / "list.csv").touch()
+    command = parse_command(words)
     check_paths(command, collect_package(night, command.config_file))
 
 
