@@ -174,7 +174,8 @@ class ResourcesConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What the model runs on."""
     decode_labels: dict[str, str] = {}
-    """Ray labels that a node must have to decode, like ``{market-type: spot}``; values as in Ray's label selectors."""
+    """Ray labels that a node must have to decode, like ``{ray.io/market-type: spot}``; values as in Ray's label
+    selectors."""
     classify_labels: dict[str, str] = {}
     """Ray labels that a node must have to run the model, like ``{ray.io/accelerator-type: L4}``."""
 
