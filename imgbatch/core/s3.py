@@ -162,6 +162,14 @@ def iter_stems(fs: Any, path: str, stems: Iterable[str]) -> Iterator[S3Object]:
         yield from listings.iter_ordered(partial(_iter_pages, fs, bucket, prefix + stem) for stem in stems)
 
 
+def list_names(fs: Any, path: str) -> set[str]:
+    """Names of the objects and prefixes directly below a path: one request for a thousand of them."""
+    bucket, key, _ = fs.split_path(path)
+    entries = _iter_level(fs, bucket, key.rstrip("/") + "/" if key else "")
+    uris = (entry if isinstance(entry, str) else entry.name for entry in entries)
+    return {uri.rstrip("/").rsplit("/", 1)[-1] for uri in uris}
+
+
 def _iter_parts(fs: Any, bucket: str, prefix: str, levels: int) -> Iterator[S3Object | str]:
     """A tree as objects and prefixes that make it up, in the order of the keys; few prefixes are split further."""
     first = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix)

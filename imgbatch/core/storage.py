@@ -233,14 +233,16 @@ def list_stems(directory: str, stems: Iterable[str]) -> list[str]:
 
 
 def list_names(directory: str) -> set[str]:
-    """Names of the files and directories directly in a directory now; empty where there is none. One request."""
-    if is_local(directory):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return {path.name for path in local_path(directory).iterdir()}
-        return set()
-    fs, path = filesystem(directory)
-    fs.invalidate_cache(path)
+    """Names of the files and directories directly in a directory now; empty where there is none."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if is_local(directory):
+            return {path.name for path in local_path(directory).iterdir()}
+        fs, path = filesystem(directory)
+        if is_s3(directory):
+            from imgbatch.core import s3
+
+            return s3.list_names(fs, path)
+        fs.invalidate_cache()
         return {name.rstrip("/").rsplit("/", 1)[1] for name in fs.ls(path, detail=False)}
     return set()
 

@@ -117,12 +117,13 @@ def test_the_runs_of_an_object_store_take_two_requests_each(s3_bucket: str, tmp_
         (run.run_id, run.plan, run.finished, run.abandoned) for run in of_disk
     ]
     assert sent.count("GetObject") == len(paths)
-    # One of `runs`, one of each directory there, and another to see that a file is none.
-    assert sent.count("ListObjectsV2") == len(sent) - len(paths) == 1 + len(paths) + 1 + 2
+    # One listing of `runs`, and one of each of the six names there.
+    assert sent.count("ListObjectsV2") == len(sent) - len(paths) == 1 + len(paths) + 2
 
 
 def test_an_output_without_runs_has_none(s3_bucket: str, tmp_path: Path) -> None:
     assert list_runs(storage.join(s3_bucket, "nothing")) == list_runs(str(tmp_path / "nothing")) == []
+    assert list_runs("s3://no-such-bucket/out") == list_runs("memory://nothing") == []
 
 
 def test_differing_fields_name_both_sides() -> None:
