@@ -116,6 +116,50 @@ def test_pods_run_without_privileges_and_share_memory_that_fits(name):
             assert set(mounts) == {volume["name"] for volume in spec["volumes"]}
 
 
+def restricted(spec: dict[str, Any], container: dict[str, Any]) -> bool:
+    """Whether the Pod Security Standard of that name lets a container in."""
+    of_pod, own = spec["securityContext"], container["securityContext"]
+    return (
+        of_pod["runAsNonRoot"]
+        and of_pod["seccompProfile"]["type"] == "RuntimeDefault"
+        and own["allowPrivilegeEscalation"] is False
+        and own["capabilities"]["drop"] == ["ALL"]
+    )
+
+
+@both
+def test_the_autoscaler_is_as_restricted_as_the_container_beside_it(name):
+    """KubeRay puts it into the head's pod, with no security context but the one that its options give."""
+    options = ray_cluster(name)["spec"]["autoscalerOptions"]
+    head, *workers = (template["spec"] for _, template in pods(name))
+    assert restricted(head, options)
+    assert all(restricted(spec, container) for spec in (head, *workers) for container in spec["containers"])
+
+
+def test_the_submitter_is_what_kuberay_would_make_but_restricted():
+    (job,) = documents("kuberay/rayjob.yaml")
+    spec = job["spec"]["submitterPodTemplate"]["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "submitter"}, "spec": spec}
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    (container,) = spec["containers"]
+    assert restricted(spec, container)
+    assert spec["restartPolicy"] == "Never"
+    _, head = next(pods("kuberay/rayjob.yaml"))
+    assert container["image"] == head["spec"]["containers"][0]["image"]
+    assert not {"command", "args"} & container.keys()
+
+
+def test_what_nodes_must_have_is_named_where_a_reader_looks():
+    """Because the selectors are not in capitals, and a pod that fits nowhere waits in silence."""
+    readme = (CLUSTER / "README.md").read_text().partition("## Nights on Kubernetes")[2]
+    for name in ("kuberay/raycluster.yaml", "kuberay/rayjob.yaml"):
+        header = (CLUSTER / name).read_text().partition("apiVersion")[0]
+        assert "nodeSelector" in header
+        for _, template in pods(name):
+            for label, value in template["spec"]["nodeSelector"].items():
+                assert value in readme, label
+
+
 @both
 def test_clusters_want_a_token_and_run_the_ray_that_is_installed(name):
     spec = ray_cluster(name)["spec"]
