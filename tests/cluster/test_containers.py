@@ -61,6 +61,12 @@ def test_scenes_are_read_everywhere_and_variants_for_cpus_made_where_they_run():
     assert extras["cpu"] <= set(declared)
 
 
+def test_every_command_that_can_be_submitted_has_its_packages():
+    for target in ("cpu", "cuda"):
+        extras = set(re.findall(r"--extra (\S+)", " ".join(targets()[target])))
+        assert {"explain", "baselines", "delta", "report", "geo"} <= extras
+
+
 def test_what_is_copied_exists_and_is_in_the_context():
     ignore = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
     copied = [word for line in targets()["cpu"] if line.startswith("COPY ") for word in line.split()[1:-1]]
