@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from imgbatch.config import Config, ResourcesConfig, load_config
+from imgbatch.core.finalize import COUNTED_UNITS, OPEN_FILES, READERS
 from imgbatch.core.units import choose_unit_rows
 from imgbatch.runtime.forecast import price_per_hour
 from imgbatch.runtime.memory import max_stored_units
@@ -149,7 +150,7 @@ def test_rates_and_times_of_the_readme(recipe):
         assert units == -(-images // unit_rows)
         assert pair == pytest.approx(images / 2048 / 60, rel=0.03)
         assert most == pytest.approx(images / images_per_s(recipe) / 60, rel=0.03)
-        assert usd == pytest.approx(images * GET_USD + units * (PUT_USD + GET_USD), abs=0.005)
+        assert usd == pytest.approx(images * GET_USD + units * (PUT_USD + 2 * GET_USD), abs=0.005)
 
 
 def growth() -> list[tuple[int, int, float, float, float]]:
@@ -180,13 +181,29 @@ def test_what_ten_million_images_cost(recipe):
     assert cost("8 c7i.4xlarge") == pytest.approx(cpu, abs=0.01)
     assert cost("head") == pytest.approx(prices["m7i.xlarge"], abs=0.01)
     assert cost("10,000,000 GETs") == pytest.approx(IMAGES * GET_USD)
-    assert cost("19,532 units") == pytest.approx((units + 16) * (PUT_USD + GET_USD), abs=0.01)
+    assert cost("19,532 units") == pytest.approx((units + 16) * (PUT_USD + 2 * GET_USD), abs=0.01)
     parts = ("4 g6.xlarge", "8 c7i.4xlarge", "head", "10,000,000 GETs", "19,532 units")
     assert cost("**together") == pytest.approx(sum(cost(part) for part in parts), abs=0.005)
     assert cost("the workers on demand") == pytest.approx((gpu + cpu) * (1 / 0.4 - 1), abs=0.01)
     assert cost("GPU and CPU nodes in two zones") == pytest.approx(
         IMAGES * PIXEL_BYTES / 1e9 * BETWEEN_ZONES_USD_PER_GB, abs=0.01
     )
+
+
+def test_what_finalize_takes():
+    readme = " ".join(README.split())
+    units, files = -(-IMAGES // 512), 16
+    tasks = f"{-(-units // COUNTED_UNITS)} tasks of {COUNTED_UNITS:,} units"
+    assert f"takes {tasks}, {seconds(COUNTED_UNITS):.1f} s" in readme
+    each = -(-units // files)
+    assert f"each of the {files} files of predictions, with {each:,} units or {seconds(each):.1f} s" in readme
+    assert f"at worst all of them, {seconds(units):.0f} s" in readme
+    assert f"for {OPEN_FILES} files together, {seconds(units):.0f} s for all of them" in readme
+
+
+def seconds(units: int) -> float:
+    """Of one task that reads so many unit files, where each takes 50 ms."""
+    return units * 0.05 / READERS
 
 
 def test_blocks_in_the_object_stores(recipe):
