@@ -158,17 +158,17 @@ def test_files_with_units_of_their_own_are_written_each_by_itself(
     files = layout_of(result)
     assert sum(file.kind == PREDICTIONS for file in files) > 2
     before = {file.path: Path(result.out, file.path).read_bytes() for file in files}
-    parts: list[int] = []
+    sizes: list[int] = []
 
-    def one_by_one(function: Any, run: Run, items: Sequence[Any]) -> Iterator[Any]:
-        parts.append(len(items))
-        return (function(run, item) for item in items)
+    def one_by_one(function: Any, context: Any, parts: Sequence[Any]) -> Iterator[Any]:
+        sizes.append(len(parts))
+        return (function(context, part) for part in parts)
 
     monkeypatch.setattr(finalize, "FEW_PARTS", 0)
     storage.remove(paths.success)
     run = plan_run(config, "cpu")
     finalize.finalize(run, one_by_one)
-    assert parts == [len(files) if is_spread else 1]
+    assert sizes == [len(files) if is_spread else 1]
     monkeypatch.setattr(finalize, "_spread", lambda group: [finalize.FilesToWrite(group, len(group))])
     storage.remove(paths.success)
     finalize.finalize(run)

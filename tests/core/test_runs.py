@@ -98,8 +98,8 @@ def test_the_runs_of_an_object_store_take_two_requests_each(s3_bucket: str, tmp_
     """And are those that a disk with the same files has; what is no run is none."""
     paths = [RunPaths(s3_bucket, f"r{number}") for number in range(4)]
     for number, run in enumerate(paths):
-        record = {"fingerprint": FIRST, "fields": {}, "predicted_at": f"2026-01-0{4 - number}", "parent": None}
-        storage.write_json(run.plan, record)
+        predicted_at = f"2026-01-0{4 - number}"
+        storage.write_json(run.plan, {"fingerprint": FIRST, "fields": {}, "predicted_at": predicted_at, "parent": None})
     storage.create_if_absent(paths[1].success, b"")
     storage.create_if_absent(paths[2].abandoned, b"")
     storage.replace(storage.join(s3_bucket, "runs", "rlost", "units", "unit-00000000.parquet"), b"")
