@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from imgbatch.core import storage
+from imgbatch.core import s3, storage
 
 _SHOWN = 3
 
 
 def bucket_region(bucket: str) -> str | None:
-    """The region of ``s3://`` and a bucket; none where the server does not say, or not to us."""
+    """The region of ``s3://`` and a bucket; none where the server does not say, or does not answer."""
     fs, name = storage.filesystem(bucket)
     try:
-        answer = fs.call_s3("head_bucket", Bucket=name)
-    except Exception:  # whoever may read objects may not be allowed to ask, and clients' exceptions differ
+        return s3.bucket_region(fs, name)
+    except Exception:  # clients' exceptions differ
         return None
-    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    return answer.get("BucketRegion") or headers.get("x-amz-bucket-region") or None
 
 
 def region_warnings(uris: Iterable[str | None], here: Sequence[str]) -> list[str]:

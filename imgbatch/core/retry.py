@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 10.0
@@ -22,14 +23,20 @@ def backoff_s(attempt: int) -> float:
     return min(FIRST_BACKOFF_S * 2 ** (attempt - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
 
 
-def http_status(error: BaseException | None) -> int | None:
-    """The HTTP status behind ``error``: botocore keeps the response, s3fs translates and keeps the cause."""
+def http_answer(error: BaseException | None) -> dict[str, Any]:
+    """botocore's account of the answer behind ``error``, empty where there was none: s3fs translates errors and keeps
+    the cause."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return response.get("ResponseMetadata", {})
         error = error.__cause__
-    return None
+    return {}
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """The HTTP status behind ``error``; none: no answer came."""
+    return http_answer(error).get("HTTPStatusCode")
 
 
 def may_pass(error: Exception) -> bool:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from imgbatch.config import StorageConfig
-from imgbatch.core.retry import backoff_s, http_status, may_pass
+from imgbatch.core.retry import backoff_s, http_answer, http_status, may_pass
 
 _ATTEMPTS = 5
 """Of each request, with botocore's backoff and jitter; s3fs tries again on top where a body broke off."""
@@ -94,6 +94,25 @@ def _parse_timestamp(text: str) -> datetime:
 def unquoted_etag(etag: str | None) -> str:
     """An ETag without its quotes, so that every client's is the same."""
     return (etag or "").removeprefix("W/").strip('"')
+
+
+def bucket_region(fs: Any, bucket: str) -> str | None:
+    """The region that a bucket is in; none: the server does not say, as where there is no such bucket.
+
+    AWS says so in its refusal too: who may read objects may not be allowed to ask for their bucket.
+
+    Raises:
+        Exception: no answer, or one that may pass.
+    """
+    try:
+        found = fs.call_s3("head_bucket", Bucket=bucket)
+    except Exception as error:  # clients' exceptions differ
+        answer = http_answer(error)
+        if not answer or may_pass(error):
+            raise
+        found = {"ResponseMetadata": answer}
+    headers = found.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return found.get("BucketRegion") or headers.get("x-amz-bucket-region") or None
 
 
 def put_if_absent(fs: Any, path: str, data: bytes) -> bool:

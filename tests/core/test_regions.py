@@ -39,13 +39,15 @@ def test_without_a_region_to_compare_nobody_is_asked() -> None:
 
 
 @contextmanager
-def answering(status: int) -> Iterator[str]:
-    """A server that answers every HEAD with ``status`` and no region."""
+def answering(status: int, region: str | None = None) -> Iterator[str]:
+    """A server that answers every HEAD with ``status``, and with no region but the one given."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response(status)
             self.send_header("Content-Length", "0")
+            if region:
+                self.send_header("x-amz-bucket-region", region)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -65,3 +67,10 @@ def test_a_server_that_does_not_tell_is_met_with_silence(status: int, s3_bucket:
         storage.configure(StorageConfig(endpoint_url=url))
         assert bucket_region(s3_bucket) is None
         assert region_warnings([f"{s3_bucket}/x"], ["us-east-1"]) == []
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_whoever_may_not_look_at_a_bucket_is_told_its_region_all_the_same(status: int, s3_bucket: str) -> None:
+    with answering(status, "eu-west-1") as url:
+        storage.configure(StorageConfig(endpoint_url=url))
+        assert bucket_region(s3_bucket) == "eu-west-1"
