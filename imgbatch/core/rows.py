@@ -124,9 +124,13 @@ class EmbeddedImages:
 
     def read(self, row_ids: Sequence[int]) -> Iterator[bytes | None]:
         """Each row's bytes, in order; ``None`` where the cell is null."""
+        # Held here: with more units under way than groups are kept, each row would find its group gone again.
+        group_index, group = -1, pa.chunked_array([], pa.binary())
         for row_id in row_ids:
-            group_index = int(np.searchsorted(self._first_rows, row_id, side="right")) - 1
-            yield self._group(group_index)[row_id - int(self._first_rows[group_index])].as_py()
+            index = int(np.searchsorted(self._first_rows, row_id, side="right")) - 1
+            if index != group_index:
+                group_index, group = index, self._group(index)
+            yield group[row_id - int(self._first_rows[index])].as_py()
 
     def _group(self, index: int) -> pa.ChunkedArray:
         with self._lock:

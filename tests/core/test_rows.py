@@ -38,6 +38,24 @@ def test_units_side_by_side_read_a_row_group_once(tmp_path: Path, monkeypatch: A
     assert set(reads.values()) == {1}
 
 
+def test_more_units_at_once_than_groups_are_kept_read_a_row_group_once(tmp_path: Path, monkeypatch: Any) -> None:
+    images = [str(index).encode() for index in range(500)]
+    pq.write_table(pa.table({"bytes": images}), tmp_path / "images.parquet", row_group_size=100)
+    reads: Counter[int] = Counter()
+    read_images = Manifest.read_images
+
+    def counted(self: Manifest, group: Any) -> pa.ChunkedArray:
+        reads[group.row_group] += 1
+        return read_images(self, group)
+
+    monkeypatch.setattr(Manifest, "read_images", counted)
+    embedded = EmbeddedImages(open_manifest(str(tmp_path / "images.parquet")))
+    units = [range(first, first + 100) for first in range(0, 500, 100)]
+    in_turn = [data for turn in zip(*map(embedded.read, units), strict=True) for data in turn]
+    assert in_turn == [images[row] for turn in zip(*units, strict=True) for row in turn]
+    assert set(reads.values()) == {1}
+
+
 def test_of_selected_rows_only_their_units_are_read(tmp_path: Path) -> None:
     paths, layout = RunPaths(str(tmp_path), "r1"), UnitLayout(10, (100,))
     every_third = pa.table({"row_id": range(0, 300, 3), "uri": ["x"] * 100})
