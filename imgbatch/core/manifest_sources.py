@@ -261,9 +261,9 @@ class ParquetTable:
 
 
 def resolve(folder: str, uri: str) -> str:
-    """``uri`` made absolute: a relative one lies below ``folder``, which may be a URI itself."""
+    """``uri`` made absolute: a relative one lies below ``folder``, which may be a URI itself; ``s3a://`` is ``s3://``."""
     if "://" in uri:
-        return uri
+        return f"s3://{uri[len('s3a://') :]}" if uri.startswith("s3a://") else uri
     scheme, separator, path = folder.rpartition("://")
     if separator and not uri.startswith("/"):
         return scheme + separator + posixpath.normpath(posixpath.join(path, uri))

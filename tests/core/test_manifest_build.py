@@ -105,7 +105,7 @@ def test_targets_are_split_and_an_empty_cell_is_no_class(tmp_path: Path) -> None
 
 def test_gzipped_csv_below_another_root(tmp_path: Path) -> None:
     path = tmp_path / "list.csv.gz"
-    path.write_bytes(gzip.compress(b"uri\nsub/a.jpg\n../b.jpg\ns3://bucket/c.jpg\n"))
+    path.write_bytes(gzip.compress(b"uri\nsub/a.jpg\n../b.jpg\ns3a://bucket/c.jpg\n"))
     assert build(tmp_path, path, root="/data/images")["uri"].to_pylist() == [
         "/data/images/sub/a.jpg", "/data/b.jpg", "s3://bucket/c.jpg"
     ]  # fmt: skip
@@ -118,6 +118,7 @@ def test_gzipped_csv_below_another_root(tmp_path: Path) -> None:
         ("s3://bucket/p", "a/../b.jpg", "s3://bucket/p/b.jpg"),
         ("s3://bucket/p", "/local/a.jpg", "/local/a.jpg"),
         ("/data", "https://host/a//b.jpg", "https://host/a//b.jpg"),
+        ("/data", "s3a://bucket/s3a://b.jpg/", "s3://bucket/s3a://b.jpg/"),
     ],
 )
 def test_resolve(folder: str, uri: str, expected: str) -> None:
