@@ -128,7 +128,8 @@ def memory_budget(
     classify = _ACTOR_BYTES + library.base + library.weight_copies * weight_bytes + runners * runner
     # Beside those in the object store, of each decoder the unit that it fills and the one before, which goes there.
     units = (max_stored_units(pools) + 2 * pools.decoders) * unit_bytes
-    decode = _ACTOR_BYTES + in_flight * int(image_pixels * _ENCODED_PIXEL_BYTES)
+    # Each call has files of its own ahead.
+    decode = _ACTOR_BYTES + pools.decode_calls * in_flight * int(image_pixels * _ENCODED_PIXEL_BYTES)
     ray = _CLUSTER_RAY_BYTES if on_cluster else _OWN_RAY_BYTES
     total = ray + pools.decode_actors * decode + pools.decoders * child + pools.classify_actors * classify + units
     return MemoryBudget(decode, child, classify, units, ray, total)

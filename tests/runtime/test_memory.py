@@ -84,7 +84,13 @@ def large_units(photo_config: Config, tmp_path: Path) -> Config:
 
 
 def budget_of(
-    config: Config, *, cpus: int, unit_rows: int = UNIT_ROWS, weight_bytes: int = 10**5, on_cluster: bool = False
+    config: Config,
+    *,
+    cpus: int,
+    unit_rows: int = UNIT_ROWS,
+    weight_bytes: int = 10**5,
+    in_flight: int = 32,
+    on_cluster: bool = False,
 ) -> MemoryBudget:
     return memory_budget(
         choose_pools(config.resources, "cpu", Machine(cpus, 0)),
@@ -93,7 +99,7 @@ def budget_of(
         unit_rows=unit_rows,
         batch_size=8,
         weight_bytes=weight_bytes,
-        in_flight=32,
+        in_flight=in_flight,
         image_pixels=90 * 90,
         on_cluster=on_cluster,
     )
@@ -122,6 +128,9 @@ def test_what_the_budget_grows_with(photo_config: Config) -> None:
     assert doubled == replace(budget, units=2 * budget.units, total=budget.total + budget.units)
     heavier = budget_of(photo_config, cpus=4, weight_bytes=10**5 + 10**8)
     assert heavier.classify_actor == budget.classify_actor + 4 * 10**8
+    calls = choose_pools(photo_config.resources, "cpu", Machine(4, 0)).decode_calls
+    more_files = budget_of(photo_config, cpus=4, in_flight=32 + 100)
+    assert more_files.decode_actor == budget.decode_actor + calls * 100 * 90 * 90 // 2
     assert budget_of(photo_config, cpus=16).total > budget.total
     assert budget_of(photo_config, cpus=4, on_cluster=True).total == budget.total + 300 * 10**6
 
