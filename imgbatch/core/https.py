@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import socket
 import ssl
+import string
 import threading
 from collections.abc import Iterator
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
@@ -106,7 +107,8 @@ class HttpsReader:
 
     def _answer(self, response: http.client.HTTPResponse) -> bytes | str:
         if response.status in _REDIRECTS and (location := response.getheader("Location")):
-            return location
+            # What a server wrote as it is, http.client took for Latin-1; the bytes are what it meant.
+            return quote(location.encode("latin-1"), safe=string.punctuation)
         if response.status in (404, 410):
             raise FileNotFoundError(f"the server answered {response.status}")
         if response.status in (401, 403):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from cryptography import x509
@@ -31,6 +32,13 @@ class Server(BaseHTTPRequestHandler):
         if action == "redirect":
             self.send_response(302)
             self.send_header("Location", argument)
+            self.end_headers()
+        elif action == "moved":  # as servers do that write a Location as they have it, without encoding it
+            self.send_response(302)
+            self.send_header("Location", unquote(argument, "latin-1"))
+            self.end_headers()
+        elif action == "named" and argument != "a%20%C3%A4.jpg":
+            self.send_response(404)
             self.end_headers()
         elif action == "status":
             self.send_response(int(argument))
@@ -128,6 +136,12 @@ def test_a_file(server: str) -> None:
     assert fetched(f"{server}/image.jpg") == IMAGE
     assert fetched(f"{server}/a b/ä.jpg?x=1&y=ü") == IMAGE
     assert fetched(f"{server}/redirect//image.jpg") == IMAGE
+
+
+@pytest.mark.parametrize("action", ["redirect", "moved"])
+def test_a_redirect_to_a_name_beyond_ascii_is_followed_however_it_is_written(action: str, server: str) -> None:
+    assert fetched(f"{server}/named/a ä.jpg") == IMAGE
+    assert fetched(f"{server}/{action}//named/a%20%C3%A4.jpg") == IMAGE
 
 
 def test_a_part_of_a_tar_file_is_refused(server: str) -> None:
