@@ -9,12 +9,13 @@ from __future__ import annotations
 import posixpath
 import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import IO
+from operator import attrgetter
+from typing import IO, NamedTuple
 
 import pyarrow as pa
 
@@ -29,6 +30,11 @@ _CLASS_SUFFIX = ".cls"
 _CLASS_BYTES = 1024
 _CHUNK_BYTES = 1 << 20
 _SHARDS_AT_ONCE = 8
+_MAX_LINKS = 40
+"""From link to link, as Linux follows them."""
+
+_Place = ByteRange | str
+"""Bytes of the shard, or the name of the member that has them."""
 
 
 @dataclass(frozen=True)
@@ -90,31 +96,118 @@ class TarShards:
 
 def _read_members(shard: str, *, with_classes: bool) -> list[_Member]:
     """The images of a shard; raises :class:`UsageError`."""
-    found: list[_Member] = []
     try:
         with storage.open_input(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            # By hand: a loop over the file would keep every header that it has seen.
-            members = iter(partial(_next_member, tar), None)
-            for _, sample in groupby((member for member in members if member.isreg()), key=_sample_key):
-                images, target = [], None
-                for member in sample:
-                    if member.name.lower().endswith(IMAGE_SUFFIXES) and member.size > 0:
-                        images.append(member)
-                    elif with_classes and member.name.endswith(_CLASS_SUFFIX):
-                        target = _read_class(tar, member)
-                for image in images:
-                    if image.issparse():
-                        raise UsageError(f"{shard}: {image.name} is a sparse member, which is not read in place")
-                    if not any(part.startswith(".") for part in image.name.removeprefix("./").split("/")):
-                        check_unicode(f"{shard}/{image.name}")
-                        place = ByteRange(image.offset_data, image.offset_data + image.size - 1)
-                        found.append(_Member(image.name.removeprefix("./"), place, target))
+            contents = _Contents(shard, file)
+            entries = list(_iter_entries(tar, contents, with_classes=with_classes))
             _check_end(file, tar.offset, shard)
+            return [member for _, sample in groupby(entries, _sample) for member in _sample_members(sample, contents)]
     except UsageError:
         raise
     except Exception as error:  # of tarfile, and every object store's client has its own
         raise UsageError(f"{shard}: no readable tar file ({normalise_message(error)})") from error
-    return found
+
+
+class _Entry(NamedTuple):
+    """A member that is an image or a class, or a link to one."""
+
+    sample: int
+    """Ordinal of the run of members whose names are alike up to their first dot."""
+    name: str
+    place: _Place
+
+    @property
+    def is_image(self) -> bool:
+        return self.name.lower().endswith(IMAGE_SUFFIXES)
+
+
+_sample = attrgetter("sample")
+
+
+def _iter_entries(tar: tarfile.TarFile, contents: _Contents, *, with_classes: bool) -> Iterator[_Entry]:
+    # By hand: a loop over the file would keep every header that it has seen.
+    members = iter(partial(_next_member, tar), None)
+    files = (member for member in members if member.isreg() or member.islnk() or member.issym())
+    for number, (_, sample) in enumerate(groupby(files, _sample_key)):
+        for member in sample:
+            place = contents.add(member)
+            entry = _Entry(number, member.name, place)
+            if entry.is_image:
+                yield entry
+            elif with_classes and member.name.endswith(_CLASS_SUFFIX):
+                if isinstance(place, ByteRange):
+                    contents.read_class(place)  # now, where the file is being read anyhow
+                yield entry
+
+
+def _sample_members(sample: Iterable[_Entry], contents: _Contents) -> Iterator[_Member]:
+    images, target = [], None
+    for entry in sample:
+        if entry.is_image:
+            images.append(entry)
+        else:
+            target = contents.read_class(contents.find(entry))
+    for image in images:
+        name = image.name.removeprefix("./")
+        if any(part.startswith(".") for part in name.split("/")):
+            continue
+        place = contents.find(image)
+        if place.size > 0:
+            check_unicode(f"{contents.shard}/{image.name}")
+            yield _Member(name, place, target)
+
+
+class _Contents:
+    """Where the files of a shard lie, by the names of its members: a link lies where what it names does.
+
+    tar writes a file of several names once, and a hard link for each of the other names.
+    """
+
+    def __init__(self, shard: str, file: IO[bytes]) -> None:
+        self.shard = shard
+        self._file = file
+        self._places: dict[str, _Place] = {}
+        self._sparse: set[ByteRange] = set()
+        self._classes: dict[ByteRange, str | None] = {}
+
+    def add(self, member: tarfile.TarInfo) -> _Place:
+        """Where a member lies; the name of another one where it is a link to one that may follow."""
+        place: _Place
+        if member.isreg():
+            place = ByteRange(member.offset_data, member.offset_data + member.size - 1)
+            if member.issparse():
+                self._sparse.add(place)
+        else:
+            folder = posixpath.dirname(member.name) if member.issym() else ""
+            target = posixpath.normpath(posixpath.join(folder, member.linkname))
+            # A hard link names the member of that name so far, even if another of the name follows.
+            place = self._places.get(target, target) if member.islnk() else target
+        self._places[posixpath.normpath(member.name)] = place
+        return place
+
+    def find(self, entry: _Entry) -> ByteRange:
+        """Where an image or a class lies, once every member is known; raises :class:`UsageError`."""
+        place: _Place | None = entry.place
+        for _ in range(_MAX_LINKS):
+            if not isinstance(place, str):
+                break
+            place = self._places.get(place)
+        if not isinstance(place, ByteRange):
+            raise UsageError(
+                f"{self.shard}: {entry.name} is a link to {entry.place}, which is no file in the shard; "
+                "make the shard again with tar --dereference"
+            )
+        if place in self._sparse:
+            raise UsageError(f"{self.shard}: {entry.name} is a sparse member, which is not read in place")
+        return place
+
+    def read_class(self, place: ByteRange) -> str | None:
+        """The class that the content at ``place`` names, read once; links from every sample may name the same."""
+        if place not in self._classes:
+            self._file.seek(place.first)
+            content = self._file.read(min(place.size, _CLASS_BYTES))
+            self._classes[place] = content.decode().strip() or None
+        return self._classes[place]
 
 
 def _check_end(file: IO[bytes], end: int, shard: str) -> None:
@@ -142,8 +235,3 @@ def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 def _sample_key(member: tarfile.TarInfo) -> str:
     folder, name = posixpath.split(member.name)
     return posixpath.join(folder, name.partition(".")[0])
-
-
-def _read_class(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
-    content = tar.extractfile(member)
-    return content.read(_CLASS_BYTES).decode().strip() or None if content else None

@@ -101,6 +101,71 @@ def test_a_member_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
         build(tmp_path, shard)
 
 
+Link = tuple[bytes, str]
+"""Its type, and what it names."""
+
+
+def write_linked(path: Path, members: Mapping[str, bytes | Link]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+            else:
+                entry.type, entry.linkname = content
+                tar.addfile(entry)
+    return path
+
+
+HARD, SYMBOLIC = tarfile.LNKTYPE, tarfile.SYMTYPE
+
+
+def test_links_are_the_images_that_they_name(tmp_path: Path) -> None:
+    """As tar writes a folder whose equal files share their content, or that links into one beside it."""
+    members: dict[str, bytes | Link] = {
+        "./cat/a.jpg": b"image a",
+        "./cat/a.cls": b"7",
+        "./cat/b.jpg": (HARD, "./cat/a.jpg"),
+        "./cat/b.cls": (HARD, "./cat/a.cls"),
+        "./dog/c.jpg": (SYMBOLIC, "../blobs/0f"),
+        "./dog/c.cls": (SYMBOLIC, "d.cls"),
+        "./dog/d.jpg": (HARD, "./dog/c.jpg"),
+        "./dog/d.cls": b"8",
+        "./dog/.hidden.jpg": (SYMBOLIC, "nowhere"),
+        "./folder": (SYMBOLIC, "dog"),
+        "./blobs/0f": b"image of a blob",
+        "./empty.jpg": b"",
+        "./empty-too.jpg": (HARD, "./empty.jpg"),
+    }
+    shard = write_linked(tmp_path / "linked.tar", members)
+    table = build(tmp_path, shard, table=TableOptions(targets_from_cls=True))
+    names = [image_id.removeprefix(f"{shard}/") for image_id in table["image_id"].to_pylist()]
+    assert names == ["cat/a.jpg", "cat/b.jpg", "dog/c.jpg", "dog/d.jpg"]
+    assert contents(table["uri"].to_pylist()) == [b"image a"] * 2 + [b"image of a blob"] * 2
+    assert table["target"].to_pylist() == ["7", "7", "8", "8"]
+
+
+def test_a_hard_link_names_the_member_before_it(tmp_path: Path) -> None:
+    """Of several members of one name, as updating an archive leaves them."""
+    path = tmp_path / "updated.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("blob", b"old"), ("a.jpg", None), ("blob", b"newer")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content or b"")
+            if content is None:
+                entry.type, entry.linkname = HARD, "blob"
+            tar.addfile(entry, io.BytesIO(content or b""))
+    assert contents(build(tmp_path, path)["uri"].to_pylist()) == [b"old"]
+
+
+@pytest.mark.parametrize("link", [(SYMBOLIC, "/data/a.jpg"), (HARD, "gone.jpg"), (SYMBOLIC, "a.jpg")])
+def test_a_link_out_of_the_shard_is_one_line(link: Link, tmp_path: Path) -> None:
+    shard = write_linked(tmp_path / "linked.tar", {"a.jpg": link})
+    with pytest.raises(UsageError, match=r"linked\.tar: a\.jpg is a link to .* tar --dereference"):
+        build(tmp_path, shard)
+
+
 def test_targets_are_classes_or_folders(shards: Path, tmp_path: Path) -> None:
     of_classes = build(tmp_path, shards / "train-000.tar", table=TableOptions(targets_from_cls=True))
     assert of_classes["target"].to_pylist() == ["7", None]
