@@ -7,10 +7,9 @@ can use. Both see the same credentials, endpoint and region.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-import threading
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -20,6 +19,7 @@ from imgbatch.config import StorageConfig
 from imgbatch.core import s3
 from imgbatch.core.byte_ranges import ByteRange
 from imgbatch.core.hedging import first_answer
+from imgbatch.core.once import Once
 from imgbatch.core.retry import CREDENTIAL_ERRORS, TRANSIENT_HTTP, http_status, may_pass
 
 if TYPE_CHECKING:
@@ -30,7 +30,16 @@ ClientName = Literal["s3fs", "obstore"]
 _CREDENTIALS_ASKED_EVERY = timedelta(minutes=5)
 _ANSWERED = re.compile(r"status code: (\d{3})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_BEYOND_THE_END = 416
+_PARTIAL, _BEYOND_THE_END = 206, 416
+_NOT_PARTIAL = "non-partial response"
+"""object_store's words for an answer of the whole object."""
+_IGNORES_RANGE = "the server ignores Range: it answers with the whole file, of which a part was asked for"
+_DIRECTORY_BUCKET = "--x-s3"
+_AWS = (".amazonaws.com", ".amazonaws.com.cn")
+_OF_A_REGION = re.compile(
+    r"https://(s3(?:-fips)?(?:\.dualstack)?)(?:\.(?:[a-z]{2}[a-z-]*-\d+|aws-global))?(\.amazonaws\.com(?:\.cn)?)"
+)
+"""Endpoints of AWS that every region has, their region aside; botocore has some of no region."""
 
 
 class StoredObject(NamedTuple):
@@ -111,7 +120,7 @@ class S3fsClient:
         """See :class:`ObjectClient`."""
         try:
             return fsspec.asyn.sync(self.fs.loop, self._get, bucket, key, max_bytes, byte_range)
-        except (ObjectTooLarge, FileNotFoundError, PermissionError, TimeoutError):
+        except (ObjectTooLarge, FileNotFoundError, PermissionError, TimeoutError, RequestFailed):
             raise
         except Exception as error:
             if byte_range and http_status(error) == _BEYOND_THE_END:
@@ -128,6 +137,8 @@ class S3fsClient:
         part = {"Range": byte_range.header} if byte_range else {}
         answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, **part)
         try:
+            if byte_range and answer["ResponseMetadata"]["HTTPStatusCode"] != _PARTIAL:
+                raise RequestFailed(_IGNORES_RANGE, may_pass=False)
             if answer["ContentLength"] > max_bytes:
                 raise ObjectTooLarge(answer["ContentLength"])
             return StoredObject(await answer["Body"].read(), s3.unquoted_etag(answer.get("ETag")))
@@ -154,14 +165,15 @@ class ObstoreClient:
         self._timeout_s = timeout_s
         self._s3fs = s3fs_client
         self._hedge_after_s = hedge_after_s
-        self._stores: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self._stores: dict[str, Once[Any]] = {}
+        # Where the metadata of the machine do not answer, it takes a second to learn that there are none.
+        self._credentials = Once(self._find_credentials, lasting=(PermissionError,))
 
     def get(self, bucket: str, key: str, *, max_bytes: int, byte_range: ByteRange | None = None) -> StoredObject:
         """See :class:`ObjectClient`."""
         from obstore import exceptions
 
-        if not _is_normal(key):
+        if not _is_normal(key) or bucket.endswith(_DIRECTORY_BUCKET):
             return self._s3fs.get(bucket, key, max_bytes=max_bytes, byte_range=byte_range)
         try:
             return self._ask(self._store(bucket), key, max_bytes, byte_range)
@@ -175,6 +187,8 @@ class ObstoreClient:
             status = int(answered[1]) if answered else None
             if byte_range and status == _BEYOND_THE_END:
                 return _NOTHING
+            if byte_range and _NOT_PARTIAL in message:
+                raise RequestFailed(_IGNORES_RANGE, may_pass=False) from error
             raise RequestFailed(message, may_pass=status is None or status in TRANSIENT_HTTP) from error
 
     def _ask(self, store: Any, key: str, max_bytes: int, byte_range: ByteRange | None) -> StoredObject:
@@ -199,16 +213,17 @@ class ObstoreClient:
         return StoredObject(bytes(found.bytes()), s3.unquoted_etag(found.meta["e_tag"]))
 
     def _store(self, bucket: str) -> Any:
-        with self._lock:
-            if bucket not in self._stores:
-                self._stores[bucket] = self._open_store(bucket)
-            return self._stores[bucket]
+        store = self._stores.get(bucket)
+        if store is None:
+            opened = Once(partial(self._open_store, bucket), lasting=(PermissionError,))
+            store = self._stores.setdefault(bucket, opened)
+        return store.get()
 
     def _open_store(self, bucket: str) -> Any:
         from obstore.store import S3Store
 
         settings = self._settings
-        signing = {"skip_signature": True} if settings.anonymous else {"credential_provider": self._credentials()}
+        signing = {"skip_signature": True} if settings.anonymous else {"credential_provider": self._credentials.get()}
         endpoint, region = self._locate(bucket)
         return S3Store(
             bucket,
@@ -229,15 +244,17 @@ class ObstoreClient:
         """Endpoint and region of a bucket: unlike s3fs, obstore does not follow it into another region."""
         fs = self._s3fs.fs
         fs.connect()
-        endpoint, region = fs.s3.meta.endpoint_url, fs.s3.meta.region_name
-        if not endpoint.endswith(".amazonaws.com"):
-            return endpoint, region or "us-east-1"
-        # Who may read objects may not be allowed to ask; then the configured region has to be right.
-        with contextlib.suppress(OSError):
-            region = fs.call_s3("head_bucket", Bucket=bucket).get("BucketRegion") or region
-        return f"https://s3.{region}.amazonaws.com", region
+        endpoint, region = fs.s3.meta.endpoint_url, fs.s3.meta.region_name or "us-east-1"
+        if not endpoint.endswith(_AWS):
+            return endpoint, region
+        try:
+            region = s3.bucket_region(fs, bucket) or region
+        except Exception as error:
+            # Not a guess, which would hold for as long as the store does.
+            raise _translated(error) from error
+        return _endpoint_in(region, endpoint), region
 
-    def _credentials(self) -> Any:
+    def _find_credentials(self) -> Any:
         """What obstore asks for credentials: botocore's chain, which renews those that expire."""
         import botocore.session
 
@@ -260,6 +277,12 @@ class ObstoreClient:
 def _is_normal(key: str) -> bool:
     """Whether the key is one that object_store takes as it is: no empty or dotted segments, no control characters."""
     return not _CONTROL.search(key) and not any(part in ("", ".", "..") for part in key.split("/"))
+
+
+def _endpoint_in(region: str, endpoint: str) -> str:
+    """AWS's ``endpoint`` for a bucket of ``region``; one of the user's own, as PrivateLink gives, stays what it is."""
+    kind = _OF_A_REGION.fullmatch(endpoint)
+    return f"https://{kind[1]}.{region}{kind[2]}" if kind else endpoint
 
 
 def _first_line(error: BaseException) -> str:
