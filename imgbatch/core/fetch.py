@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import threading
 import time
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, repeat
+from pathlib import Path
 from typing import TypeGuard
 
 from imgbatch.config import FetchConfig, IfChanged
@@ -25,7 +27,12 @@ from imgbatch.errors import RowError, Stage, Status, row_error
 
 _TRANSIENT_ERRNO = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EHOSTUNREACH, errno.EIO, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
+    | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 )
+_NO_SUCH_PATH_ERRNO = frozenset({errno.ELOOP, errno.ENAMETOOLONG})
+# Should a named pipe have taken the file's place since it was looked at, no writer is waited for.
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+_READ_BYTES = 1 << 16
 
 Fetched = bytes | RowError
 
@@ -136,9 +143,11 @@ class Fetcher:
     def _read_local(self, uri: str) -> bytes:
         if not uri:
             raise _Rejected(Status.NOT_FOUND, "the uri is empty")
+        if "\0" in uri:
+            raise _Rejected(Status.NOT_FOUND, "a NUL in the uri, which no path holds")
         uri, byte_range = split_range(uri)
         path = allowed_path(uri, self._config)
-        # Looked at before it is opened, because opening a named pipe waits for a writer.
+        # Looked at before it is opened: opening a device may start something, and a named pipe's writer would go on.
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
             raise _Rejected(Status.NOT_FOUND, "a directory, not a file")
@@ -147,11 +156,12 @@ class Fetcher:
         size = byte_range.size if byte_range else found.st_size
         if size > self._config.max_bytes:
             raise self._too_large(f"{size} bytes, more")
-        with path.open("rb", buffering=0) as file:
-            if byte_range is None:
-                return file.read()
-            file.seek(byte_range.first)
-            return _whole(file.read(size), byte_range)
+        if byte_range is not None:
+            return _whole(_read_file(path, byte_range.first, at_most=size, expected=size), byte_range)
+        data = _read_file(path, 0, at_most=self._config.max_bytes + 1, expected=size)
+        if len(data) > self._config.max_bytes:
+            raise self._too_large("the file has grown to more")
+        return data
 
     def _read_remote(self, uri: str, etag: str | None) -> bytes:
         place, byte_range = split_range(uri)
@@ -197,6 +207,25 @@ class Fetcher:
         return _Rejected(Status.TOO_LARGE, f"{size} than fetch.max_bytes ({self._config.max_bytes}) allows")
 
 
+def _read_file(path: Path, first: int, *, at_most: int, expected: int) -> bytes:
+    """Bytes of a file from ``first`` up to its end, or ``at_most`` of them; ``expected``: how many there seem to be."""
+    # The file object of Path.open costs more than opening, reading and closing.
+    descriptor = os.open(path, _OPEN_FLAGS)
+    try:
+        parts: list[bytes] = []
+        size = 0
+        # One read may bring less than there is, on file systems in user space above all.
+        while size < at_most:
+            data = os.pread(descriptor, min(at_most - size, max(expected + 1 - size, _READ_BYTES)), first + size)
+            if not data:
+                break
+            parts.append(data)
+            size += len(data)
+    finally:
+        os.close(descriptor)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def _whole(data: bytes, byte_range: ByteRange | None) -> bytes:
     if byte_range is not None and len(data) < byte_range.size:
         raise _Rejected(Status.CHANGED, f"the file ends before byte {byte_range.last}, which the manifest names")
@@ -215,6 +244,8 @@ def _judge(error: Exception) -> tuple[Status, bool]:
         return Status.FORBIDDEN, False
     if isinstance(error, RequestFailed):
         return Status.FETCH_FAILED, error.may_pass
+    if isinstance(error, OSError) and error.errno in _NO_SUCH_PATH_ERRNO:
+        return Status.NOT_FOUND, False
     transient = isinstance(error, TimeoutError | ConnectionError) or (
         isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import threading
 import time
 from collections import Counter
@@ -51,22 +52,87 @@ def test_what_is_not_a_file_says_so(tmp_path: Path) -> None:
     assert fetch_error(str(tmp_path)) == RowError(Status.NOT_FOUND, Stage.FETCH, "a directory, not a file")
     assert fetch_error(str(tmp_path / "pipe")).status is Status.REFUSED
     assert fetch_error("/dev/zero").status is Status.REFUSED
-    assert fetch_error(str(tmp_path / "nul\0byte")).status is Status.FETCH_FAILED
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for no_path in ("nul\0byte", "loop", "x" * 300):
+        assert fetch_error(str(tmp_path / no_path)).status is Status.NOT_FOUND
+        assert fetch_error(str(tmp_path / no_path), roots=(str(tmp_path),)).status is Status.NOT_FOUND  # type: ignore[arg-type]
     assert fetch_error(None).status is fetch_error("").status is Status.NOT_FOUND
+
+
+def fail_to_open(monkeypatch: pytest.MonkeyPatch, code: int, name: str, times: int = 99) -> None:
+    """Files of that name cannot be opened, for the first few times."""
+    open_descriptor, left = os.open, [None] * times
+
+    def refused(path: Any, *arguments: Any, **settings: Any) -> int:
+        if Path(path).name == name and left:
+            left.pop()
+            raise OSError(code, os.strerror(code), str(path))
+        return open_descriptor(path, *arguments, **settings)
+
+    monkeypatch.setattr(os, "open", refused)
+
+
+def test_a_file_is_read_when_there_are_descriptors_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def others_close_theirs(_: int) -> float:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return 0.0
+
+    monkeypatch.setattr(fetch, "backoff_s", others_close_theirs)
+    with Fetcher(FetchConfig(retries=1)) as fetcher:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            assert list(fetcher.fetch([str(tmp_path / "file")])) == [b"x"]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("code", [errno.ENFILE, errno.ENOMEM])
+def test_what_a_machine_ran_out_of_may_be_there_again(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setattr(retry, "FIRST_BACKOFF_S", 0.01)
+    fail_to_open(monkeypatch, code, "file", times=2)
+    assert fetch_all([str(tmp_path / "file")], retries=2) == [b"x"]
+
+
+def test_a_file_comes_whole_from_reads_that_bring_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(200))
+    (tmp_path / "file").write_bytes(content)
+    (tmp_path / "shard.tar").write_bytes(content)
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: read(descriptor, min(size, 7), offset))
+    part = f"{tmp_path}/shard.tar#bytes=50-149"
+    assert fetch_all([str(tmp_path / "file"), part], max_bytes=200) == [content, content[50:150]]
+
+
+def test_a_file_that_grows_while_it_is_read_is_held_to_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(10))
+    read = os.pread
+
+    def written_to(descriptor: int, size: int, offset: int) -> bytes:
+        with (tmp_path / "file").open("ab") as file:
+            file.write(bytes(1000))
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", written_to)
+    error = fetch_error(str(tmp_path / "file"), max_bytes=5000)
+    assert (error.status, error.message) == (
+        Status.TOO_LARGE,
+        "the file has grown to more than fetch.max_bytes (5000) allows",
+    )
 
 
 def test_a_file_that_may_not_be_read_is_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret").write_bytes(b"x")
     (tmp_path / "secret").chmod(0)
     if os.access(tmp_path / "secret", os.R_OK):  # by root, who is refused nothing: as it is for others
-        open_path = Path.open
-
-        def refused(path: Path, *arguments: Any, **settings: Any) -> Any:
-            if path.name == "secret":
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-            return open_path(path, *arguments, **settings)
-
-        monkeypatch.setattr(Path, "open", refused)
+        fail_to_open(monkeypatch, errno.EACCES, "secret")
     error = fetch_error(str(tmp_path / "secret"))
     assert (error.status, error.attempts) == (Status.FORBIDDEN, 1)
 
@@ -202,6 +268,14 @@ def test_a_server_that_is_not_there_may_come_back(objects: ObjectServer) -> None
 def test_a_large_object_is_not_read_whole_and_an_empty_one_is_empty() -> None:
     assert fetch_all(["s3://bucket/abcde", "s3://bucket/empty"], max_bytes=50) == [b"abcde" * 10, b""]
     assert fetch_error("s3://bucket/abcde", max_bytes=49).status is Status.TOO_LARGE
+
+
+@pytest.mark.usefixtures("objects")
+def test_a_server_that_ignores_ranges_is_named() -> None:
+    for whole in ("s3://bucket/shard.tar#bytes=512-600", "s3://bucket/shard.tar#bytes=0-3"):
+        error = fetch_error(whole, max_bytes=100)
+        assert (error.status, error.attempts) == (Status.FETCH_FAILED, 1)
+        assert "the server ignores Range" in error.message
 
 
 @pytest.mark.usefixtures("objects")
