@@ -20,6 +20,7 @@ from imgbatch.core.current import CurrentRun
 from imgbatch.core.database import spilling
 from imgbatch.core.regions import bucket_region
 from imgbatch.core.runs import find_run
+from imgbatch.core.s3 import endpoint_in
 from imgbatch.core.views import view_statements
 from imgbatch.errors import UsageError, normalise_message
 from imgbatch.schema import convert_nested, to_plain
@@ -192,7 +193,8 @@ def storage_options(table: str) -> dict[str, str] | None:
     endpoint = fs.s3.meta.endpoint_url
     region = bucket_region("/".join(table.split("/")[:3])) or fs.s3.meta.region_name or "us-east-1"
     options = {"AWS_REGION": region}
-    if not endpoint.endswith(".amazonaws.com"):
+    endpoint = endpoint_in(region, endpoint)
+    if endpoint != f"https://s3.{region}.amazonaws.com":
         options |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": str(endpoint.startswith("http://")).lower()}
     if settings.anonymous:
         return options | {"AWS_SKIP_SIGNATURE": "true"}

@@ -36,10 +36,6 @@ _NOT_PARTIAL = "non-partial response"
 _IGNORES_RANGE = "the server ignores Range: it answers with the whole file, of which a part was asked for"
 _DIRECTORY_BUCKET = "--x-s3"
 _AWS = (".amazonaws.com", ".amazonaws.com.cn")
-_OF_A_REGION = re.compile(
-    r"https://(s3(?:-fips)?(?:\.dualstack)?)(?:\.(?:[a-z]{2}[a-z-]*-\d+|aws-global))?(\.amazonaws\.com(?:\.cn)?)"
-)
-"""Endpoints of AWS that every region has, their region aside; botocore has some of no region."""
 
 
 class StoredObject(NamedTuple):
@@ -252,7 +248,7 @@ class ObstoreClient:
         except Exception as error:
             # Not a guess, which would hold for as long as the store does.
             raise _translated(error) from error
-        return _endpoint_in(region, endpoint), region
+        return s3.endpoint_in(region, endpoint), region
 
     def _find_credentials(self) -> Any:
         """What obstore asks for credentials: botocore's chain, which renews those that expire."""
@@ -277,12 +273,6 @@ class ObstoreClient:
 def _is_normal(key: str) -> bool:
     """Whether the key is one that object_store takes as it is: no empty or dotted segments, no control characters."""
     return not _CONTROL.search(key) and not any(part in ("", ".", "..") for part in key.split("/"))
-
-
-def _endpoint_in(region: str, endpoint: str) -> str:
-    """AWS's ``endpoint`` for a bucket of ``region``; one of the user's own, as PrivateLink gives, stays what it is."""
-    kind = _OF_A_REGION.fullmatch(endpoint)
-    return f"https://{kind[1]}.{region}{kind[2]}" if kind else endpoint
 
 
 def _first_line(error: BaseException) -> str:

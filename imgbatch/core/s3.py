@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -28,6 +29,11 @@ _READ_AHEAD_BYTES = 8 * 2**20
 _LISTINGS_AT_ONCE = 16
 _PAGES_AHEAD = 4
 _LEVELS_SPLIT = 3
+
+_OF_A_REGION = re.compile(
+    r"https://(s3(?:-fips)?(?:\.dualstack)?)(?:\.(?:[a-z]{2}[a-z-]*-\d+|aws-global))?(\.amazonaws\.com(?:\.cn)?)"
+)
+"""Endpoints of AWS that every region has, their region aside; botocore has some of no region."""
 
 _FORBIDDEN, _NOT_ALLOWED, _CONFLICT, _PRECONDITION_FAILED, _NOT_IMPLEMENTED = 403, 405, 409, 412, 501
 
@@ -94,6 +100,12 @@ def _parse_timestamp(text: str) -> datetime:
 def unquoted_etag(etag: str | None) -> str:
     """An ETag without its quotes, so that every client's is the same."""
     return (etag or "").removeprefix("W/").strip('"')
+
+
+def endpoint_in(region: str, endpoint: str) -> str:
+    """AWS's ``endpoint`` for a bucket of ``region``; one of the user's own, as PrivateLink gives, stays what it is."""
+    kind = _OF_A_REGION.fullmatch(endpoint)
+    return f"https://{kind[1]}.{region}{kind[2]}" if kind else endpoint
 
 
 def bucket_region(fs: Any, bucket: str) -> str | None:
