@@ -12,6 +12,9 @@ from tests.core.training.conftest import _one_thread, colour_config, colour_imag
 
 __all__ = ["_one_thread", "colour_config", "colour_images", "colour_manifest", "files_of", "rows_of", "write_manifest"]
 
+UNREADABLE = "/proc/self/mem"
+"""A file that is there and whose first byte cannot be read, for which Linux gives a reason that may pass (EIO)."""
+
 
 @pytest.fixture
 def damaged_model(tiny_model: ModelBundle, tmp_path: Path) -> str:

@@ -18,7 +18,7 @@ from imgbatch.errors import ErrorBudgetExceeded
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.run_log import RunLog
 from tests.conftest import changed
-from tests.runtime.conftest import rows_of
+from tests.runtime.conftest import UNREADABLE, rows_of
 
 
 @pytest.mark.parametrize("partition_by", [(), ("bucket:4",)])
@@ -61,12 +61,16 @@ def test_units_that_are_tried_again_are_judged_once(
     photo_config: Config, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     """Those that failed come together in the passes after the first, where they alone would look like an outage."""
-    good, unreadable = str(photos[1]), "nul\0byte"
+    good, unreadable = str(photos[1]), UNREADABLE
     uris = [uri for _ in range(5) for uri in [*([good] * 16), unreadable, unreadable, *([good] * 14)]]
     image_ids = [str(index) for index in range(len(uris))]
     pq.write_table(pa.table({"uri": uris, "image_id": image_ids}), tmp_path / "mixed.parquet")
     config = changed(
-        photo_config, input__manifest=str(tmp_path / "mixed.parquet"), errors__max_rate=0.07, errors__min_rows=64
+        photo_config,
+        input__manifest=str(tmp_path / "mixed.parquet"),
+        fetch__retries=0,
+        errors__max_rate=0.07,
+        errors__min_rows=64,
     )
     if again:
         with monkeypatch.context() as patched:

@@ -17,6 +17,7 @@ from imgbatch.errors import Interrupted
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.passes import Passes
 from tests.conftest import changed
+from tests.runtime.conftest import UNREADABLE
 
 NUM_UNITS = 8
 
@@ -39,10 +40,12 @@ def unfetchable(photo_config: Config, photos: list[Path], tmp_path: Path) -> Con
     """Eight units of 16 rows; of units 0, 1 and 5 more cannot be fetched than ``errors.max_rate`` allows."""
     uris = [str(photos[1])] * 16 * NUM_UNITS
     for row in (3, 4, 16, 17, 80, 95):
-        uris[row] = "nul\0byte"
+        uris[row] = UNREADABLE
     image_ids = [str(index) for index in range(len(uris))]
     pq.write_table(pa.table({"uri": uris, "image_id": image_ids}), tmp_path / "mixed.parquet")
-    return changed(photo_config, input__manifest=str(tmp_path / "mixed.parquet"), errors__max_rate=0.07)
+    return changed(
+        photo_config, input__manifest=str(tmp_path / "mixed.parquet"), errors__max_rate=0.07, fetch__retries=0
+    )
 
 
 def test_passes_follow_each_other_over_all_units(

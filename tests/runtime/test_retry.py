@@ -16,7 +16,7 @@ from imgbatch.errors import Interrupted, UsageError
 from imgbatch.runtime.interrupts import StopSwitch
 from imgbatch.runtime.job import RunResult, classify, retry
 from tests.conftest import changed
-from tests.runtime.conftest import rows_of
+from tests.runtime.conftest import UNREADABLE, rows_of
 
 
 def broken_manifest(photos: list[Path], tmp_path: Path) -> tuple[Path, list[Path]]:
@@ -133,11 +133,17 @@ def test_rows_that_fail_again_end_the_retry_all_the_same(
 ) -> None:
     """However few errors are allowed: for want of the images, then for want of whoever lets them be read."""
     manifest = tmp_path / "broken.parquet"
-    uris = [*(str(photo) for photo in photos[6:9]), str(tmp_path / "late.jpg"), "nul\0byte"]
+    uris = [*(str(photo) for photo in photos[6:9]), str(tmp_path / "late.jpg"), UNREADABLE]
     pq.write_table(pa.table({"uri": uris, "image_id": [*"abcde"]}), manifest)
     first = classify(changed(photo_config, input__manifest=str(manifest)))
     config = load_config(
-        flags={"output.path": first.out, "classify.engine": "local", "errors.max_rate": 0.0, "errors.min_rows": 1}
+        flags={
+            "output.path": first.out,
+            "classify.engine": "local",
+            "errors.max_rate": 0.0,
+            "errors.min_rows": 1,
+            "fetch.retries": 0,
+        }
     )
     again = [retry(config, None) for _ in range(2)]
     assert [child and child.counts for child in again] == [{"FETCH_FAILED": 1, "NOT_FOUND": 1}] * 2
