@@ -22,6 +22,7 @@ from imgbatch.core.architectures import build_network, forward_features, head_mo
 from imgbatch.core.baselines import LOGISTIC_REGRESSION, fit_head
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.forest import adopt_forest
+from imgbatch.core.machine import keep_freed_memory
 from imgbatch.core.training.augment import derived_seed, mix_pairs
 from imgbatch.core.training.checkpoint import (
     load_best,
@@ -106,6 +107,8 @@ class Trainer:
             job.arch, len(job.class_names), crop_size=spec.crop_size, num_channels=spec.num_channels
         )
         network.load_state_dict(load_weights(job.paths.initial))
+        if worker.device.type == "cpu":
+            keep_freed_memory()
         self.network = network.to(worker.device).to(memory_format=torch.channels_last)
         self.normalise = Normaliser(job.spec, worker.device)
         if job.method == "linear_probe":
