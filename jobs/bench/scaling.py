@@ -3,9 +3,10 @@
     python -m jobs.bench.scaling [--only AXIS,...] [--long] [-o RESULT]
 
 Axes: ``decoders`` (children that decode), ``unit-rows``, ``side`` (of the images, px), ``classes`` (with every class's
-probability written), ``rows`` (of 64 px) and ``nodes``. Each point is one run of the installed command with a trivial
-model, in units of 128 rows unless they are the axis: the rate in the middle of the run, and the highest memory of all
-its processes together (PSS). ``--long`` adds a million rows.
+probability written), ``rows`` (of 64 px, in the units of 1,024 that such a job has by itself from 32,768 rows on) and
+``nodes``. Each point is one run of the installed command with a trivial model, elsewhere in units of 128 rows unless
+they are the axis: the rate in the middle of the run, and the highest memory of all its processes together (PSS).
+``--long`` adds a million rows.
 
 ``nodes`` is weak scaling: one, two and four nodes of a local cluster with one decode and one classify actor each, whose
 work is to wait, so that the cores at hand do not matter and what is seen is the engine.
@@ -97,7 +98,7 @@ class Bench:
 
     def _rows(self) -> list[Point]:
         counts = [10_000, 100_000, *([1_000_000] if self._long else [])]
-        return [self._run("rows", rows, SMALL_PX, rows, {}) for rows in counts]
+        return [self._run("rows", rows, SMALL_PX, rows, {"classify.unit_rows": 1024}) for rows in counts]
 
     def _run(
         self,
