@@ -94,7 +94,9 @@ def query(
     out: OutArgument,
     sql: Annotated[
         str,
-        typer.Argument(help="DuckDB SQL over predictions, all_predictions, errors, runs."),
+        typer.Argument(
+            help="DuckDB SQL over predictions, all_predictions, errors, all_errors, embeddings, all_embeddings, runs."
+        ),
     ],
     output_format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet (needs -o).")] = "table",
     to_file: Annotated[str | None, typer.Option("-o", "--output", help="Write to this file.")] = None,
@@ -141,7 +143,11 @@ def compact(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the current label of every image, over all runs, as one dataset of large files: OUT/compacted/<id>/."""
+    """Write the current label of every image, over all runs, as one dataset of large files: OUT/compacted/<id>/.
+
+    The id is another after each new run, and the former dataset is removed: OUT/compacted/current.json names the one
+    that is there (path, runs, files).
+    """
     from dataclasses import asdict
 
     from imgbatch.core.compact import compact as compact_output

@@ -22,6 +22,7 @@ _MEMORY_MB = 2000
 _BATCH_ROWS = 65_536
 _FOLDER = "compacted"
 _FILE_NAME = "part-{:05d}.parquet"
+_RECORD = "current.json"
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class CompactResult:
 def compact(out: str, *, target_file_mb: int) -> CompactResult:
     """Write ``OUT/compacted/<id>/``: the view ``predictions`` with its ``run_id``, ordered by image_id.
 
-    The id follows from the finished runs and when they were planned, so the same command again finds it done; what was
-    compacted earlier is removed once the new files are complete. The runs' own files stay: they are what ``verify``
-    knows.
+    The id follows from the finished runs and when they were planned, so the same command again finds it done.
+    ``OUT/compacted/current.json`` names the dataset once its files are complete, and then what was compacted earlier is
+    removed. The runs' own files stay: they are what ``verify`` knows.
 
     Args:
         target_file_mb: size that files aim at, MB.
@@ -62,7 +63,8 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
     # An output may be moved or copied: the record names nothing but what lies in it.
     relative = f"{_FOLDER}/{name}"
     directory = storage.join(out, relative)
-    record = f"{directory}.json"
+    compacted = storage.join(out, _FOLDER)
+    record = storage.join(compacted, _RECORD)
     written = storage.read_json(record) if storage.exists(record) else {}
     if written.get("path") == relative:
         return CompactResult(**{**written, "path": directory, "already_there": True})
@@ -83,10 +85,9 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
         already_there=False,
     )
     storage.write_json(record, {**asdict(result), "path": relative})
-    compacted = storage.join(out, _FOLDER)
     prefix = storage.listing_prefix(compacted)
     for entry in {info.uri.removeprefix(prefix).split("/")[0] for info in storage.list_files(compacted)}:
-        if entry.removesuffix(".json") != name:
+        if entry not in (name, _RECORD):
             storage.remove(storage.join(compacted, entry))
     return result
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from imgbatch.cli import run
 from imgbatch.config import load_config
 from imgbatch.core.model import ModelBundle
+from imgbatch.core.views import open_views
 from imgbatch.runtime.job import classify
 
 LABELS_SQL = "select image_id, label, probability from predictions order by image_id"
@@ -76,6 +78,14 @@ def test_a_query_prints_a_table_with_every_value_whole(out, capsys):
     assert ":id: [red]" in printed(capsys, "query", out, "select ':id: [red]' as label")
     long_value = "x" * 400
     assert long_value in printed(capsys, "query", out, f"select '{long_value}' long")
+
+
+def test_the_help_of_query_names_every_view(out, capsys):
+    with open_views(out) as connection:
+        rows = connection.sql("select view_name from duckdb_views() where not internal").fetchall()
+    views = {name for (name,) in rows}
+    assert {"predictions", "runs"} <= views
+    assert views <= set(re.findall(r"\w+", printed(capsys, "query", "--help")))
 
 
 def test_csv_comes_back_as_it_was(out, capsys):

@@ -59,7 +59,17 @@ def test_compacting_again_does_nothing_until_another_run_has_finished(
     assert (after.num_rows, len(after.runs)) == (7, 2)
     assert not Path(before.path).exists()
     left = {path.name for path in Path(first.out, "compacted").iterdir()}
-    assert left == {Path(after.path).name, f"{Path(after.path).name}.json"}
+    assert left == {Path(after.path).name, "current.json"}
+
+
+def test_one_address_always_names_the_dataset(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    for first in (0, 6):
+        out = classify(night(photo_config, tmp_path / f"{first}.parquet", photos[first : first + 3])).out
+        result = compact(out, target_file_mb=128)
+        current = storage.read_json(storage.join(out, "compacted/current.json"))
+        assert storage.join(out, current["path"]) == result.path
+        assert current["runs"] == result.runs
+        assert all(Path(out, file["path"]).is_file() for file in current["files"])
 
 
 def test_a_run_that_was_cleaned_and_classified_anew_is_compacted_anew(store_run: Callable[..., Path]) -> None:
@@ -114,12 +124,14 @@ def test_a_moved_output_is_known_by_what_lies_in_it(store_run: Callable[..., Pat
 
 
 def test_a_record_of_a_former_version_is_made_anew(store_run: Callable[..., Path]) -> None:
-    """It held absolute paths, which may be those of another place."""
+    """It held absolute paths, which may be those of another place, and had the dataset's name."""
     out = str(store_run(("cat", "dog"), np.array([[0.75, 0.25]], np.float32)))
     result = compact(out, target_file_mb=128)
+    storage.remove(storage.join(out, "compacted/current.json"))
     storage.write_json(f"{result.path}.json", asdict(result))
     assert not compact(out, target_file_mb=128).already_there
     assert compact(out, target_file_mb=128).already_there
+    assert not Path(f"{result.path}.json").exists()
 
 
 def test_files_are_cut_at_the_target_size(tmp_path: Path) -> None:
