@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from imgbatch.config import Config, load_config
+    from imgbatch.config import Config
+    from imgbatch.core.config_file import read_config as load_config
     from imgbatch.core.evaluate import Evaluation, evaluate
     from imgbatch.core.model import ModelBundle
     from imgbatch.core.model import load_bundle as load_model
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Config": ("imgbatch.config", "Config"),
-    "load_config": ("imgbatch.config", "load_config"),
+    "load_config": ("imgbatch.core.config_file", "read_config"),
     "ModelBundle": ("imgbatch.core.model", "ModelBundle"),
     "load_model": ("imgbatch.core.model", "load_bundle"),
     "VerifyResult": ("imgbatch.core.verify", "VerifyResult"),

@@ -100,13 +100,23 @@ def run(arguments: list[str]) -> int:
         if "\n" in message:  # a group without a command: the message is its help
             typer.echo(message, err=True)
             return ExitCode.USAGE
-        return _fail(f"{message} (see imgbatch --help)", ExitCode.USAGE, debug)
+        return _fail(f"{message} (see {_help_of(error)})", ExitCode.USAGE, debug)
     except ImgbatchError as error:
         return _fail(str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(_interrupted(arguments), ExitCode.INTERRUPTED, debug)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.FAILED, debug)
+
+
+def _help_of(error: TyperException) -> str:
+    """The command line that shows the options of the command which ``error`` is about."""
+    context = getattr(error, "ctx", None)
+    names = []
+    while context is not None and context.parent is not None:
+        names.append(context.info_name)
+        context = context.parent
+    return " ".join(["imgbatch", *reversed(names), "--help"])
 
 
 def _interrupted(arguments: list[str]) -> str:

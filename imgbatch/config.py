@@ -415,7 +415,7 @@ def load_config(
     Raises:
         UsageError: one line that names the key at fault.
     """
-    sections = _read_file(Path(file)) if isinstance(file, str | Path) else file or {}
+    sections = _read_file(file) if isinstance(file, str | Path) else file or {}
     tree = {section: dict(keys) for section, keys in sections.items()}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -485,7 +485,10 @@ def parse_sections(content: bytes, *, where: str) -> dict[str, dict[str, Any]]:
     return {section: keys or {} for section, keys in tree.items()}
 
 
-def _read_file(path: Path) -> dict[str, dict[str, Any]]:
+def _read_file(file: str | Path) -> dict[str, dict[str, Any]]:
+    path = Path(file)
+    if "://" in str(file):
+        raise UsageError(f"configuration file {file}: no path of this machine; imgbatch.load_config reads it")
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -224,6 +224,11 @@ def test_a_missing_file_is_one_line_that_names_it(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
+def test_a_file_that_is_no_path_is_one_line_that_says_what_reads_it():
+    with pytest.raises(UsageError, match=r"^configuration file s3://shop/nightly\.yaml: .*imgbatch\.load_config"):
+        load_config("s3://shop/nightly.yaml")
+
+
 def test_a_configuration_survives_storing():
     config = load_config(None, ["output.partition_by=[date]", "classify.unit_rows=64"])
     assert parse_config(config.model_dump(mode="json")) == config

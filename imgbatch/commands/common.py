@@ -15,7 +15,7 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 
-from imgbatch.config import Config, Section, StorageConfig, load_config, parse_sections
+from imgbatch.config import Config, Section, StorageConfig
 from imgbatch.errors import UsageError
 
 ConfigFile = Annotated[
@@ -78,21 +78,10 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def read_config(
     config_file: str | None, assignments: Sequence[str] | None, flags: Mapping[str, Any] | None = None
 ) -> Config:
-    """As :func:`load_config`; a file in an object store is reached as ``--set storage.…`` says."""
-    from imgbatch.core import storage
+    """The configuration of a command line, wherever its file is."""
+    from imgbatch.core.config_file import read_config as read
 
-    assignments = assignments or ()
-    if config_file is None or storage.is_local(config_file):
-        return load_config(config_file, assignments, flags)
-    before = storage.settings()
-    storage.configure(load_config(assignments=assignments).storage)
-    try:
-        content = storage.read_bytes(config_file)
-    except OSError as error:
-        raise UsageError(f"configuration file {config_file}: {error.strerror or error}") from error
-    finally:
-        storage.configure(before)
-    return load_config(parse_sections(content, where=config_file), assignments, flags)
+    return read(config_file, assignments or (), flags)
 
 
 def check_read(assignments: Sequence[str] | None, read: Sequence[type]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import imgbatch
 from imgbatch.cli import run
 from imgbatch.commands.common import read_config, this_command
 from imgbatch.config import StorageConfig
@@ -27,6 +28,34 @@ def test_a_configuration_lies_in_an_object_store_too(
     for name, reason in (("gone.yaml", ""), ("wrong.yaml", "not valid YAML")):
         with pytest.raises(UsageError, match=rf"{s3_bucket}/{name}: {reason}"):
             read_config(storage.join(s3_bucket, name), [f"storage.endpoint_url={s3_server}"])
+
+
+def test_python_reads_a_configuration_from_an_object_store_too(s3_bucket: str, tmp_path: Path) -> None:
+    storage.replace(storage.join(s3_bucket, "night.yaml"), b"output: {top_k: 3}\n")
+    config = imgbatch.load_config(storage.join(s3_bucket, "night.yaml"), ["output.path=labels"])
+    assert (config.output.top_k, config.output.path) == (3, "labels")
+    local = tmp_path / "night.yaml"
+    local.write_text("output: {top_k: 4}\n")
+    for file in (local, str(local), f"file://{local}"):
+        assert imgbatch.load_config(file).output.top_k == 4
+    assert imgbatch.load_config({"output": {"top_k": 5}}).output.top_k == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["manifest", "build", "photos", "--outputs", "m.parquet"], "manifest build "),
+        (["query", "labels"], "query "),
+        (["classify", "--limit", "many"], "classify "),
+        (["manifest", "bild"], "manifest "),
+        (["clasify"], ""),
+    ],
+)
+def test_a_wrong_word_points_to_the_help_of_its_command(
+    words: list[str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(words) == ExitCode.USAGE
+    assert capsys.readouterr().err.rstrip().endswith(f"(see imgbatch {command}--help)")
 
 
 @pytest.mark.parametrize(
