@@ -230,6 +230,7 @@ def check_paths(command: Command, package: Package) -> None:
 def endpoint_warning(command: Command, address: str) -> str | None:
     """One line about an object store of this machine, which the nodes of a cluster elsewhere do not reach."""
     from imgbatch.core import storage
+    from imgbatch.core.s3 import ENDPOINT_VARIABLES
 
     if _is_loopback(address) or not any(storage.is_s3(path) for path in (*command.read, *command.written)):
         return None
@@ -238,7 +239,7 @@ def endpoint_warning(command: Command, address: str) -> str | None:
         if _is_loopback(command.endpoint_url):
             return f"storage.endpoint_url {command.endpoint_url} is on each node that node itself; {advice}"
         return None
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+    for name in ENDPOINT_VARIABLES:
         url = os.environ.get(name)
         if url and _is_loopback(url):
             return f"{name} {url} is this machine and does not go along; {advice}"

@@ -7,14 +7,12 @@ environment, a profile or a role, which GDAL looks up itself.
 
 from __future__ import annotations
 
-import os
 from urllib.parse import urlsplit
 
 from imgbatch.config import StorageConfig
-from imgbatch.core import storage
+from imgbatch.core import s3, storage
 from imgbatch.errors import Status
 
-_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _NOT_FOUND = (
     "key does not exist",
     "bucket does not exist",
@@ -53,8 +51,7 @@ def gdal_options(settings: StorageConfig) -> dict[str, str]:
         # Otherwise a scene that failed once would fail for as long as the process lives.
         "CPL_VSIL_CURL_NON_CACHED": "/vsis3/",
     }
-    endpoint = settings.endpoint_url or next(filter(None, map(os.environ.get, _ENDPOINT_VARIABLES)), None)
-    if endpoint:
+    if endpoint := s3.configured_endpoint(settings):
         parts = urlsplit(endpoint)
         options["AWS_S3_ENDPOINT"] = parts.netloc
         options["AWS_HTTPS"] = "YES" if parts.scheme == "https" else "NO"

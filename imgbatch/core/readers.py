@@ -11,6 +11,7 @@ from imgbatch.core import current, storage
 from imgbatch.core.current import CurrentRun
 from imgbatch.core.output_files import PREDICTIONS
 from imgbatch.core.runs import RunPaths
+from imgbatch.core.s3 import configured_endpoint
 from imgbatch.core.views import quote, view_statements
 
 _EXAMPLE = "select label, count(*) images, avg(probability) probability from predictions group by label order by 2 desc"
@@ -43,8 +44,8 @@ def s3_statements(out: str, settings: StorageConfig) -> list[str]:
         parts += ["provider credential_chain", *([f"profile {quote(settings.profile)}"] if settings.profile else [])]
     if settings.region:
         parts.append(f"region {quote(settings.region)}")
-    if settings.endpoint_url:
-        url = urlsplit(settings.endpoint_url)
+    if endpoint := configured_endpoint(settings):  # DuckDB does not take it from the environment
+        url = urlsplit(endpoint)
         place = quote(url.netloc + url.path.rstrip("/"))
         parts += [f"endpoint {place}", "url_style 'path'", f"use_ssl {str(url.scheme == 'https').lower()}"]
     if settings.requester_pays:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import os
 import queue
 import re
 import threading
@@ -30,6 +31,8 @@ _LISTINGS_AT_ONCE = 16
 _PAGES_AHEAD = 4
 _LEVELS_SPLIT = 3
 
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+"""Of the environment, in botocore's order."""
 _OF_A_REGION = re.compile(
     r"https://(s3(?:-fips)?(?:\.dualstack)?)(?:\.(?:[a-z]{2}[a-z-]*-\d+|aws-global))?(\.amazonaws\.com(?:\.cn)?)"
 )
@@ -100,6 +103,11 @@ def _parse_timestamp(text: str) -> datetime:
 def unquoted_etag(etag: str | None) -> str:
     """An ETag without its quotes, so that every client's is the same."""
     return (etag or "").removeprefix("W/").strip('"')
+
+
+def configured_endpoint(settings: StorageConfig) -> str | None:
+    """The server that the settings name, else the environment; none: AWS."""
+    return settings.endpoint_url or next(filter(None, map(os.environ.get, ENDPOINT_VARIABLES)), None)
 
 
 def endpoint_in(region: str, endpoint: str) -> str:

@@ -21,6 +21,7 @@ from imgbatch.core import storage
 from imgbatch.core.output_files import EMBEDDINGS, KINDS
 from imgbatch.core.readers import duckdb_script, s3_statements
 from imgbatch.core.runs import RunPaths
+from imgbatch.core.s3 import ENDPOINT_VARIABLES
 from imgbatch.core.views import open_views
 from imgbatch.runtime.job import classify
 from imgbatch.schema import plain_type
@@ -85,6 +86,13 @@ def test_the_sql_reads_from_the_server(finished_in_s3: RunPaths) -> None:
         assert connection.sql("select count(*) from predictions").fetchall() == [(114,)]
 
 
+@pytest.fixture
+def no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENDPOINT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_endpoint")
 @pytest.mark.parametrize(
     ("settings", "secret"),
     [
@@ -103,6 +111,24 @@ def test_the_secret_says_what_the_settings_say(settings: StorageConfig, secret: 
     *extensions, created = s3_statements("s3://b/it's", settings)
     assert created == f"create or replace secret imgbatch {secret}"
     assert ("load aws" in extensions) is not settings.anonymous
+
+
+@pytest.mark.usefixtures("no_endpoint")
+@pytest.mark.parametrize(
+    ("configured", "environment", "place"),
+    [
+        (None, {"AWS_ENDPOINT_URL": "http://s3:5000"}, "'s3:5000'"),
+        (None, {"AWS_ENDPOINT_URL": "http://any", "AWS_ENDPOINT_URL_S3": "http://s3:5000"}, "'s3:5000'"),
+        ("http://configured", {"AWS_ENDPOINT_URL": "http://s3:5000"}, "'configured'"),
+    ],
+)
+def test_the_secret_names_the_server_that_the_run_wrote_to(
+    configured: str | None, environment: dict[str, str], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    *_, created = s3_statements("s3://b", StorageConfig(endpoint_url=configured))
+    assert f"endpoint {place}, url_style 'path', use_ssl false" in created
 
 
 def test_the_python_program_finds_the_server(finished_in_s3: RunPaths, tmp_path: Path) -> None:
