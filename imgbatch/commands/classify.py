@@ -26,7 +26,11 @@ def classify(
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many rows.")] = None,
     engine: Engine = None,
     embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Also write what the last layer sees of each image.")
+        bool,
+        typer.Option(
+            "--embeddings",
+            help="Also write what the last layer sees of each image; the model then runs in torch, without variants.",
+        ),
     ] = False,
     new_run: Annotated[bool, typer.Option("--new-run", help="A second run although this one has finished.")] = False,
     skip_existing: Annotated[

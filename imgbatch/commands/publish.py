@@ -20,7 +20,11 @@ def publish(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Append the predictions of finished runs to a Delta table, each run in one transaction and only once."""
+    """Append the predictions of finished runs to a Delta table, each run in one transaction and only once.
+
+    The table holds a row per image and run. The current ones: select * from TABLE qualify row_number() over
+    (partition by image_id order by predicted_at desc, run_id desc, row_id desc) = 1
+    """
     from dataclasses import asdict
 
     from imgbatch.core.delta import publish as publish_runs

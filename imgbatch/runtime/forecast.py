@@ -104,7 +104,10 @@ def forecast(config: Config) -> Forecast:
     statuses = Counter(error.status.value for error in sample.decoded.errors if error) if sample else Counter()
     warnings += [*_blocked(config, fields, out), *backend.left_out, *input_warnings(sample, bundle, spec)]
     if rates and limit is None:
-        warnings.append("the model was not measured: no GPU here; so there is no limit, time or cost to tell")
+        warnings.append(
+            "the model was not measured: no GPU here, so there is no limit, time or cost to tell; on one of a cluster: "
+            "imgbatch submit --entrypoint-gpus 1 -- plan …"
+        )
     images = [row.get(URI) for row in sample.rows] if sample else []
     warnings += region_warnings([config.input.manifest, config.model.path, out, *images], regions)
     if config.decode.gpu_share and device == "cpu":

@@ -122,7 +122,8 @@ def test_a_model_for_a_gpu_that_is_not_here_is_not_measured(photo_config: Config
     ahead = forecast(changed(photo_config, resources__device="cuda", report__price_per_hour=2.0, **pools))
     assert set(ahead.stage_ms) == {"fetch", "decode"}
     assert (ahead.limit, ahead.images_per_s, ahead.hours, ahead.cost) == (None, None, None, None)
-    assert any("the model was not measured: no GPU here" in warning for warning in ahead.warnings)
+    (warning,) = [warning for warning in ahead.warnings if "the model was not measured: no GPU here" in warning]
+    assert "imgbatch submit --entrypoint-gpus 1 -- plan" in warning
 
 
 def test_no_image_is_looked_at_where_none_is_wanted(photo_config: Config) -> None:
