@@ -7,10 +7,12 @@ import shlex
 import tomllib
 
 import ray.scripts.scripts
+import yaml
 from click.testing import CliRunner
+from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
 from tests.cluster.conftest import CLUSTER, documents
-from tests.test_readme import problems
+from tests.test_readme import blocks, problems
 
 ROOT = CLUSTER.parent
 
@@ -109,6 +111,22 @@ def test_ray_knows_every_option_that_starts_it():
         for word in shlex.split(command):
             if word.startswith("--"):
                 assert word.partition("=")[0] in known, command
+
+
+def test_prometheus_finds_the_metrics_of_every_node():
+    (compose,) = documents("compose.yaml")
+    (aws,) = documents("aws.yaml")
+    commands = [compose["services"][name]["command"] for name in ("head", "worker")]
+    commands += [aws[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
+    (scraped,) = [text for text in blocks((CLUSTER / "README.md").read_text(), "yaml") if "scrape_configs" in text]
+    home, cloud = yaml.safe_load(scraped)["scrape_configs"]
+    (services,), (nodes,) = home["dns_sd_configs"], cloud["ec2_sd_configs"]
+    assert set(services["names"]) == {"head", "worker"}
+    assert nodes["region"] == aws["provider"]["region"]
+    assert nodes["filters"] == [{"name": f"tag:{TAG_RAY_CLUSTER_NAME}", "values": [aws["cluster_name"]]}]
+    for command in commands:
+        assert f"--metrics-export-port={services['port']}" in command
+        assert f"--metrics-export-port={nodes['port']}" in command
 
 
 def test_the_readme_names_what_is_there():
