@@ -20,8 +20,9 @@ import typer
 from typer.exceptions import TyperException
 
 from imgbatch.cli import app
-from imgbatch.config import Config, load_config, option_names
+from imgbatch.config import Config, load_config, option_names, parse_config, parse_sections
 from imgbatch.errors import UsageError
+from imgbatch.runtime.forecast import price_per_hour
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -35,6 +36,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND_LINE = re.compile(r"(?:\$ )?((?:[A-Z_]+=\S+ )*(?:imgbatch|make)(?: .*)?)")
 OPTION = re.compile(r"--?[a-z][a-z-]*")
 EXTRA = re.compile(r"extra `([a-z0-9]+)`|`([a-z0-9]+)`\s+extra\b|imgbatch\[([a-z0-9]+)\]")
+INSTALLED = re.compile(r"pip install \"\.\[([a-z0-9,]+)\]\"")
 DOTTED = re.compile(r"[a-z_]+\.[a-z_]+")
 FILE_SUFFIXES = {"csv", "html", "json", "jsonl", "lock", "md", "parquet", "py", "safetensors", "sql", "toml", "yaml"}
 
@@ -47,7 +49,7 @@ def problems(text: str) -> list[str]:
         *(f"({link}): no such file" for link in relative_links(text) if not (ROOT / link).exists()),
         *(f"`{path}`: no such path" for path in layout_paths(text) if not is_there(path)),
         *(problem for code in blocks(text, "python") for problem in problems_of_python(code)),
-        *(f"{name}: no such extra" for name in sorted(extras(text) - declared_extras())),
+        *(f"{name}: no such extra" for name in sorted(extras(text) - set(declared_extras()))),
     ]
 
 
@@ -74,11 +76,18 @@ def relative_links(text: str) -> list[str]:
 
 def extras(text: str) -> set[str]:
     """Of ours, as text or code names them."""
-    return {name for names in EXTRA.findall(text) for name in names if name}
+    installed = (name for names in INSTALLED.findall(text) for name in names.split(","))
+    return {name for names in EXTRA.findall(text) for name in names if name}.union(installed)
 
 
-def declared_extras() -> set[str]:
-    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+def declared_extras() -> dict[str, list[str]]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def extras_within(extra: str) -> set[str]:
+    """``extra`` and all that it asks for."""
+    named = {name for each in declared_extras()[extra] for name in re.findall(r"imgbatch\[(.+)\]", each)}
+    return {extra}.union(*(extras_within(name) for names in named for name in names.split(",")))
 
 
 def layout_paths(text: str) -> list[str]:
@@ -202,10 +211,24 @@ def test_every_recipe_is_a_configuration(recipe):
     assert load_config(recipe) != Config()
 
 
+def test_the_configuration_that_the_readme_shows_is_one():
+    (nightly,) = blocks(README.read_text(), "yaml")
+    config = parse_config(parse_sections(nightly.encode(), where="README.md"))
+    assert price_per_hour(config.plan, None)
+    assert config.run.on_unfinished == "abandon"
+
+
+def test_make_installs_the_extras_that_the_readme_says():
+    said = re.search(r"all extras but ((?:`\w+`(?:, | and )?)+)", README.read_text())
+    assert said
+    assert set(declared_extras()) - extras_within("dev") - {"all"} == set(SPAN.findall(said[1]))
+    assert "--extra dev" in (ROOT / "Makefile").read_text()
+
+
 def test_every_extra_that_a_message_names_is_there():
     named = {name for path in (ROOT / "imgbatch").rglob("*.py") for name in extras(path.read_text())}
     assert {"baselines", "geo", "openvino"} <= named
-    assert named <= declared_extras()
+    assert named <= set(declared_extras())
 
 
 def test_the_checker_sees_what_the_readme_holds():
@@ -261,6 +284,7 @@ def test_the_readme_can_be_followed_from_the_top():
         ("[How](CONTRIBUTE.md#habits) to help.", "CONTRIBUTE.md"),
         ("# x\n\n## Reading the code\n\n| | |\n| --- | --- |\n| `imgbatch/cli.py`, `notebok/` | both |\n", "notebok/"),
         ("It needs the extra `goe`.", "goe"),
+        ('`pip install ".[report,opnvino]"` is enough.', "opnvino"),
         ("With the\n`baseline` extra it is fitted.", "baseline"),
         ("```python\nfrom imgbatch import clasify\n```", "clasify"),
         ('```python\nload_config("a.yaml", ["output.paht=labels"])\n```', "output.paht"),
