@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -111,12 +112,32 @@ class S3fsClient:
         self.fs = s3.open_filesystem(settings, attempts=1)
         self._timeout_s = timeout_s
         self._hedge_after_s = hedge_after_s
+        self._connected = Once(self._connect, lasting=(PermissionError,))
+
+    def connect(self) -> None:
+        """Have credentials, and a client that uses them.
+
+        Raises:
+            PermissionError: there are none; a minute later they are looked for again.
+        """
+        self._connected.get()
+
+    def _connect(self) -> None:
+        # Before s3fs makes its client, which would stay without credentials where there are none now.
+        fs = self.fs
+        if not fs.anon:
+            _require_credentials(partial(fsspec.asyn.sync, fs.loop, fs.session.get_credentials))
+        try:
+            fs.connect()
+        except Exception as error:
+            raise _translated(error) from error
 
     def get(self, bucket: str, key: str, *, max_bytes: int, byte_range: ByteRange | None = None) -> StoredObject:
         """See :class:`ObjectClient`."""
+        self.connect()
         try:
             return fsspec.asyn.sync(self.fs.loop, self._get, bucket, key, max_bytes, byte_range)
-        except (ObjectTooLarge, FileNotFoundError, PermissionError, TimeoutError, RequestFailed):
+        except (ObjectTooLarge, PermissionError, TimeoutError, RequestFailed):
             raise
         except Exception as error:
             if byte_range and http_status(error) == _BEYOND_THE_END:
@@ -144,11 +165,29 @@ class S3fsClient:
 
 def _translated(error: Exception) -> OSError:
     status = http_status(error)
+    if status is None and isinstance(error, FileNotFoundError):
+        # Of a file or a program that credentials come from, which botocore may read at any request.
+        return _without_credentials(error)
     if status in (401, 403) or type(error).__name__ in CREDENTIAL_ERRORS:
         return PermissionError(str(error))
     if status == 404:
         return FileNotFoundError(str(error))
     return RequestFailed(f"{type(error).__name__}: {error}", may_pass=may_pass(error))
+
+
+def _require_credentials(find: Callable[[], Any]) -> Any:
+    """What ``find`` finds in botocore's chain; whatever goes wrong there is a PermissionError."""
+    try:
+        credentials = find()
+    except Exception as error:
+        raise _without_credentials(error) from error
+    if credentials is None:
+        raise PermissionError("no credentials in the environment, a profile or a role")
+    return credentials
+
+
+def _without_credentials(error: Exception) -> PermissionError:
+    return PermissionError(f"no credentials: {type(error).__name__}: {error}")
 
 
 class ObstoreClient:
@@ -238,8 +277,8 @@ class ObstoreClient:
 
     def _locate(self, bucket: str) -> tuple[str, str]:
         """Endpoint and region of a bucket: unlike s3fs, obstore does not follow it into another region."""
+        self._s3fs.connect()
         fs = self._s3fs.fs
-        fs.connect()
         endpoint, region = fs.s3.meta.endpoint_url, fs.s3.meta.region_name or "us-east-1"
         if not endpoint.endswith(_AWS):
             return endpoint, region
@@ -254,9 +293,9 @@ class ObstoreClient:
         """What obstore asks for credentials: botocore's chain, which renews those that expire."""
         import botocore.session
 
-        credentials = botocore.session.Session(profile=self._settings.profile).get_credentials()
-        if credentials is None:
-            raise PermissionError("no credentials in the environment, a profile or a role")
+        session = botocore.session.Session(profile=self._settings.profile)
+        s3.be_patient_with_metadata(session)
+        credentials = _require_credentials(session.get_credentials)
 
         def provide() -> dict[str, Any]:
             frozen = credentials.get_frozen_credentials()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from imgbatch.config import StorageConfig
 from imgbatch.core.retry import backoff_s, http_answer, http_status, may_pass
+from imgbatch.errors import UsageError
 
 _ATTEMPTS = 5
 """Of each request, with botocore's backoff and jitter; s3fs tries again on top where a body broke off."""
@@ -25,6 +26,9 @@ _BODY_ATTEMPTS = 3
 _PUT_PATIENCE_S = 30.0
 """For which a conditional PUT is tried again, each time with all the attempts above."""
 _CONNECTIONS = 64
+_PATIENCE_WITH_METADATA = {"metadata_service_num_attempts": (1, 5), "metadata_service_timeout": (1, 2)}
+"""For the credentials of a machine's role, with botocore's own default beside each, seconds for the timeout: one
+attempt is not enough where all the actors of a node ask as they start, and nobody asks again soon."""
 _READ_AHEAD_BYTES = 8 * 2**20
 """s3fs's own 50 MB are as much memory for every open file, and are fetched for every jump in one."""
 _LISTINGS_AT_ONCE = 16
@@ -47,6 +51,20 @@ class S3Object(NamedTuple):
     name: str
     size: int
     etag: str
+
+
+def check_profile(settings: StorageConfig) -> None:
+    """Raise :class:`UsageError` where this machine's AWS configuration lacks the profile, or cannot be read."""
+    from botocore.exceptions import BotoCoreError, ProfileNotFound
+    from botocore.session import Session
+
+    try:
+        Session(profile=settings.profile).get_scoped_config()
+    except ProfileNotFound as error:
+        named = "storage.profile" if settings.profile else "AWS_PROFILE"
+        raise UsageError(f"{named}: {error} on this machine") from error
+    except BotoCoreError as error:
+        raise UsageError(f"the AWS configuration of this machine: {error}") from error
 
 
 def open_filesystem(settings: StorageConfig, *, attempts: int = _ATTEMPTS) -> Any:
@@ -86,8 +104,20 @@ def _session(profile: str | None) -> Any:
     from aiobotocore.session import AioSession
 
     session = AioSession(profile=profile)
+    be_patient_with_metadata(session)
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_timestamp)
     return session
+
+
+def be_patient_with_metadata(session: Any) -> None:
+    """Let a session of botocore ask for the credentials of the machine's role more than once, unless it is configured
+    how often."""
+    from botocore.exceptions import BotoCoreError
+
+    with contextlib.suppress(BotoCoreError):  # no such profile, which is told when credentials are looked for
+        for name, (default, patient) in _PATIENCE_WITH_METADATA.items():
+            if session.get_config_variable(name) == default:
+                session.set_config_variable(name, patient)
 
 
 def _parse_timestamp(text: str) -> datetime:

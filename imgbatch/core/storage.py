@@ -95,6 +95,7 @@ def _open_filesystem(scheme: str, uri: str) -> Any:
         if is_s3(uri):
             from imgbatch.core import s3
 
+            s3.check_profile(_settings)
             return s3.open_filesystem(_settings)
         return fsspec.filesystem(scheme)
     except (ImportError, ValueError) as error:

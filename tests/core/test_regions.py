@@ -2,14 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
 
 import pytest
 
 from imgbatch.config import StorageConfig
 from imgbatch.core import storage
 from imgbatch.core.regions import bucket_region, region_warnings
+from tests.core.answering import Answer, answering
 
 
 @pytest.fixture
@@ -39,31 +38,16 @@ def test_without_a_region_to_compare_nobody_is_asked() -> None:
 
 
 @contextmanager
-def answering(status: int, region: str | None = None) -> Iterator[str]:
-    """A server that answers every HEAD with ``status``, and with no region but the one given."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            if region:
-                self.send_header("x-amz-bucket-region", region)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Not on the terminal."""
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+def telling(status: int, region: str | None = None) -> Iterator[str]:
+    """URL of a server that answers everything with ``status``, and with no region but the one given."""
+    headers = (("x-amz-bucket-region", region),) if region else ()
+    with answering(lambda _: Answer(status, headers=headers)) as (url, _):
+        yield url
 
 
 @pytest.mark.parametrize("status", [200, 403, 404])
 def test_a_server_that_does_not_tell_is_met_with_silence(status: int, s3_bucket: str) -> None:
-    with answering(status) as url:
+    with telling(status) as url:
         storage.configure(StorageConfig(endpoint_url=url))
         assert bucket_region(s3_bucket) is None
         assert region_warnings([f"{s3_bucket}/x"], ["us-east-1"]) == []
@@ -71,6 +55,6 @@ def test_a_server_that_does_not_tell_is_met_with_silence(status: int, s3_bucket:
 
 @pytest.mark.parametrize("status", [200, 403])
 def test_whoever_may_not_look_at_a_bucket_is_told_its_region_all_the_same(status: int, s3_bucket: str) -> None:
-    with answering(status, "eu-west-1") as url:
+    with telling(status, "eu-west-1") as url:
         storage.configure(StorageConfig(endpoint_url=url))
         assert bucket_region(s3_bucket) == "eu-west-1"

@@ -246,6 +246,32 @@ def test_settings_reach_the_client(s3_server: str, s3_bucket: str, monkeypatch: 
     assert storage.filesystem(s3_bucket)[0].anon
 
 
+@pytest.mark.parametrize(
+    ("by", "configuration", "message"),
+    [
+        ("storage.profile", "", r"storage\.profile: .*\(nights\) could not be found on this machine"),
+        ("AWS_PROFILE", "", r"AWS_PROFILE: .*\(nights\) could not be found on this machine"),
+        ("storage.profile", "[profile nights", r"the AWS configuration of this machine: Unable to parse config file"),
+    ],
+)
+def test_a_profile_that_is_not_there_is_one_line(
+    by: str, configuration: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config"
+    config.write_text(configuration)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    if by == "AWS_PROFILE":
+        monkeypatch.setenv("AWS_PROFILE", "nights")
+    settings = StorageConfig(profile="nights" if by == "storage.profile" else None)
+    monkeypatch.setattr(storage, "_settings", settings)
+    monkeypatch.setattr(storage, "_filesystems", {})
+    with pytest.raises(UsageError, match=message) as caught:
+        storage.exists("s3://bucket/manifest.parquet")
+    assert "\n" not in str(caught.value)
+    config.write_text("[profile nights]\nregion = eu-west-1\n")
+    assert storage.filesystem("s3://bucket/manifest.parquet")[1] == "bucket/manifest.parquet"
+
+
 def test_what_looks_like_a_pattern_is_removed_by_its_name(s3_bucket: str) -> None:
     names = ["part-00000.parquet", "part-0000?.parquet", "part-*.parquet", "labels [v2]/a", "labels v/a"]
     for name in names:

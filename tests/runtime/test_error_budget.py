@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgbatch.config import Config
+from imgbatch.config import Config, StorageConfig
 from imgbatch.core import storage
 from imgbatch.core.failpoints import FailpointHit, parse_failpoints
 from imgbatch.core.plan import plan_run
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
-from imgbatch.errors import ErrorBudgetExceeded
+from imgbatch.errors import ErrorBudgetExceeded, UsageError
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.run_log import RunLog
 from tests.conftest import changed
@@ -43,6 +43,20 @@ def test_the_sample_stops_a_run_whose_images_are_nowhere(photo_config: Config, t
     config = changed(photo_config, input__manifest=str(manifest), errors__max_rate=0.05)
     with pytest.raises(ErrorBudgetExceeded, match="none of 16 sampled images could be fetched"):
         classify(config)
+
+
+def test_a_profile_that_is_not_there_stops_even_a_run_that_bears_all_errors(
+    photo_config: Config, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "objects.parquet"
+    pq.write_table(pa.table({"uri": [f"s3://images/{index}.jpg" for index in range(100)]}), manifest)
+    config = changed(photo_config, input__manifest=str(manifest), storage__profile="nights")
+    assert config.errors.max_rate == 1
+    try:
+        with pytest.raises(UsageError, match=r"storage\.profile: .*nights"):
+            classify(config)
+    finally:
+        storage.configure(StorageConfig())
 
 
 def test_the_error_budget_stops_a_run_and_keeps_what_it_has(photo_config: Config) -> None:
