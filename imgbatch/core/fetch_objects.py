@@ -32,8 +32,10 @@ _CREDENTIALS_ASKED_EVERY = timedelta(minutes=5)
 _ANSWERED = re.compile(r"status code: (\d{3})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _PARTIAL, _BEYOND_THE_END = 206, 416
+_LATE, _NO_CONNECTION = "kind: Timeout", "ConnectError("
 _NOT_PARTIAL = "non-partial response"
-"""object_store's words for an answer of the whole object."""
+"""object_store's words: for a request that took too long, perhaps because no connection stood, and for an answer of
+the whole object."""
 _IGNORES_RANGE = "the server ignores Range: it answers with the whole file, of which a part was asked for"
 _DIRECTORY_BUCKET = "--x-s3"
 _AWS = (".amazonaws.com", ".amazonaws.com.cn")
@@ -137,8 +139,10 @@ class S3fsClient:
         self.connect()
         try:
             return fsspec.asyn.sync(self.fs.loop, self._get, bucket, key, max_bytes, byte_range)
-        except (ObjectTooLarge, PermissionError, TimeoutError, RequestFailed):
+        except (ObjectTooLarge, PermissionError, RequestFailed):
             raise
+        except TimeoutError as error:
+            raise _took_too_long(self._timeout_s) from error
         except Exception as error:
             if byte_range and http_status(error) == _BEYOND_THE_END:
                 return _NOTHING
@@ -173,6 +177,12 @@ def _translated(error: Exception) -> OSError:
     if status == 404:
         return FileNotFoundError(str(error))
     return RequestFailed(f"{type(error).__name__}: {error}", may_pass=may_pass(error))
+
+
+def _took_too_long(timeout_s: float) -> TimeoutError:
+    return TimeoutError(
+        f"no whole answer in {timeout_s:g} s (fetch.timeout_s); for large files raise it or lower fetch.in_flight"
+    )
 
 
 def _require_credentials(find: Callable[[], Any]) -> Any:
@@ -217,6 +227,8 @@ class ObstoreClient:
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
             raise PermissionError(_first_line(error)) from error
         except exceptions.BaseError as error:
+            if _LATE in str(error):
+                raise self._late(error) from error
             message = _first_line(error)
             answered = _ANSWERED.search(message)
             status = int(answered[1]) if answered else None
@@ -246,6 +258,11 @@ class ObstoreClient:
             return fsspec.asyn.sync(self._s3fs.fs.loop, first_answer, ask, self._hedge_after_s, _FINAL)
         found = judged(obstore.get(store, key, options=options))
         return StoredObject(bytes(found.bytes()), s3.unquoted_etag(found.meta["e_tag"]))
+
+    def _late(self, error: Exception) -> TimeoutError:
+        if _NO_CONNECTION in str(error):
+            return TimeoutError(f"no connection in {self._settings.connect_timeout_s:g} s (storage.connect_timeout_s)")
+        return _took_too_long(self._timeout_s)
 
     def _store(self, bucket: str) -> Any:
         store = self._stores.get(bucket)
