@@ -79,6 +79,8 @@ def open_filesystem(settings: StorageConfig, *, attempts: int = _ATTEMPTS) -> An
         anon=settings.anonymous,
         endpoint_url=settings.endpoint_url,
         requester_pays=settings.requester_pays,
+        # Older versions of s3fs say so in few requests of their own.
+        s3_additional_kwargs={"RequestPayer": "requester"} if settings.requester_pays else None,
         default_block_size=_READ_AHEAD_BYTES,
         client_kwargs={"region_name": settings.region} if settings.region else {},
         config_kwargs={
