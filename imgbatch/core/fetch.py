@@ -22,7 +22,7 @@ from imgbatch.core.failpoints import failpoint
 from imgbatch.core.fetch_objects import ObjectClient, ObjectTooLarge, RequestFailed, choose_client, open_client
 from imgbatch.core.https import HttpsReader
 from imgbatch.core.retry import backoff_s
-from imgbatch.core.s3 import unquoted_etag
+from imgbatch.core.s3 import split_uri, unquoted_etag
 from imgbatch.errors import RowError, Stage, Status, row_error
 
 _TRANSIENT_ERRNO = frozenset(
@@ -177,8 +177,7 @@ class Fetcher:
             raise self._too_large(f"{error.size} bytes, more") from error
 
     def _read_object(self, uri: str, byte_range: ByteRange | None, etag: str | None) -> bytes:
-        # A key may hold a question mark.
-        bucket, _, key = uri.partition("://")[2].partition("/")
+        bucket, key = split_uri(uri)
         if not bucket or not key:
             raise _Rejected(Status.NOT_FOUND, "a bucket, not an object")
         try:

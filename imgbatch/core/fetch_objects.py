@@ -37,7 +37,8 @@ _NOT_PARTIAL = "non-partial response"
 """object_store's words: for a request that took too long, perhaps because no connection stood, and for an answer of
 the whole object."""
 _IGNORES_RANGE = "the server ignores Range: it answers with the whole file, of which a part was asked for"
-_DIRECTORY_BUCKET = "--x-s3"
+_HAS_OWN_ENDPOINT = re.compile(r"arn:.*|.*(?:-s3alias|--ol-s3|--x-s3|--xa-s3|\.mrap)")
+"""Access points, their aliases and directory buckets: AWS takes them only as a part of the host's name."""
 _AWS = (".amazonaws.com", ".amazonaws.com.cn")
 
 
@@ -218,10 +219,11 @@ class ObstoreClient:
         """See :class:`ObjectClient`."""
         from obstore import exceptions
 
-        if not _is_normal(key) or bucket.endswith(_DIRECTORY_BUCKET):
+        store = self._store(bucket) if _is_normal(key) else None
+        if store is None:
             return self._s3fs.get(bucket, key, max_bytes=max_bytes, byte_range=byte_range)
         try:
-            return self._ask(self._store(bucket), key, max_bytes, byte_range)
+            return self._ask(store, key, max_bytes, byte_range)
         except FileNotFoundError as error:
             raise FileNotFoundError(_first_line(error)) from error
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
@@ -265,6 +267,7 @@ class ObstoreClient:
         return _took_too_long(self._timeout_s)
 
     def _store(self, bucket: str) -> Any:
+        """obstore's store of a bucket; none: one for s3fs, which makes up hosts' names from buckets'."""
         store = self._stores.get(bucket)
         if store is None:
             opened = Once(partial(self._open_store, bucket), lasting=(PermissionError,))
@@ -274,9 +277,13 @@ class ObstoreClient:
     def _open_store(self, bucket: str) -> Any:
         from obstore.store import S3Store
 
+        if _HAS_OWN_ENDPOINT.fullmatch(bucket):
+            return None
         settings = self._settings
         signing = {"skip_signature": True} if settings.anonymous else {"credential_provider": self._credentials.get()}
         endpoint, region = self._locate(bucket)
+        if self._wants_virtual_hosts() and not endpoint.endswith(_AWS):
+            return None
         return S3Store(
             bucket,
             endpoint=endpoint,
@@ -305,6 +312,10 @@ class ObstoreClient:
             # Not a guess, which would hold for as long as the store does.
             raise _translated(error) from error
         return s3.endpoint_in(region, endpoint), region
+
+    def _wants_virtual_hosts(self) -> bool:
+        """Whether AWS's configuration asks for buckets in hosts' names, without which some servers do not do."""
+        return (self._s3fs.fs.s3.meta.config.s3 or {}).get("addressing_style") == "virtual"
 
     def _find_credentials(self) -> Any:
         """What obstore asks for credentials: botocore's chain, which renews those that expire."""

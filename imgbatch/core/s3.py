@@ -42,6 +42,11 @@ _OF_A_REGION = re.compile(
 )
 """Endpoints of AWS that every region has, their region aside; botocore has some of no region."""
 
+_ACCESS_POINT = re.compile(
+    r"(?s)(arn:aws[\w-]*:s3[\w-]*:[\w-]*:\d{12}:(?:outpost[:/][^:/]+[:/])?(?:accesspoint|bucket)[:/][^/]+)(?:/(.*))?"
+)
+"""Its ARN, which stands where a bucket's name does, and a key."""
+
 _FORBIDDEN, _NOT_ALLOWED, _CONFLICT, _PRECONDITION_FAILED, _NOT_IMPLEMENTED = 403, 405, 409, 412, 501
 
 
@@ -51,6 +56,16 @@ class S3Object(NamedTuple):
     name: str
     size: int
     etag: str
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Bucket, or an access point's ARN, and key of an ``s3://`` URI. A key may hold anything, like question marks."""
+    path = uri.partition("://")[2]
+    found = _ACCESS_POINT.fullmatch(path) if path.startswith("arn:") else None
+    if found:
+        return found[1], found[2] or ""
+    bucket, _, key = path.partition("/")
+    return bucket, key
 
 
 def check_profile(settings: StorageConfig) -> None:

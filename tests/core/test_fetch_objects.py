@@ -11,7 +11,7 @@ from botocore.exceptions import ClientError, CredentialRetrievalError
 from s3fs.errors import translate_boto_error
 
 from imgbatch.config import StorageConfig
-from imgbatch.core.fetch_objects import ObstoreClient, RequestFailed, S3fsClient, StoredObject
+from imgbatch.core.fetch_objects import ObstoreClient, RequestFailed, S3fsClient
 
 pytest.importorskip("obstore")
 
@@ -148,16 +148,3 @@ def test_credentials_are_looked_up_once(client: Callable[..., ObstoreClient], mo
         with pytest.raises(PermissionError, match="no credentials"):
             without.get(bucket, "a.jpg", max_bytes=1)
     assert len(lookups) == 2
-
-
-def test_directory_buckets_are_for_s3fs(client: Callable[..., ObstoreClient], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = client()
-    asked: list[tuple[str, str]] = []
-
-    def get(bucket: str, key: str, **_: object) -> StoredObject:
-        asked.append((bucket, key))
-        return StoredObject(b"image", "")
-
-    monkeypatch.setattr(found._s3fs, "get", get)
-    assert found.get("images--usw2-az1--x-s3", "a.jpg", max_bytes=9).data == b"image"
-    assert asked == [("images--usw2-az1--x-s3", "a.jpg")]

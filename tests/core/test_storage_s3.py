@@ -272,6 +272,31 @@ def test_a_profile_that_is_not_there_is_one_line(
     assert storage.filesystem("s3://bucket/manifest.parquet")[1] == "bucket/manifest.parquet"
 
 
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://shop/a/b.jpg", ("shop", "a/b.jpg")),
+        ("s3a://shop//a?versionId=1#x\n/", ("shop", "/a?versionId=1#x\n/")),
+        ("s3://shop", ("shop", "")),
+        *(
+            (f"s3://{arn}{rest}", (arn, key))
+            for arn in (
+                "arn:aws:s3:eu-west-1:123456789012:accesspoint/nights",
+                "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint:nights",
+                "arn:aws:s3::123456789012:accesspoint/m1a2b3.mrap",
+                "arn:aws:s3-object-lambda:eu-west-1:123456789012:accesspoint/nights",
+                "arn:aws:s3-outposts:eu-west-1:123456789012:outpost/op-1/accesspoint/nights",
+            )
+            for rest, key in (("/a/b.jpg", "a/b.jpg"), ("", ""))
+        ),
+    ],
+)
+def test_a_uri_is_bucket_or_access_point_and_key(uri: str, expected: tuple[str, str]) -> None:
+    assert s3.split_uri(uri) == expected
+    if expected[1] == "a/b.jpg":
+        assert s3.open_filesystem(StorageConfig()).split_path(uri)[:2] == expected  # as listings have it
+
+
 def test_what_looks_like_a_pattern_is_removed_by_its_name(s3_bucket: str) -> None:
     names = ["part-00000.parquet", "part-0000?.parquet", "part-*.parquet", "labels [v2]/a", "labels v/a"]
     for name in names:
