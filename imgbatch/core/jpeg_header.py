@@ -37,6 +37,9 @@ def read_plain_header(data: bytes) -> JpegHeader | None:
         if marker in (_BASELINE, _PROGRESSIVE):
             if len(segment) < 6 or segment[0] != 8 or segment[5] not in (1, 3):
                 return None
+            # Where no other marker says how colours are coded, libjpeg takes components of these names for RGB.
+            if segment[6::3][:3] == b"RGB":
+                return None
             header = JpegHeader(int.from_bytes(segment[3:5]), int.from_bytes(segment[1:3]))
         elif (
             marker in _OTHER_FRAMES

@@ -19,6 +19,13 @@ def jpeg(mode: str = "RGB", size: tuple[int, int] = (37, 21), **options: Any) ->
     return encode(Image.fromarray(pixels).convert(mode), "JPEG", **options)
 
 
+def of_letters() -> bytes:
+    """Components called R, G and B, and no other marker that says that they are."""
+    data = jpeg(keep_rgb=True)
+    adobe = data.index(b"\xff\xee")
+    return data[:adobe] + data[adobe + 2 + int.from_bytes(data[adobe + 2 : adobe + 4]) :]
+
+
 def oriented(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
@@ -50,6 +57,7 @@ def test_size_of_what_every_decoder_reads_alike(data: bytes) -> None:
     [
         jpeg("CMYK"),
         jpeg(keep_rgb=True),
+        of_letters(),
         jpeg(exif=oriented(6)),
         jpeg(xmp=b'<rdf:Description tiff:Orientation="6"/>'),
         jpeg(xmp=b"<tiff:Orientation>8</tiff:Orientation>"),
@@ -63,6 +71,7 @@ def test_size_of_what_every_decoder_reads_alike(data: bytes) -> None:
     ids=[
         "cmyk",
         "rgb",
+        "rgb by its components' names",
         "turned",
         "turned by XMP",
         "by an element of XMP",
