@@ -53,6 +53,8 @@ def test_a_share_of_the_decoding_can_be_left_to_the_gpu():
     """In every image, because the driver asks for the package too."""
     for target in ("cpu", "cuda"):
         assert any("--extra nvjpeg" in line for line in targets()[target])
+    (capabilities,) = re.findall(r"NVIDIA_DRIVER_CAPABILITIES=(\S+)", " ".join(targets()["cuda"]))
+    assert {"compute", "utility", "video"} <= set(capabilities.split(",")), "nvJPEG's engines need libnvcuvid"
 
 
 def test_scenes_are_read_everywhere_and_variants_for_cpus_made_where_they_run():
