@@ -142,6 +142,7 @@ class ClassifyConfig(Section):
         "auto",
         "torch",
         "torch_bf16",
+        "torch_fp16",
         "torch_compile",
         "openvino",
         "openvino_bf16",

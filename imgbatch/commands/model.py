@@ -107,6 +107,7 @@ class _Target(Enum):
     OPENVINO_FP32 = "openvino-fp32"
     MNN_FP32 = "mnn-fp32"
     TORCH_BF16 = "torch-bf16"
+    TORCH_FP16 = "torch-fp16"
     TORCH_COMPILE = "torch-compile"
     ONNX_INT8 = "onnx-int8"
 

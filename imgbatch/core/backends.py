@@ -26,6 +26,7 @@ TORCH = "torch"
 
 _NEEDED_CAPABILITY: dict[Target, tuple[tuple[int, int], str]] = {
     "torch-bf16": ((8, 0), "bfloat16 arithmetic"),  # GPUs before Ampere emulate it, slower than float32
+    "torch-fp16": ((7, 0), "float16 arithmetic"),  # in tensor cores, and by way of Triton
     "torch-compile": ((7, 0), "Triton"),
     "onnx-int8": ((7, 5), "TensorRT"),  # of CUDA 13
 }
@@ -194,8 +195,11 @@ def variant_predictor(
         from imgbatch.core.mnn_predict import MnnPredictor
 
         return MnnPredictor(bundle, contents, batch_size=batch_size, num_threads=num_threads, streams=streams)
+    import torch
+
     from imgbatch.core.predict import Predictor
 
+    reduced: dict[Target, torch.dtype] = {"torch-bf16": torch.bfloat16, "torch-fp16": torch.float16}
     graph = None
     if target == "onnx-int8":
         from imgbatch.core.onnx_predict import OnnxGraph
@@ -207,14 +211,14 @@ def variant_predictor(
         batch_size=batch_size,
         num_threads=num_threads,
         compiled=is_compiled(target, device),
-        reduced=target == "torch-bf16",
+        reduced=reduced.get(target),
         graph=graph,
     )
 
 
 def is_compiled(target: Target, device: str) -> bool:
     """Whether the network of a torch variant goes through ``torch.compile``."""
-    return target == "torch-compile" or (target == "torch-bf16" and device != "cpu")
+    return target == "torch-compile" or (target in ("torch-bf16", "torch-fp16") and device != "cpu")
 
 
 def without_bfloat16(target: Target, device: str) -> Literal["processor", "GPU"] | None:

@@ -43,8 +43,8 @@ _NEARLY = 0.97
 """Of the best rate: a smaller batch that reaches it is taken."""
 _ORIGINAL_BATCH_SIZES = {"cpu": 8, "cuda": 256}
 
-_ON_CPU = ("openvino", "mnn")
-"""Targets that run nowhere else, by how they begin."""
+_ON_CPU, _ON_GPU = ("openvino", "mnn"), ("torch-fp16",)
+"""Targets that run nowhere else, by how they begin; float16 is slower than float32 on most processors."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,16 @@ def _copied_before(bundle: ModelBundle, output: str) -> ModelBundle | None:
 
 def _device(target: Target, wanted: str) -> str:
     """``cpu`` or ``cuda``: what ``resources.device`` asks for, where the target leaves a choice."""
+    if wanted == "cpu" and target.startswith(_ON_GPU):
+        raise UsageError(f"{target}: is for GPUs only, and resources.device is cpu")
     if wanted == "cpu" or target.startswith(_ON_CPU):
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
     if wanted == "cuda":
         raise UsageError(f"{target}: resources.device is cuda, and torch finds no GPU here")
+    if target.startswith(_ON_GPU):
+        raise UsageError(f"{target}: is for GPUs only, and torch finds none here; make the variant where there is one")
     return "cpu"
 
 

@@ -49,7 +49,8 @@ class Predictor(BatchedPredictor):
         num_threads: of the CPU for one forward pass, or none to leave it. Several threads may call at once; on a GPU
             each has a stream of its own.
         compiled: by ``torch.compile``, for batches of exactly ``batch_size``: smaller ones are filled up; no features.
-        reduced: convolutions and products of matrices in bfloat16 (``torch.autocast``), the rest in float32.
+        reduced: what convolutions and products of matrices are computed in (``torch.autocast``): bfloat16, or float16,
+            whose largest number is 65,504; the rest in float32, as is everything without it.
         graph: what runs instead of the bundle's network: uint8 ``images_BHWC`` on the device in, float32 ``logits_BK``
             out, for batches of exactly ``batch_size``, as when compiled; no features.
 
@@ -66,7 +67,7 @@ class Predictor(BatchedPredictor):
         features: bool = False,
         num_threads: int | None = None,
         compiled: bool = False,
-        reduced: bool = False,
+        reduced: torch.dtype | None = None,
         graph: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if features and (compiled or graph):
@@ -136,7 +137,7 @@ class Predictor(BatchedPredictor):
     @torch.inference_mode()
     def _forward(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:
         self._settle_threads()
-        with self._on_stream(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._reduced):
+        with self._on_stream(), torch.autocast(self.device.type, self._reduced, enabled=self._reduced is not None):
             return self._run(images_BHWC)
 
     def _run(self, images_BHWC: npt.NDArray[np.uint8]) -> _Output:

@@ -6,6 +6,7 @@
     MODEL/variants/mnn-fp32/{model.mnn, model.mnn.weight, variant.json}
     MODEL/variants/torch-compile/variant.json
     MODEL/variants/torch-bf16/variant.json
+    MODEL/variants/torch-fp16/variant.json
     MODEL/variants/onnx-int8/{model.onnx, variant.json}
 
 A variant gives logits; temperature, thresholds and class names stay those of model.json, and so does ``model_id``.
@@ -29,7 +30,14 @@ from imgbatch.errors import UsageError
 VARIANTS_DIRECTORY, VARIANT_FILE = "variants", "variant.json"
 
 Target = Literal[
-    "openvino-int8", "openvino-bf16", "openvino-fp32", "mnn-fp32", "torch-bf16", "torch-compile", "onnx-int8"
+    "openvino-int8",
+    "openvino-bf16",
+    "openvino-fp32",
+    "mnn-fp32",
+    "torch-bf16",
+    "torch-fp16",
+    "torch-compile",
+    "onnx-int8",
 ]
 TARGETS: tuple[Target, ...] = get_args(Target)
 

@@ -65,7 +65,11 @@ def test_two_threads_get_what_one_gets(bundle: ModelBundle, images_NHWC: np.ndar
 
 def test_sixteen_bits_and_compiled_say_nearly_the_same(bundle: ModelBundle, images_NHWC: np.ndarray):
     expected_NK = Predictor(bundle).predict(images_NHWC).probs_NK
-    for options, atol in (({"reduced": True}, 0.05), ({"compiled": True}, 1e-3)):
+    for options, atol in (
+        ({"reduced": torch.bfloat16}, 0.05),
+        ({"reduced": torch.float16}, 0.01),
+        ({"compiled": True}, 1e-3),
+    ):
         predictor = Predictor(bundle, device="cuda", batch_size=64, **options)
         given = predictor.predict(images_NHWC)
         assert given.errors == [None] * len(images_NHWC)

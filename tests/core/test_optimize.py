@@ -13,6 +13,7 @@ import torch
 
 from imgbatch.config import Config, load_config
 from imgbatch.core import backends, optimize, storage
+from imgbatch.core.architectures import build_network
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.machine import has_bfloat16
 from imgbatch.core.manifest import open_manifest
@@ -165,6 +166,53 @@ def test_a_gpu_that_is_asked_for_must_be_there(
         optimize_bundle(path, target="torch-compile", calibration=str(photo_manifest), config=config)
 
 
+@pytest.mark.parametrize(("device", "said"), [("cpu", "resources.device is cpu"), ("auto", "torch finds none here")])
+def test_float16_is_for_gpus_only(
+    make_bundle: MakeBundle, photo_manifest: Path, monkeypatch: pytest.MonkeyPatch, device: str, said: str
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cpu")
+    bundle, config = make_bundle(), load_config(assignments=[f"resources.device={device}"])
+    with pytest.raises(UsageError, match=rf"^torch-fp16: is for GPUs only, and {said}"):
+        optimize_bundle(bundle.path, target="torch-fp16", calibration=str(photo_manifest), config=config)
+    assert load_variants(bundle) == []
+
+
+@pytest.fixture
+def float16_on_cpus(monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The same arithmetic, only slower."""
+    monkeypatch.setattr(optimize, "_ON_GPU", ())
+    monkeypatch.setattr(optimize, "_MEASURE_S", 0.01)
+    return load_config(assignments=["resources.device=cpu"])
+
+
+def test_float16_is_closer_to_torch_than_bfloat16(
+    make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray, float16_on_cpus: Config
+):
+    bundle = make_bundle()
+    expected_NK = Predictor(bundle).predict(images_NHWC).probs_NK
+    largest = {}
+    for target in ("torch-fp16", "torch-bf16"):
+        optimize_bundle(bundle.path, target=target, calibration=str(photo_manifest), config=float16_on_cpus)
+        given = predictor_of(bundle, target).predict(images_NHWC)
+        assert given.errors == [None] * len(images_NHWC)
+        largest[target] = np.abs(given.probs_NK - expected_NK).max()
+    assert 0 < largest["torch-fp16"] < largest["torch-bf16"] / 2
+
+
+def test_a_network_whose_numbers_float16_does_not_hold_gets_no_such_variant(
+    make_bundle: MakeBundle, photo_manifest: Path, images_NHWC: np.ndarray, float16_on_cpus: Config
+):
+    weights = build_network("simple_cnn", 3).state_dict()
+    # The same logits, by way of activations beyond 65,504.
+    weights["features.4.weight"] *= 1e5
+    weights["features.8.weight"] /= 1e5
+    bundle = make_bundle(state_dict=weights)
+    assert Predictor(bundle).predict(images_NHWC).errors == [None] * len(images_NHWC)
+    with pytest.raises(UsageError, match=r"the variant gave nothing for \d+ of \d+ images: .* holds NaN or infinity$"):
+        optimize_bundle(bundle.path, target="torch-fp16", calibration=str(photo_manifest), config=float16_on_cpus)
+    assert load_variants(bundle) == []
+
+
 def test_a_copy_keeps_what_it_was_given_since(
     make_bundle: MakeBundle, photo_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -194,8 +242,8 @@ def test_a_compiled_network_says_what_torch_says(
     assert (variant.device, variant.files, variant.agreement.labels) == ("cpu", {}, 1)
     given = predictor_of(bundle, "torch-compile", batch_size=8).predict(images_NHWC[:11])
     np.testing.assert_allclose(given.probs_NK, Predictor(bundle).predict(images_NHWC[:11]).probs_NK, atol=1e-5)
-    reduced_NK = Predictor(bundle, batch_size=8, compiled=True, reduced=True).predict(images_NHWC[:11]).probs_NK
-    np.testing.assert_allclose(reduced_NK, given.probs_NK, atol=0.02)
+    reduced = Predictor(bundle, batch_size=8, compiled=True, reduced=torch.bfloat16).predict(images_NHWC[:11])
+    np.testing.assert_allclose(reduced.probs_NK, given.probs_NK, atol=0.02)
     with pytest.raises(ValueError, match="gives no features"):
         Predictor(bundle, compiled=True, features=True)
 

@@ -254,6 +254,16 @@ def test_of_a_clusters_gpus_nothing_is_asked_here(on_gpus: ModelBundle, monkeypa
     assert choose(on_gpus, device="cuda", address="auto", gpus=[T4], backend="torch_bf16").name == "torch_bf16"
 
 
+def test_float16_is_what_gpus_have_that_lack_bfloat16(on_gpus: ModelBundle):
+    plant_variant(on_gpus, "torch-fp16", device="cuda", images_per_s={"original": 1.0, "variant": 3.5})
+    assert choose(on_gpus, device="cuda", gpus=[A100]).name == "torch_bf16"
+    assert choose(on_gpus, device="cuda", gpus=[T4, V100]).name == "torch_fp16"
+    assert choose(on_gpus, device="cuda", gpus=[A100, T4], backend="torch_fp16").name == "torch_fp16"
+    expected = r"torch-fp16 is left out: float16 arithmetic needs a GPU of compute capability 7\.0, and P4 has 6\.1"
+    with pytest.raises(UsageError, match=expected):
+        choose(on_gpus, device="cuda", gpus=[Gpu("P4", (6, 1))], backend="torch_fp16")
+
+
 @pytest.mark.parametrize(
     ("target", "device", "part"), [("openvino-bf16", "cpu", "processor"), ("torch-bf16", "cuda", "GPU")]
 )
