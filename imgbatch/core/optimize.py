@@ -245,7 +245,7 @@ def _candidates(built: _Built) -> list[BatchedPredictor]:
     for batch_size in batch_sizes(built.target, built.device, built.bundle.preprocess):
         try:
             candidate = built.build(batch_size, 1)
-        except UsageError:
+        except (UsageError, torch.OutOfMemoryError):  # the latter of another copy of the weights
             if not found:
                 raise
             break

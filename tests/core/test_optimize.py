@@ -19,7 +19,7 @@ from imgbatch.core.machine import has_bfloat16
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle, load_metrics, recalibrate_bundle
 from imgbatch.core.openvino_build import allowed_drop
-from imgbatch.core.optimize import batch_sizes, measure_rate, optimize_bundle
+from imgbatch.core.optimize import _Built, _candidates, batch_sizes, measure_rate, optimize_bundle
 from imgbatch.core.pictures import load_pictures
 from imgbatch.core.predict import Predictor
 from imgbatch.core.predictions import BatchedPredictor, BatchOutput, probabilities
@@ -265,6 +265,24 @@ def test_no_batch_is_tried_that_a_unit_would_not_fill(
     target: Target, device: str, crop_size: int, expected: tuple[int, ...]
 ):
     assert batch_sizes(target, device, PreprocessSpec(resize_size=crop_size, crop_size=crop_size)) == expected
+
+
+@pytest.mark.parametrize("error", [UsageError("does not run"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_batches_are_chosen_among_those_that_the_device_has_room_for(
+    tiny_model: ModelBundle, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def build(built: _Built, batch_size: int, _num_threads: int | None) -> Predictor:
+        if batch_size > fits:
+            raise error
+        return Predictor(built.bundle, batch_size=batch_size)
+
+    monkeypatch.setattr(_Built, "build", build)
+    built = _Built(tiny_model, "torch-bf16", "cpu", {}, {})
+    fits = 4
+    assert [candidate.batch_size for candidate in _candidates(built)] == [1, 4]
+    fits = 0
+    with pytest.raises(type(error)):
+        _candidates(built)
 
 
 def test_images_that_fail_are_none_that_were_done_fast(tiny_model: ModelBundle, images_NHWC: np.ndarray):
