@@ -7,6 +7,8 @@
 Blocks are Arrow tables, one per unit, which an engine passes between processes without serialising pixels. They are
 copied three times on their way to the model: into the unit's memory, which the decoding child shares with its parent;
 into the engine's object store, which is mapped wherever a block is read; and into the batch, on a GPU in pinned memory.
+Where some rows of a unit are left to the GPU (``decode.gpu_share``), the pixels of the others are copied twice more, so
+that only these travel.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ DECODE_COLUMNS = (UNIT, "started_at", "num_changed", "fetch_s", "decode_s")
 _SHARE_OF_WATCH = 0.8
 """Of the time after which the watchdog ends the job, for one unit's files and pixels."""
 _SECONDS = ("fetch_s", "decode_s", "classify_s")
+_FEW_FAILED = 1 / 64
+"""Of a unit's rows: fewer take less time in the model, as black images, than copying the others together would."""
 
 
 class DecodeStage:
@@ -78,9 +82,9 @@ class DecodeStage:
         self._reported_changed = 0
 
     def __call__(self, unit_index: int) -> pa.Table:
-        """The unit's decoded block: row_id, pixels (uint8 NHWC, one fixed-size cell per row) and errors.
+        """The unit's decoded block: row_id, pixels (uint8 HWC, a cell per row, zeros where it failed) and errors.
 
-        With ``decode.gpu_share``, the encoded images of that share beside the pixels, which are zeros there.
+        With ``decode.gpu_share``, that share's encoded images too, whose pixels are null and take no room.
         """
         started_at = time.time()
         unit = self._run.plan.layout.unit(unit_index)
@@ -93,18 +97,16 @@ class DecodeStage:
             num_changed = self._decoder.num_changed - self._reported_changed
             self._reported_changed += num_changed
         failpoint("decode.after_unit", unit_index)
-        pixels = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(self._run.spec.pixel_bytes), unit.num_rows, [None, pa.py_buffer(decoded.pixels_NHWC)]
-        )
-        encoded = {}
+        is_here_N, encoded = np.ones(unit.num_rows, bool), {}
         if left is not None:
+            is_here_N[:] = [image is None for image in left.images]
             encoded[ENCODED] = pa.array(left.images, pa.binary())
             for row, header in left.kept():
                 decoded.widths[row], decoded.heights[row] = header.width, header.height
         return pa.table(
             {
                 ROW_ID: rows[ROW_ID].combine_chunks(),
-                PIXELS: pixels,
+                PIXELS: _pixel_column(decoded.pixels_NHWC, is_here_N),
                 **encoded,
                 "width": decoded.widths,
                 "height": decoded.heights,
@@ -209,15 +211,16 @@ class ClassifyStage:
         errors = _errors_of(block)
         images_NHWC, widths, heights = self._images(block), block["width"].to_numpy(), block["height"].to_numpy()
         if ENCODED in block.column_names and block[ENCODED].null_count < block.num_rows:
-            images_NHWC, widths, heights = images_NHWC.copy(), widths.copy(), heights.copy()
+            widths, heights = widths.copy(), heights.copy()
             self._decode_on_gpu(block[ENCODED], images_NHWC, widths, heights, errors)
+        rows = np.arange(block.num_rows)
         ok = np.array([error is None for error in errors], dtype=bool)
-        if not ok.all():
-            images_NHWC = images_NHWC[ok]
+        if (~ok).mean() > _FEW_FAILED:
+            images_NHWC, rows = images_NHWC[ok], rows[ok]
         predictions = self._predictor.predict(images_NHWC)
-        for row, error in zip(np.flatnonzero(ok), predictions.errors, strict=True):
-            errors[row] = error
-        predicted = np.array([error is None for error in predictions.errors], dtype=bool)
+        for row, error in zip(rows, predictions.errors, strict=True):
+            errors[row] = errors[row] or error
+        predicted = np.array([errors[row] is None for row in rows], dtype=bool)
         features_ND = predictions.features_ND
         if features_ND is not None:
             features_ND = features_ND[predicted]
@@ -256,14 +259,19 @@ class ClassifyStage:
             self._gpu_decoder.close()
 
     def _images(self, block: pa.Table) -> np.ndarray:
+        """Of all rows; where some are left to the GPU, in memory of their own."""
         column = block[PIXELS]
         # A single chunk stays where it is, in the object store; combine_chunks would copy it even so.
         cells = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        size, channels = self._spec.crop_size, self._spec.num_channels
-        flat = np.frombuffer(
-            cells.buffers()[1], np.uint8, len(cells) * self._spec.pixel_bytes, cells.offset * self._spec.pixel_bytes
-        )
-        return flat.reshape(len(cells), size, size, channels)
+        shape_HWC = (self._spec.crop_size, self._spec.crop_size, self._spec.num_channels)
+        _, offsets, values = cells.buffers()
+        starts = np.frombuffer(offsets, np.int64)[cells.offset :]
+        here_NHWC = np.frombuffer(values or b"", np.uint8)[starts[0] : starts[len(cells)]].reshape(-1, *shape_HWC)
+        if not cells.null_count:
+            return here_NHWC
+        images_NHWC = np.zeros((len(cells), *shape_HWC), np.uint8)
+        images_NHWC[cells.is_valid().to_numpy(zero_copy_only=False)] = here_NHWC
+        return images_NHWC
 
 
 class CommitStage:
@@ -295,6 +303,17 @@ class CommitStage:
 
     def close(self) -> None:
         self._rows.close()
+
+
+def _pixel_column(pixels_NHWC: np.ndarray, is_here_N: np.ndarray) -> pa.Array:
+    """A cell for each row, null where ``is_here_N`` is false; pixels are copied only where there is such a row."""
+    validity = None
+    if not is_here_N.all():
+        pixels_NHWC, validity = pixels_NHWC[is_here_N], pa.array(is_here_N).buffers()[1]
+    offsets = np.zeros(len(is_here_N) + 1, np.int64)
+    offsets[1:] = is_here_N.cumsum() * math.prod(pixels_NHWC.shape[1:])
+    buffers = [validity, pa.py_buffer(offsets), pa.py_buffer(pixels_NHWC)]
+    return pa.Array.from_buffers(pa.large_binary(), len(is_here_N), buffers)
 
 
 def _error_columns(errors: Sequence[RowError | None]) -> dict[str, pa.Array]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from imgbatch.core.gpu_decode import GpuDecoder, crop
 from imgbatch.core.images import Decoded, decode_image
 from imgbatch.core.jpeg_header import read_plain_header
 from imgbatch.core.plan import plan_run
-from imgbatch.core.stages import ENCODED, ClassifyStage, DecodeStage
+from imgbatch.core.stages import ENCODED, PIXELS, ClassifyStage, DecodeStage
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import Stage, Status, UsageError
 from tests.conftest import changed
@@ -187,6 +188,41 @@ def test_a_format_that_the_model_does_not_take_is_refused_all_the_same(photo_con
         block = decode(0)
     assert ENCODED not in block.column_names
     assert set(block["status"].to_pylist()) == {None, Status.UNSUPPORTED_FORMAT.value}
+
+
+def test_rows_left_to_the_gpu_take_no_room_for_pixels(photo_config: Config) -> None:
+    large = changed(photo_config, preprocess__resize_size=224, preprocess__crop_size=224, run__on_unfinished="abandon")
+    alone, shared = (plan_run(changed(large, decode__gpu_share=share), "cpu") for share in (0.0, 1.0))
+    with DecodeStage(alone) as decode_all, DecodeStage(shared) as decode_some:
+        for unit in [*range(4), 0]:  # the last into memory that was used before
+            expected, block = decode_all(unit), decode_some(unit)
+            left = np.array(block[ENCODED].is_valid())
+            assert 8 <= left.sum() < 16
+            assert block[PIXELS].is_null().to_pylist() == left.tolist()
+            assert block[PIXELS].filter(pa.array(~left)).equals(expected[PIXELS].filter(pa.array(~left)))
+            assert block.nbytes < (~left).sum() * shared.spec.pixel_bytes + 16 * 10_000
+
+
+def test_a_block_that_was_stored_or_cut_has_the_same_images(photo_config: Config) -> None:
+    run = plan_run(changed(photo_config, decode__gpu_share=0.5), "cpu")
+    classify = ClassifyStage(run, batch_size=8, num_threads=1)
+    with DecodeStage(run) as decode:
+        block = decode(0)
+    classify.close()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, block.schema) as stream:
+        stream.write_table(block)
+    stored = pa.ipc.open_stream(sink.getvalue()).read_all()
+    images_NHWC = classify._images(block)
+    cells = block[PIXELS].to_pylist()
+    assert any(cells)
+    assert None in cells
+    assert [pixels_HWC.tobytes() for pixels_HWC in images_NHWC] == [cell or bytes(32 * 32 * 3) for cell in cells]
+    assert np.array_equal(classify._images(stored), images_NHWC)
+    assert np.array_equal(classify._images(stored.slice(5, 4)), images_NHWC[5:9])
+    for row, cell in enumerate(cells):
+        assert np.array_equal(classify._images(stored.slice(row, 1)), images_NHWC[row : row + 1])
+        assert classify._images(stored.slice(row, 1)).flags.writeable == (cell is None)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

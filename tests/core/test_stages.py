@@ -3,11 +3,13 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 
 from imgbatch.config import Config
-from imgbatch.core import fetch
+from imgbatch.core import fetch, stages
 from imgbatch.core.failpoints import parse_failpoints
 from imgbatch.core.plan import plan_run
 from imgbatch.core.stages import PIXELS, ClassifyStage, DecodeStage
@@ -46,6 +48,32 @@ def test_a_unit_that_takes_longer_than_the_watchdog_waits_ends_with_failures_tha
     with DecodeStage(plan_run(config, "cpu"), watched=False) as decode:
         unwatched = decode(1)
     assert "FETCH_FAILED" not in (unhurried["status"].to_pylist() + unwatched["status"].to_pylist())
+
+
+def test_one_bad_image_does_not_have_the_others_copied(photo_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = plan_run(changed(photo_config, classify__unit_rows=128), "cpu")
+    with DecodeStage(run) as decode:
+        block = decode(0)
+    failed = np.flatnonzero(block["status"].is_valid())
+    assert len(failed) == 6
+    for name in ("status", "error_stage", "error_message", "attempts"):
+        only_first = pa.array(np.arange(block.num_rows) == failed[0])
+        column = pa.compute.if_else(only_first, block[name], pa.scalar(None, block[name].type))
+        block = block.set_column(block.column_names.index(name), name, column)
+    classify = ClassifyStage(run, batch_size=8, num_threads=1)
+    predict, asked = classify._predictor.predict, []
+    monkeypatch.setattr(classify._predictor, "predict", lambda images: asked.append(images) or predict(images))
+    given = classify(block)
+    monkeypatch.setattr(stages, "_FEW_FAILED", 0)
+    expected = classify(block)
+    pixels = np.frombuffer(block[PIXELS].chunk(0).buffers()[2], np.uint8)
+    assert [np.shares_memory(images, pixels) for images in asked] == [True, False]
+    assert [len(images) for images in asked] == [120, 119]
+    assert given.column_names == expected.column_names
+    for column in ("row_id", "status", "error_message", "label", "width"):
+        assert given[column].equals(expected[column]), column
+    probs, others = (table["probabilities"].combine_chunks().flatten().to_numpy() for table in (given, expected))
+    np.testing.assert_allclose(probs, others, atol=1e-6)
 
 
 def test_a_batch_is_no_larger_than_a_unit(photo_config: Config) -> None:
