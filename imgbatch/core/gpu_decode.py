@@ -16,6 +16,7 @@ Shape suffixes: N image, H height, W width, C channel.
 
 from __future__ import annotations
 
+import functools
 import io
 import threading
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ from imgbatch.errors import UsageError, normalise_message
 
 _MAX_IMAGES, _MAX_BYTES = 128, 512 * 2**20
 """Of one call: what is decoded, full size, and not yet cropped."""
+_MAX_REFUSED = 8
+"""Images of one call; each is found in about a dozen calls of the device, and the CPU decodes the others sooner."""
 
 
 class GpuDecoder:
@@ -56,9 +59,9 @@ class GpuDecoder:
         self._try_out()
 
     def _try_out(self) -> None:
-        """One small image; later, a device that decodes nothing would leave all of its share to one core."""
+        """Later, a device that decodes nothing would leave all of its share to one core."""
         try:
-            self._decode_jpeg([_small_jpeg()], mode="RGB", device=self._device)
+            self._decode_probe()
         except Exception as error:
             raise UsageError(
                 f"decode.gpu_share: {self._device} decodes no JPEG here ({normalise_message(error)}); install a "
@@ -94,30 +97,43 @@ class GpuDecoder:
         """End the child."""
         self._decoder.close()
 
-    def _decode_call(self, images: Sequence[bytes], indices: Sequence[int], pixels_NHWC: np.ndarray) -> Sequence[int]:
+    def _decode_call(self, images: Sequence[bytes], indices: range, pixels_NHWC: np.ndarray) -> list[int]:
         """Crops of one call, into ``pixels_NHWC``; gives the indices that came to nothing."""
-        if self._decoded(images, indices, pixels_NHWC):
-            return []
-        if self._device != "cpu":
-            # nvJPEG has its memory from the driver, and torch keeps what it has once had.
-            torch.cuda.empty_cache()
-        if len(indices) == 1 or not self._works():
-            return indices
-        # One bad image fails the call, and is found by halves.
-        middle = len(indices) // 2
-        halves = (indices[:middle], indices[middle:])
-        return [index for half in halves for index in self._decode_call(images, half, pixels_NHWC)]
+        failed: list[int] = []
+        num_refused, parts = 0, [indices]
+        while parts and num_refused < _MAX_REFUSED:
+            part = parts.pop()
+            if self._decoded(images, part, pixels_NHWC):
+                continue
+            if self._device != "cpu":
+                # nvJPEG has its memory from the driver, and torch keeps what it has once had.
+                torch.cuda.empty_cache()
+            if len(part) == 1:
+                num_refused += 1
+                failed += part
+            elif self._works():
+                # One bad image fails the call, and is found by halves.
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+            else:
+                parts.append(part)
+                break
+        return failed + [index for part in reversed(parts) for index in part]
 
     def _works(self) -> bool:
         """Whether the device decodes at all, so that a failure is about the images or their number."""
         try:
             with self._using_device:
-                self._decode_jpeg([_small_jpeg()], mode="RGB", device=self._device)
+                self._decode_probe()
         except torch.AcceleratorError:
             raise
         except RuntimeError:
             return False
         return True
+
+    def _decode_probe(self) -> None:
+        """Two photographs: small ones, or one alone, nvJPEG may decode in other ways than most of a unit."""
+        self._decode_jpeg([_photograph()] * 2, mode="RGB", device=self._device)
 
     def _decoded(self, images: Sequence[bytes], indices: Sequence[int], pixels_NHWC: np.ndarray) -> bool:
         """Whether the device made crops of them."""
@@ -133,9 +149,12 @@ class GpuDecoder:
         return True
 
 
-def _small_jpeg() -> bytes:
-    encoded = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(encoded, "JPEG")
+@functools.cache
+def _photograph() -> bytes:
+    """Baseline, 640 x 480 px, chroma at half of the size: as most files from cameras and the web are."""
+    ramp, encoded = Image.linear_gradient("L").resize((640, 480)), io.BytesIO()
+    image = Image.merge("RGB", (ramp, ramp.transpose(Image.Transpose.ROTATE_180), ramp))
+    image.save(encoded, "JPEG", subsampling="4:2:0")
     return encoded.getvalue()
 
 

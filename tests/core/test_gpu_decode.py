@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image, JpegImagePlugin
 
 from imgbatch.config import Config, DecodeConfig
 from imgbatch.core import gpu_decode
 from imgbatch.core.decoder import DecodedUnit
 from imgbatch.core.gpu_decode import GpuDecoder, crop
 from imgbatch.core.images import Decoded, decode_image
-from imgbatch.core.jpeg_header import read_plain_header
+from imgbatch.core.jpeg_header import JpegHeader, read_plain_header
 from imgbatch.core.plan import plan_run
 from imgbatch.core.stages import ENCODED, PIXELS, ClassifyStage, DecodeStage
 from imgbatch.core.transforms import PreprocessSpec
@@ -126,9 +128,55 @@ def test_a_device_that_decodes_nothing_is_not_asked_for_each_image() -> None:
         unit = decoder.decode([data] * 16, [(37, 21)] * 16)
     finally:
         decoder.close()
-    assert calls == [16, 1]
+    assert calls == [16, 2]
     assert unit.errors == [None] * 16
     assert all(np.array_equal(pixels, on_cpu(data, spec).pixels_HWC) for pixels in unit.pixels_NHWC)
+
+
+def test_a_device_is_tried_out_with_two_photographs() -> None:
+    asked = list[bytes]()
+    decoder = GpuDecoder(PreprocessSpec(), DecodeConfig(), device="cpu")
+    decoder._decode_jpeg = lambda images, **_: asked.extend(images)
+    decoder._try_out()
+    assert [read_plain_header(data) for data in asked] == [JpegHeader(640, 480)] * 2
+    with Image.open(io.BytesIO(asked[0])) as image:
+        assert (image.mode, "progressive" in image.info, JpegImagePlugin.get_sampling(image)) == ("RGB", False, 2)
+
+
+def test_a_device_that_refuses_many_images_is_not_asked_for_the_others() -> None:
+    """Nor is it forgotten for the next call."""
+    data, spec = jpeg(), PreprocessSpec(resize_size=20, crop_size=16)
+    odd, calls = jpeg(comment=b"odd"), list[int]()
+    decoder = GpuDecoder(spec, DecodeConfig(), device="cpu")
+    decode_jpeg = decoder._decode_jpeg
+
+    def choosy(images: list[bytes], **options: object) -> list[torch.Tensor]:
+        calls.append(len(images))
+        if odd in images:
+            raise RuntimeError("odd")
+        return decode_jpeg(images, **options)
+
+    decoder._decode_jpeg = choosy
+    decode_rest, left = decoder._decoder.decode, list[int]()
+
+    def counted(payloads: list[bytes], num_rows: int) -> DecodedUnit:
+        left.append(num_rows)
+        return decode_rest(payloads, num_rows)
+
+    decoder._decoder.decode = counted  # type: ignore[method-assign, assignment]
+    images = [odd if index % 4 == 0 else data for index in range(128)]
+    try:
+        unit = decoder.decode(images * 2, [(37, 21)] * 256)
+    finally:
+        decoder.close()
+    assert unit.errors == [None] * 256
+    # Of each call the first 29 images were looked at, 8 of them in vain.
+    assert left == [2 * (8 + 128 - 29)]
+    assert calls[0] == 128
+    assert len(calls) < 2 * 8 * 14
+    whole = on_cpu(data, spec).pixels_HWC.astype(int)
+    assert all(np.abs(pixels - whole).max() <= 2 for pixels in unit.pixels_NHWC)
+    assert (unit.widths.tolist(), unit.heights.tolist()) == ([37] * 256, [21] * 256)
 
 
 def test_damaged_images_cost_their_neighbours_nothing() -> None:
