@@ -108,7 +108,8 @@ class DecodeConfig(Section):
     """An image of more pixels is ``TOO_LARGE``."""
     gpu_share: float = Field(0.0, ge=0, le=1)
     """Share of the JPEGs that nvJPEG decodes where the model runs (extra ``nvjpeg``), for machines whose cores cannot
-    feed their GPU; pixels may differ a little from the CPU's."""
+    feed their GPU; pixels may differ a little from the CPU's. For GPUs with JPEG engines (A100, A30, H100); without
+    them, as on T4 and A10, images are decoded one after the other, which may slow the job down."""
 
 
 class GeoConfig(Section):
