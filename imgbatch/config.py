@@ -78,7 +78,8 @@ class FetchConfig(Section):
     timeout_s: float = Field(30.0, gt=0)
     """Seconds that one request may take."""
     retries: int = Field(4, ge=0)
-    """Further tries after a failure that may pass (timeouts, resets, 429, 500, 503)."""
+    """Further tries after a failure that may pass (timeouts, resets, 408, 429, 500, 502 to 504, 520 to 524). What is
+    turned away for the number of requests (429, 503) is tried for a minute, unless this is 0."""
     in_flight: PositiveInt = 32
     """Requests under way at once in each decode actor: at 50 ms each, 32 bring 640 images a second, which is more
     than a core decodes."""

@@ -21,7 +21,7 @@ from imgbatch.core.byte_ranges import ByteRange, split_range
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.fetch_objects import ObjectClient, ObjectTooLarge, RequestFailed, choose_client, open_client
 from imgbatch.core.https import HttpsReader
-from imgbatch.core.retry import backoff_s
+from imgbatch.core.retry import THROTTLED_PATIENCE_S, Throttling, backoff_s
 from imgbatch.core.s3 import split_uri, unquoted_etag
 from imgbatch.errors import RowError, Stage, Status, row_error
 
@@ -45,6 +45,28 @@ class _Rejected(Exception):
         self.status = status
 
 
+class _Tries:
+    """The tries of one request; those that were turned away for the number of requests count by the clock."""
+
+    def __init__(self, retries: int, throttling: Throttling, server: str) -> None:
+        self.made = 0
+        self._retries = retries
+        self._throttling = throttling
+        self._server = server
+        self._began = time.monotonic()
+        self._num_throttled = 0
+
+    def wait_s(self, error: Exception) -> float | None:
+        """Seconds until the next try after a failure that may pass; none: there is to be no other."""
+        if not (isinstance(error, RequestFailed) and error.throttled):
+            return backoff_s(self.made) if self.made - self._num_throttled <= self._retries else None
+        self._num_throttled += 1
+        is_waited_out = self._throttling.turned_away(self._server, self._began, time.monotonic())
+        if not is_waited_out and self.made > self._retries:
+            return None
+        return backoff_s(self.made, at_least_s=error.retry_after_s)
+
+
 class Fetcher:
     """Fetches files; a context manager. Several threads may fetch at once, each its own files.
 
@@ -59,6 +81,7 @@ class Fetcher:
         self._executor: ThreadPoolExecutor | None = None
         self._client: ObjectClient | None = None
         self._https: HttpsReader | None = None
+        self._throttling = Throttling(THROTTLED_PATIENCE_S if config.retries else 0.0)
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self.fetch_s = 0.0
@@ -121,24 +144,26 @@ class Fetcher:
         with self._lock:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(self._config.in_flight, thread_name_prefix="fetch")
-        return self._executor.submit(self._fetch_one, lambda: self._read_remote(uri, etag))
+        return self._executor.submit(self._fetch_one, lambda: self._read_remote(uri, etag), _server(uri))
 
-    def _fetch_one(self, read: Callable[[], bytes]) -> Fetched:
-        attempt = 0
+    def _fetch_one(self, read: Callable[[], bytes], server: str = "") -> Fetched:
+        tries = _Tries(self._config.retries, self._throttling, server)
         while True:
-            attempt += 1
+            tries.made += 1
             try:
                 failpoint("fetch.file")
-                return read()
+                data = read()
+                self._throttling.let_through(server)
+                return data
             except _Rejected as rejected:
-                return row_error(rejected.status, Stage.FETCH, rejected, attempt)
+                return row_error(rejected.status, Stage.FETCH, rejected, tries.made)
             except Refused as refused:
-                return row_error(Status.REFUSED, Stage.FETCH, refused, attempt)
+                return row_error(Status.REFUSED, Stage.FETCH, refused, tries.made)
             except Exception as error:
                 status, may_pass = _judge(error)
-                out_of_tries = not may_pass or attempt > self._config.retries
-                if out_of_tries or self._closing.wait(backoff_s(attempt)):
-                    return row_error(status, Stage.FETCH, f"{type(error).__name__}: {error}", attempt)
+                wait_s = tries.wait_s(error) if may_pass else None
+                if wait_s is None or self._closing.wait(wait_s):
+                    return row_error(status, Stage.FETCH, f"{type(error).__name__}: {error}", tries.made)
 
     def _read_local(self, uri: str) -> bytes:
         if not uri:
@@ -229,6 +254,11 @@ def _whole(data: bytes, byte_range: ByteRange | None) -> bytes:
     if byte_range is not None and len(data) < byte_range.size:
         raise _Rejected(Status.CHANGED, f"the file ends before byte {byte_range.last}, which the manifest names")
     return data
+
+
+def _server(uri: str) -> str:
+    """What limits the number of requests: a bucket, or a host of https."""
+    return "/".join(uri.split("/", 3)[:3])
 
 
 def _is_remote(uri: str | None) -> TypeGuard[str]:

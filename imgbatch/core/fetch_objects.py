@@ -21,7 +21,7 @@ from imgbatch.core import s3
 from imgbatch.core.byte_ranges import ByteRange
 from imgbatch.core.hedging import first_answer
 from imgbatch.core.once import Once
-from imgbatch.core.retry import CREDENTIAL_ERRORS, TRANSIENT_HTTP, http_status, may_pass
+from imgbatch.core.retry import CREDENTIAL_ERRORS, THROTTLED_HTTP, TRANSIENT_HTTP, http_status, may_pass
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -65,11 +65,16 @@ _FINAL = (FileNotFoundError, PermissionError, ObjectTooLarge)
 
 
 class RequestFailed(OSError):
-    """A request that failed in no way that has an exception of its own; ``may_pass``: another try is worth it."""
+    """A request that failed in no way that has an exception of its own; ``may_pass``: another try is worth it.
 
-    def __init__(self, message: str, *, may_pass: bool) -> None:
+    ``throttled``: turned away for the number of requests, perhaps with the seconds to wait before the next one.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool, throttled: bool = False, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.may_pass = may_pass
+        self.throttled = throttled
+        self.retry_after_s = retry_after_s
 
 
 class ObjectClient(Protocol):
@@ -177,7 +182,8 @@ def _translated(error: Exception) -> OSError:
         return PermissionError(str(error))
     if status == 404:
         return FileNotFoundError(str(error))
-    return RequestFailed(f"{type(error).__name__}: {error}", may_pass=may_pass(error))
+    throttled = status in THROTTLED_HTTP
+    return RequestFailed(f"{type(error).__name__}: {error}", may_pass=may_pass(error), throttled=throttled)
 
 
 def _took_too_long(timeout_s: float) -> TimeoutError:
@@ -238,7 +244,8 @@ class ObstoreClient:
                 return _NOTHING
             if byte_range and _NOT_PARTIAL in message:
                 raise RequestFailed(_IGNORES_RANGE, may_pass=False) from error
-            raise RequestFailed(message, may_pass=status is None or status in TRANSIENT_HTTP) from error
+            passes = status is None or status in TRANSIENT_HTTP
+            raise RequestFailed(message, may_pass=passes, throttled=status in THROTTLED_HTTP) from error
 
     def _ask(self, store: Any, key: str, max_bytes: int, byte_range: ByteRange | None) -> StoredObject:
         import obstore

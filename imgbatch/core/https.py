@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import socket
 import ssl
 import string
@@ -20,7 +21,7 @@ from imgbatch.config import FetchConfig
 from imgbatch.core.access import Refused
 from imgbatch.core.addresses import resolve
 from imgbatch.core.fetch_objects import ObjectTooLarge, RequestFailed
-from imgbatch.core.retry import TRANSIENT_HTTP
+from imgbatch.core.retry import THROTTLED_HTTP, TRANSIENT_HTTP
 
 MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -114,7 +115,12 @@ class HttpsReader:
         if response.status in (401, 403):
             raise PermissionError(f"the server answered {response.status}")
         if response.status != 200:
-            raise RequestFailed(f"the server answered {response.status}", may_pass=response.status in TRANSIENT_HTTP)
+            raise RequestFailed(
+                f"the server answered {response.status}",
+                may_pass=response.status in TRANSIENT_HTTP,
+                throttled=response.status in THROTTLED_HTTP,
+                retry_after_s=_seconds(response.getheader("Retry-After")),
+            )
         announced = response.length
         if announced is not None and announced > self._config.max_bytes:
             raise ObjectTooLarge(announced)
@@ -128,6 +134,11 @@ class HttpsReader:
         if announced is not None and size < announced:
             raise RequestFailed(f"the answer ended after {size} of {announced} bytes", may_pass=True)
         return b"".join(parts)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Of a ``Retry-After``; none where it is a date, which clocks may disagree about."""
+    return float(retry_after) if retry_after and re.fullmatch(r"[0-9]{1,9}", retry_after) else 0.0
 
 
 def _split(uri: str) -> SplitResult:

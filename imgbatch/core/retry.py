@@ -8,19 +8,62 @@ from typing import Any
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 10.0
 
-CREDENTIAL_ERRORS = ("CredentialRetrievalError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-"""Names of botocore's."""
+THROTTLED_PATIENCE_S = 60.0
+"""For which a request that was turned away for the number of requests is tried again."""
+
+CREDENTIAL_ERRORS = (
+    "CredentialRetrievalError",
+    "LoginInsufficientPermissions",
+    "LoginRefreshRequired",
+    "LoginTokenLoadError",
+    "NoAuthTokenError",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "SSOTokenLoadError",
+    "TokenRetrievalError",
+    "UnauthorizedSSOTokenError",
+)
+"""Names of botocore's, for credentials that are not there or that somebody has to renew."""
 _NETWORK_PACKAGES = ("aiohttp", "botocore", "urllib3")
 _CALLERS_MISTAKE = "ParamValidationError"
 
-TRANSIENT_HTTP = frozenset({429, 500, 502, 503, 504})
-"""Answers that a later attempt may not get."""
+TRANSIENT_HTTP = frozenset({408, 429, 500, 502, 503, 504, *range(520, 525)})
+"""Answers that a later attempt may not get; those from 520 are of caches that cannot reach the server behind them."""
+THROTTLED_HTTP = frozenset({429, 503})
+"""Answers to too many requests: S3 gives the second for minutes, until it has spread a prefix."""
 
 
-def backoff_s(attempt: int) -> float:
+def backoff_s(attempt: int, *, at_least_s: float = 0.0) -> float:
     """Seconds to wait after the ``attempt``-th failure, from 1: doubling, with jitter, so that a thousand actors do
-    not come back at once."""
-    return min(FIRST_BACKOFF_S * 2 ** (attempt - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
+    not come back at once.
+
+    Args:
+        at_least_s: what the server asked for, granted up to :data:`MAX_BACKOFF_S`.
+    """
+    backoff = min(FIRST_BACKOFF_S * 2.0 ** min(attempt - 1, 30), MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
+    return max(backoff, min(at_least_s, MAX_BACKOFF_S))
+
+
+class Throttling:
+    """Which servers turn requests away for their number, and how long that is waited out; for any thread.
+
+    For ``patience_s`` of each request. A server that has let nothing through for that long is taken to be out of
+    order, until it lets something through: otherwise each of a night's rows would wait.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._since: dict[str, float] = {}
+        """When a server first turned a request away after the last that it let through, s."""
+
+    def let_through(self, server: str) -> None:
+        self._since.pop(server, None)
+
+    def turned_away(self, server: str, began: float, now: float) -> bool:
+        """Whether a request that ``began`` then is to be tried again, both in seconds on one clock."""
+        since = self._since.setdefault(server, now)
+        return now - min(began, since) < self._patience_s
 
 
 def http_answer(error: BaseException | None) -> dict[str, Any]:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -72,21 +73,30 @@ def fail_to_open(monkeypatch: pytest.MonkeyPatch, code: int, name: str, times: i
     monkeypatch.setattr(os, "open", refused)
 
 
-def test_a_file_is_read_when_there_are_descriptors_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+WITHOUT_DESCRIPTORS = """
+import resource, sys
+from imgbatch.config import FetchConfig
+from imgbatch.core import fetch
+
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+def others_close_theirs(*_, **__):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return 0.0
+
+fetch.backoff_s = others_close_theirs
+with fetch.Fetcher(FetchConfig(retries=1)) as fetcher:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    found = list(fetcher.fetch(sys.argv[1:]))
+print(found)
+"""
+
+
+def test_a_file_is_read_when_there_are_descriptors_again(tmp_path: Path) -> None:
+    """In a process of its own: without descriptors, whatever else ran beside it would fail."""
     (tmp_path / "file").write_bytes(b"x")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-
-    def others_close_theirs(_: int) -> float:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return 0.0
-
-    monkeypatch.setattr(fetch, "backoff_s", others_close_theirs)
-    with Fetcher(FetchConfig(retries=1)) as fetcher:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-        try:
-            assert list(fetcher.fetch([str(tmp_path / "file")])) == [b"x"]
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    command = [sys.executable, "-c", WITHOUT_DESCRIPTORS, str(tmp_path / "file")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[b'x']\n"
 
 
 @pytest.mark.parametrize("code", [errno.ENFILE, errno.ENOMEM])
@@ -155,11 +165,16 @@ def test_other_schemes_are_refused(uri: str) -> None:
 
 
 class ObjectServer(ThreadingHTTPServer):
-    """As much of S3 as reading takes; a key like ``503x2`` answers that status so many times before its content."""
+    """As much of S3 as reading takes; a key like ``503x2`` answers that status so many times before its content.
+
+    ``503x2then500``: that status from then on.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), ObjectHandler)
         self.requests: Counter[str] = Counter()
+        self.paths: list[str] = []
+        """Of the requests as they came, without their queries."""
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
         self.stalled = threading.Event()
@@ -170,13 +185,16 @@ class ObjectHandler(BaseHTTPRequestHandler):
     server: ObjectServer
 
     def do_GET(self) -> None:
-        key = self.path.partition("?")[0].rpartition("/")[2]
+        path = self.path.partition("?")[0]
+        key = path.rpartition("/")[2]
         with self.server.lock:
+            self.server.paths.append(path)
             self.server.requests[key] += 1
             self.server.busy += 1
             self.server.most_busy = max(self.server.most_busy, self.server.busy)
             seen = self.server.requests[key]
         status, _, times = key.partition("x")
+        times, _, then = times.partition("then")
         if key.startswith("slow"):
             time.sleep(0.05)
         if key.startswith("stuck"):
@@ -187,12 +205,17 @@ class ObjectHandler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.busy -= 1
         if times and seen <= int(times):
-            self.answer(int(status), b"<Error><Code>%s</Code><Message>no</Message></Error>" % status.encode())
+            self.refuse(status)
+        elif then:
+            self.refuse(then)
         elif key == "reset":
             self.connection.close()
         else:
             content = b"" if key == "empty" else key.encode() * 10
             self.answer(200, content, length=len(content) + (key == "short"))
+
+    def refuse(self, status: str) -> None:
+        self.answer(int(status), b"<Error><Code>%s</Code><Message>no</Message></Error>" % status.encode())
 
     def answer(self, status: int, body: bytes, length: int | None = None) -> None:
         self.send_response(status)
@@ -209,6 +232,7 @@ class ObjectHandler(BaseHTTPRequestHandler):
 @pytest.fixture(params=["s3fs", "obstore"])
 def objects(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
     """The server, and each of the clients in turn as the one that ``auto`` means."""
+    pytest.importorskip(request.param)
     monkeypatch.setattr(fetch, "choose_client", lambda _: request.param)
     with ObjectServer() as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -218,6 +242,7 @@ def objects(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         monkeypatch.setattr(retry, "FIRST_BACKOFF_S", 0.01)
+        monkeypatch.setattr(retry, "MAX_BACKOFF_S", 0.02)
         yield server
         server.stalled.set()
         server.shutdown()
@@ -239,9 +264,25 @@ def test_failures_that_may_pass_are_tried_again() -> None:
 
 
 @pytest.mark.usefixtures("objects")
-def test_failures_that_go_on_give_up_after_the_retries() -> None:
-    error = fetch_error("s3://bucket/503x99", retries=3)
+@pytest.mark.parametrize("http_status", [500, 503])
+def test_failures_that_go_on_give_up_after_the_retries(http_status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "THROTTLED_PATIENCE_S", 0.0)
+    error = fetch_error(f"s3://bucket/{http_status}x99", retries=3)
     assert (error.status, error.attempts) == (Status.FETCH_FAILED, 4)
+
+
+@pytest.mark.usefixtures("objects")
+@pytest.mark.parametrize("http_status", [429, 503])
+def test_what_is_turned_away_for_its_number_is_asked_for_with_patience(http_status: int) -> None:
+    """As S3 does for minutes, until it has spread a prefix; other failures have their own tries."""
+    assert fetch_all([f"s3://bucket/{http_status}x9"], retries=2) == [f"{http_status}x9".encode() * 10]
+    error = fetch_error(f"s3://bucket/{http_status}x9then500", retries=2)
+    assert (error.status, error.attempts) == (Status.FETCH_FAILED, 12)
+
+
+@pytest.mark.usefixtures("objects")
+def test_without_retries_there_is_no_patience_either() -> None:
+    assert fetch_error("s3://bucket/503x1", retries=0).attempts == 1
 
 
 @pytest.mark.parametrize(("http_status", "expected"), [(404, Status.NOT_FOUND), (403, Status.FORBIDDEN)])
@@ -301,11 +342,20 @@ def test_an_object_that_changed_is_an_error_or_counted_or_nothing() -> None:
 
 @pytest.mark.usefixtures("objects")
 def test_odd_keys_are_taken_as_they_are(objects: ObjectServer) -> None:
-    uris: list[str | None] = ["s3://bucket/a b?c#d%20e", "s3://bucket/x//y", "s3://bucket/t\ta\x7fb"]
-    outcomes = fetch_all([*uris, "s3://bucket", "s3://bucket/"])
-    assert [type(outcome) for outcome in outcomes[:3]] == [bytes] * 3
-    assert [error.status for error in outcomes[3:] if isinstance(error, RowError)] == [Status.NOT_FOUND] * 2
-    assert objects.requests["a%20b%3Fc%23d%2520e"] == objects.requests["t%09a%7Fb"] == 1
+    asked = {
+        "a b?c#d%20e": "a%20b%3Fc%23d%2520e",
+        "t\ta\x7fb": "t%09a%7Fb",
+        "x//y": "x//y",
+        "/leading": "/leading",
+        "a+b": "a%2Bb",
+        "ü/日": "%C3%BC/%E6%97%A5",
+        "a/../b": "a/../b",
+        "a/./b": "a/./b",
+    }
+    outcomes = fetch_all([*(f"s3://bucket/{key}" for key in asked), "s3://bucket", "s3://bucket/"])
+    assert [type(outcome) for outcome in outcomes[:-2]] == [bytes] * len(asked)
+    assert [error.status for error in outcomes[-2:] if isinstance(error, RowError)] == [Status.NOT_FOUND] * 2
+    assert Counter(objects.paths) == Counter(f"/bucket/{path}" for path in asked.values())
 
 
 def test_without_credentials_everything_is_forbidden(
@@ -317,6 +367,39 @@ def test_without_credentials_everything_is_forbidden(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     error = fetch_error("s3://bucket/key")
     assert (error.status, error.attempts) == (Status.FORBIDDEN, 1)
+    assert objects.requests.total() == 0
+
+
+SIGNED_IN_ONCE = """
+[profile night]
+region = us-east-1
+sso_account_id = 111122223333
+sso_role_name = night
+sso_region = us-east-1
+sso_start_url = https://127.0.0.1:9/start
+"""
+WITH_A_SESSION = (
+    SIGNED_IN_ONCE.replace("sso_region", "sso_session = night\nsso_region", 1)
+    + """
+[sso-session night]
+sso_region = us-east-1
+sso_start_url = https://127.0.0.1:9/start
+"""
+)
+
+
+@pytest.mark.parametrize("profile", [SIGNED_IN_ONCE, WITH_A_SESSION], ids=["profile", "session"])
+def test_who_has_to_sign_in_again_is_forbidden(
+    profile: str, objects: ObjectServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "config").write_text(profile)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.configure(StorageConfig(endpoint_url=storage.settings().endpoint_url, profile="night"))
+    error = fetch_error("s3://bucket/key", retries=1)
+    assert (error.status, error.attempts) == (Status.FORBIDDEN, 1), error.message
     assert objects.requests.total() == 0
 
 

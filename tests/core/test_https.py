@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pytest
 from cryptography import x509
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from imgbatch.config import FetchConfig
-from imgbatch.core import addresses
+from imgbatch.core import addresses, fetch, retry
 from imgbatch.core.fetch import Fetcher
 from imgbatch.errors import RowError, Status
 
@@ -43,6 +43,19 @@ class Server(BaseHTTPRequestHandler):
         elif action == "status":
             self.send_response(int(argument))
             self.end_headers()
+        elif action == "busy":
+            self.send_response(503)
+            self.send_header("Retry-After", unquote(argument, "latin-1"))
+            self.end_headers()
+        elif action == "unmeasured":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(IMAGE)
+        elif action == "chunked":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(IMAGE), IMAGE) + (b"" if argument == "cut" else b"0\r\n\r\n"))
         elif action == "endless":
             self.send_response(200)
             self.end_headers()
@@ -126,9 +139,14 @@ def fetched(uri: str, **settings: object) -> bytes | RowError:
     return outcome
 
 
-def error(uri: str, **settings: object) -> tuple[Status, str]:
+def failure(uri: str, **settings: object) -> RowError:
     outcome = fetched(uri, **settings)
     assert isinstance(outcome, RowError), outcome
+    return outcome
+
+
+def error(uri: str, **settings: object) -> tuple[Status, str]:
+    outcome = failure(uri, **settings)
     return outcome.status, outcome.message
 
 
@@ -136,6 +154,11 @@ def test_a_file(server: str) -> None:
     assert fetched(f"{server}/image.jpg") == IMAGE
     assert fetched(f"{server}/a b/ä.jpg?x=1&y=ü") == IMAGE
     assert fetched(f"{server}/redirect//image.jpg") == IMAGE
+
+
+def test_a_file_whose_size_is_not_announced(server: str) -> None:
+    assert fetched(f"{server}/chunked/whole") == IMAGE
+    assert fetched(f"{server}/unmeasured") == IMAGE
 
 
 @pytest.mark.parametrize("action", ["redirect", "moved"])
@@ -197,6 +220,45 @@ def test_redirects_end(server: str) -> None:
 )
 def test_what_a_server_may_answer(path: str, status: Status, server: str) -> None:
     assert error(f"{server}/{path}")[0] is status
+
+
+@pytest.mark.parametrize(
+    ("path", "attempts"),
+    [
+        ("status/503", 2),
+        ("status/408", 2),
+        ("status/522", 2),
+        ("announced/5000", 2),
+        ("chunked/cut", 2),
+        ("status/400", 1),
+        ("status/501", 1),
+    ],
+)
+def test_what_may_pass_is_asked_for_again(
+    path: str, attempts: int, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(fetch, "THROTTLED_PATIENCE_S", 0.0)
+    outcome = failure(f"{server}/{path}", retries=1)
+    assert (outcome.status, outcome.attempts) == (Status.FETCH_FAILED, attempts)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("7", 7.0), ("0", 0.0), ("Fri, 31 Dec 1999 23:59:59 GMT", 0.0), ("-5", 0.0), ("²", 0.0)]
+)
+def test_a_busy_server_says_when_to_come_back(
+    said: str, seconds: float, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def backoff_s(_attempt: int, *, at_least_s: float) -> float:
+        asked.append(at_least_s)
+        return 0.0
+
+    monkeypatch.setattr(fetch, "backoff_s", backoff_s)
+    monkeypatch.setattr(fetch, "THROTTLED_PATIENCE_S", 0.0)
+    assert failure(f"{server}/busy/{quote(said)}", retries=2).attempts == 3
+    assert asked == [seconds] * 2
 
 
 def test_an_answer_that_never_ends_runs_out_of_time(server: str) -> None:

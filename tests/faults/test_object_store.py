@@ -155,7 +155,7 @@ def test_an_image_that_comes_at_the_third_attempt(
 def test_images_that_do_not_come_are_rows_that_say_why(
     client: str, object_job: ObjectJob, oracle: Job, faults: FaultyServer
 ) -> None:
-    actions = {10: "404", 11: "403", 12: "503", 13: "reset", 14: "truncate", 15: "slow:4"}
+    actions = {10: "404", 11: "403", 12: "500", 13: "reset", 14: "truncate", 15: "slow:4"}
     faults.faults = [Fault("GET", f"photo{row:03d}", action) for row, action in actions.items()]
     assert object_job.run(fetch__client=client, fetch__retries=2) == ExitCode.DONE, object_job.log.read_text()
     statuses = {10: "NOT_FOUND", 11: "FORBIDDEN"} | dict.fromkeys((12, 13, 14, 15), "FETCH_FAILED")
