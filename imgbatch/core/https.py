@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+from imgbatch import __version__
 from imgbatch.config import FetchConfig
 from imgbatch.core.access import Refused
 from imgbatch.core.addresses import resolve
@@ -24,6 +25,11 @@ from imgbatch.core.fetch_objects import ObjectTooLarge, RequestFailed
 from imgbatch.core.retry import THROTTLED_HTTP, TRANSIENT_HTTP
 
 MAX_REDIRECTS = 5
+_HEADERS = {
+    "Accept": "image/*",
+    # Some servers refuse whoever does not say who is asking.
+    "User-Agent": f"imgbatch/{__version__}",
+}
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK_BYTES = 1 << 18
 _SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
@@ -61,7 +67,7 @@ class HttpsReader:
             with self._connection(parts.hostname, address, parts.port or 443) as connection:
                 path = quote(parts.path or "/", safe=_SAFE_IN_PATH)
                 query = f"?{quote(parts.query, safe=_SAFE_IN_PATH + '?')}" if parts.query else ""
-                connection.request("GET", path + query, headers={"Accept": "image/*"})
+                connection.request("GET", path + query, headers=_HEADERS)
                 return self._answer(connection.getresponse())
         except socket.gaierror as error:
             raise RequestFailed(

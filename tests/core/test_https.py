@@ -29,7 +29,9 @@ class Server(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         action, _, argument = self.path.lstrip("/").partition("/")
-        if action == "redirect":
+        if not self.headers.get("User-Agent", "").startswith("imgbatch/"):
+            self.send_error(403)
+        elif action == "redirect":
             self.send_response(302)
             self.send_header("Location", argument)
             self.end_headers()
