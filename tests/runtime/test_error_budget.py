@@ -17,6 +17,7 @@ from imgbatch.core.verify import verify
 from imgbatch.errors import ErrorBudgetExceeded, UsageError
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.run_log import RunLog
+from imgbatch.schema import WINDOW_TYPE
 from tests.conftest import changed
 from tests.runtime.conftest import UNREADABLE, rows_of
 
@@ -57,6 +58,20 @@ def test_a_profile_that_is_not_there_stops_even_a_run_that_bears_all_errors(
             classify(config)
     finally:
         storage.configure(StorageConfig())
+
+
+def test_the_sample_stops_a_run_whose_scenes_are_nowhere(photo_config: Config, s3_bucket: str, tmp_path: Path) -> None:
+    pytest.importorskip("rasterio")
+    manifest = tmp_path / "gone.parquet"
+    windows = [{"col_off": 32 * index, "row_off": 0, "width": 32, "height": 32} for index in range(100)]
+    columns = {
+        "uri": [f"{s3_bucket}/gone.tif"] * len(windows),
+        "window": pa.array(windows, WINDOW_TYPE),
+    }
+    pq.write_table(pa.table(columns), manifest)
+    config = changed(photo_config, input__manifest=str(manifest), errors__max_rate=0.05)
+    with pytest.raises(ErrorBudgetExceeded, match="none of 16 sampled images could be fetched, 16 of them NOT_FOUND"):
+        classify(config)
 
 
 def test_the_error_budget_stops_a_run_and_keeps_what_it_has(photo_config: Config) -> None:
