@@ -221,7 +221,7 @@ class ListFile:
         while batch := list(islice(lines, BATCH_ROWS)):
             columns = [[cell or None for cell in column] for column in zip(*batch, strict=True)]
             table = pa.table([pa.array(column, pa.string()) for column in columns], names=list(self._renamed.values()))
-            yield _table_rows(table, self.schema, posixpath.dirname(self.path), self._options)
+            yield _table_rows(table, self.schema, _folder_of(self.path), self._options)
 
     def _iter_lines(self) -> Iterator[list[str]]:
         delimiter = "\t" if self.path.lower().endswith((".tsv", ".tsv.gz")) else ","
@@ -254,20 +254,39 @@ class ParquetTable:
 
     def iter_rows(self) -> Iterator[SourceRows]:
         is_directory = self._data.files[0].uri != self.path
-        folder = self.path if is_directory else posixpath.dirname(self.path)
+        folder = self.path if is_directory else _folder_of(self.path)
         for table in self._data.iter_batches():
             renamed = table.rename_columns([self._renamed[name] for name in table.column_names])
             yield _table_rows(renamed, self.schema, folder, self._options)
 
 
 def resolve(folder: str, uri: str) -> str:
-    """``uri`` made absolute: a relative one lies below ``folder``, which may be a URI itself; ``s3a://`` is ``s3://``."""
+    """``uri`` made absolute: a relative one lies below ``folder``, which may be a URI itself; ``s3a://`` is ``s3://``.
+
+    Repeated slashes are one in a path, and belong to the key in an object store.
+    """
     if "://" in uri:
         return f"s3://{uri[len('s3a://') :]}" if uri.startswith("s3a://") else uri
     scheme, separator, path = folder.rpartition("://")
     if separator and not uri.startswith("/"):
-        return scheme + separator + posixpath.normpath(posixpath.join(path, uri))
+        return scheme + separator + _without_dots(f"{path}/{uri}")
     return posixpath.normpath(posixpath.join(path, uri))
+
+
+def _without_dots(path: str) -> str:
+    """A bucket and a key without the segments ``.`` and ``..``, which do not lead out of the bucket."""
+    bucket, *segments = path.split("/")
+    kept: list[str] = []
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    return "/".join([bucket, *kept])
+
+
+def _folder_of(path: str) -> str:
+    return posixpath.dirname(path) if storage.is_local(path) else path.rpartition("/")[0]
 
 
 @contextlib.contextmanager

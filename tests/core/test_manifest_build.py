@@ -116,6 +116,13 @@ def test_gzipped_csv_below_another_root(tmp_path: Path) -> None:
     [
         ("/data", "./a.jpg", "/data/a.jpg"),
         ("s3://bucket/p", "a/../b.jpg", "s3://bucket/p/b.jpg"),
+        ("s3://bucket", "a.jpg", "s3://bucket/a.jpg"),
+        ("s3://bucket/a//c", "x.jpg", "s3://bucket/a//c/x.jpg"),
+        ("s3://bucket/a/", "x.jpg", "s3://bucket/a//x.jpg"),
+        ("s3://bucket/a//c", "./d//x.jpg", "s3://bucket/a//c/d//x.jpg"),
+        ("s3://bucket/a//c", "../x.jpg", "s3://bucket/a//x.jpg"),
+        ("s3://bucket/a", "../../../x.jpg", "s3://bucket/x.jpg"),
+        ("/data//a", "b//x.jpg", "/data/a/b/x.jpg"),
         ("s3://bucket/p", "/local/a.jpg", "/local/a.jpg"),
         ("/data", "https://host/a//b.jpg", "https://host/a//b.jpg"),
         ("/data", "s3a://bucket/s3a://b.jpg/", "s3://bucket/s3a://b.jpg/"),
@@ -336,6 +343,12 @@ def test_s3a_is_s3(s3_bucket: str, tmp_path: Path) -> None:
         storage.replace(f"{s3_bucket}/images/{name}", b"uri\nb.jpg\n")
     sources = [f"{s3_bucket.replace('s3:', 's3a:')}/images/{name}" for name in ("a.jpg", "list.csv")]
     assert build(tmp_path, *sources)["uri"].to_pylist() == [f"{s3_bucket}/images/{name}" for name in ("a.jpg", "b.jpg")]
+
+
+def test_a_list_in_a_bucket_keeps_the_slashes_of_its_folder(s3_bucket: str, tmp_path: Path) -> None:
+    folder = f"{s3_bucket}/2026//night"
+    storage.replace(f"{folder}/list.csv", b"uri\na.jpg\n")
+    assert build(tmp_path, f"{folder}/list.csv")["uri"].to_pylist() == [f"{folder}/a.jpg"]
 
 
 def test_what_a_folder_in_a_bucket_holds_is_told_by_one_page(s3_bucket: str, s3_server: str) -> None:
