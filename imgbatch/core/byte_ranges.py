@@ -9,7 +9,10 @@ _RANGED = re.compile(r"(?is)(.+\.tar)#bytes=(\d{1,18})-(\d{1,18})")
 
 
 class ByteRange(NamedTuple):
-    """Bytes ``first`` to ``last`` of a file, both from 0 and both of them in it, as HTTP counts."""
+    """Bytes ``first`` to ``last`` of a file, both from 0 and both of them in it, as HTTP counts.
+
+    Of a part without bytes, ``last`` is the byte before ``first``.
+    """
 
     first: int
     last: int
@@ -36,4 +39,4 @@ def split_range(uri: str) -> tuple[str, ByteRange | None]:
     if match is None:
         return uri, None
     found = ByteRange(int(match[2]), int(match[3]))
-    return (match[1], found) if found.size > 0 else (uri, None)
+    return (match[1], found) if found.size >= 0 else (uri, None)

@@ -205,6 +205,8 @@ class Fetcher:
         bucket, key = split_uri(uri)
         if not bucket or not key:
             raise _Rejected(Status.NOT_FOUND, "a bucket, not an object")
+        if byte_range is not None and not byte_range.size:
+            return b""  # for which HTTP has no range
         try:
             client = self._object_client()
             found = client.get(bucket, key, max_bytes=self._config.max_bytes, byte_range=byte_range)

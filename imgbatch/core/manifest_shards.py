@@ -151,10 +151,8 @@ def _sample_members(sample: Iterable[_Entry], contents: _Contents) -> Iterator[_
         name = image.name.removeprefix("./")
         if any(part.startswith(".") for part in name.split("/")):
             continue
-        place = contents.find(image)
-        if place.size > 0:
-            check_unicode(f"{contents.shard}/{image.name}")
-            yield _Member(name, place, target)
+        check_unicode(f"{contents.shard}/{image.name}")
+        yield _Member(name, contents.find(image), target)
 
 
 class _Contents:
