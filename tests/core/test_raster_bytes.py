@@ -65,8 +65,8 @@ def test_an_object_that_cannot_be_had_is_asked_for_once(
     with pytest.raises(RasterRejected) as failure:
         read_raster_bytes(f"{s3_bucket}/scene.tif", max_bytes=max_bytes)
     assert failure.value.status is status
-    # aiohttp itself asks again where a connection is reset that it had kept.
-    assert len(server.acted) == (2 if action == "reset" else 1)
+    # aiohttp itself may ask again where a connection is reset that it had kept.
+    assert len(server.acted) in ((1, 2) if action == "reset" else (1,))
 
 
 @pytest.mark.usefixtures("server")
