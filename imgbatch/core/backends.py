@@ -114,12 +114,18 @@ def planned_backend(fields: dict[str, Any], bundle: ModelBundle, device: str) ->
     """
     if fields["backend"] == TORCH:
         return Backend(device=device)
+    planned = f"the run was planned with variant {fields['variant']} ({fields['backend']})"
     for variant in load_variants(bundle):
-        if variant.variant_id == fields["variant"] and variant.device == device:
+        if variant.variant_id != fields["variant"]:
+            continue
+        if variant.device == device:
             return Backend(variant, device=device)
+        raise UsageError(
+            f"{bundle.path}: {planned}, which is for {variant.device} and not for {device}; give --set "
+            f"resources.device={variant.device}, or classify anew with --new-run"
+        )
     raise UsageError(
-        f"{bundle.path}: the run was planned with variant {fields['variant']} ({fields['backend']}), which is not "
-        f"there for {device}; put it back, or classify anew with --new-run"
+        f"{bundle.path}: {planned}, which is not there any more; put it back, or classify anew with --new-run"
     )
 
 

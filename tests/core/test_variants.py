@@ -385,8 +385,10 @@ def test_a_run_keeps_the_variant_that_it_was_planned_with(make_bundle: MakeBundl
     assert fields == {"backend": "openvino_fp32", "variant": planned.variant_id}
     assert planned_backend(fields, bundle, "cpu") == Backend(planned)
     assert planned_backend(Backend().fields, bundle, "cpu") == Backend()
+    with pytest.raises(UsageError, match=r"is for cpu and not for cuda; give --set resources\.device=cpu, or classify"):
+        planned_backend(fields, bundle, "cuda")
     plant_variant(bundle, crop_size=48)
-    with pytest.raises(UsageError, match=rf"planned with variant {planned.variant_id} \(openvino_fp32\)"):
+    with pytest.raises(UsageError, match=rf"with variant {planned.variant_id} \(openvino_fp32\), .* put it back"):
         planned_backend(fields, bundle, "cpu")
 
 
