@@ -7,6 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config, this_command
+from imgbatch.commands.job_options import (
+    Embeddings,
+    Engine,
+    Limit,
+    ManifestPath,
+    Model,
+    NewRun,
+    Out,
+    SinceRun,
+    SkipExisting,
+    job_flags,
+)
 from imgbatch.commands.report import report_after_run
 from imgbatch.config import Config
 from imgbatch.errors import Status
@@ -14,52 +26,35 @@ from imgbatch.errors import Status
 if TYPE_CHECKING:
     from imgbatch.runtime.job import RunResult
 
-Out = Annotated[str | None, typer.Option("-o", "--out", help="Output directory; may hold many runs.")]
-Engine = Annotated[str | None, typer.Option("--engine", help="ray, or local: a plain loop in this process.")]
-
 
 def classify(
     config_file: ConfigFile = None,
-    model: Annotated[str | None, typer.Option("-m", "--model", help="Model bundle.")] = None,
-    manifest: Annotated[str | None, typer.Option("--manifest", help="Parquet manifest.")] = None,
+    model: Model = None,
+    manifest: ManifestPath = None,
     out: Out = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many rows.")] = None,
+    limit: Limit = None,
     engine: Engine = None,
-    embeddings: Annotated[
-        bool,
-        typer.Option(
-            "--embeddings",
-            help="Also write what the last layer sees of each image; the model then runs in torch, without variants.",
-        ),
-    ] = False,
-    new_run: Annotated[bool, typer.Option("--new-run", help="A second run although this one has finished.")] = False,
-    skip_existing: Annotated[
-        bool,
-        typer.Option(
-            "--skip-existing",
-            help="Only rows that this model has not labelled in OUT, without broken images that did not change.",
-        ),
-    ] = False,
-    since_run: Annotated[
-        str | None, typer.Option("--since-run", help="As --skip-existing, of labels of this run and later ones.")
-    ] = None,
+    embeddings: Embeddings = False,
+    new_run: NewRun = False,
+    skip_existing: SkipExisting = False,
+    since_run: SinceRun = None,
     assignments: Assignments = None,
 ) -> None:
     """Label every row of a manifest exactly once; the same command again continues where it stopped."""
     from imgbatch.runtime.interrupts import stop_on_signals
     from imgbatch.runtime.job import classify as run_job
 
-    flags = {
-        "model.path": model,
-        "input.manifest": manifest,
-        "output.path": out,
-        "input.limit": limit,
-        "classify.engine": engine,
-        "output.embeddings": True if embeddings else None,
-        "run.new_run": True if new_run else None,
-        "input.skip_existing": True if skip_existing else None,
-        "input.since_run": since_run,
-    }
+    flags = job_flags(
+        model=model,
+        manifest=manifest,
+        out=out,
+        limit=limit,
+        engine=engine,
+        embeddings=embeddings,
+        new_run=new_run,
+        skip_existing=skip_existing,
+        since_run=since_run,
+    )
     config = read_config(config_file, assignments, flags)
     with stop_on_signals() as stop:
         result = run_job(config, messages, stop)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from imgbatch.commands.common import (
     AsJson,
@@ -16,6 +14,18 @@ from imgbatch.commands.common import (
     print_table,
     read_config,
 )
+from imgbatch.commands.job_options import (
+    Embeddings,
+    Engine,
+    Limit,
+    ManifestPath,
+    Model,
+    NewRun,
+    Out,
+    SinceRun,
+    SkipExisting,
+    job_flags,
+)
 
 if TYPE_CHECKING:
     from imgbatch.runtime.forecast import Forecast
@@ -25,16 +35,32 @@ _STATES = {"new": "a new run", "unfinished": "continues an unfinished run", "fin
 
 def plan(
     config_file: ConfigFile = None,
-    model: Annotated[str | None, typer.Option("-m", "--model", help="Model bundle.")] = None,
-    manifest: Annotated[str | None, typer.Option("--manifest", help="Parquet manifest.")] = None,
-    out: Annotated[str | None, typer.Option("-o", "--out", help="Output directory; nothing is written.")] = None,
+    model: Model = None,
+    manifest: ManifestPath = None,
+    out: Out = None,
+    limit: Limit = None,
+    engine: Engine = None,
+    embeddings: Embeddings = False,
+    new_run: NewRun = False,
+    skip_existing: SkipExisting = False,
+    since_run: SinceRun = None,
     as_json: AsJson = False,
     assignments: Assignments = None,
 ) -> None:
     """Show what would run: rows, units, pools, sampled speed, time, size, cost, warnings. Writes nothing."""
     from imgbatch.runtime.forecast import forecast, to_json
 
-    flags = {"model.path": model, "input.manifest": manifest, "output.path": out}
+    flags = job_flags(
+        model=model,
+        manifest=manifest,
+        out=out,
+        limit=limit,
+        engine=engine,
+        embeddings=embeddings,
+        new_run=new_run,
+        skip_existing=skip_existing,
+        since_run=since_run,
+    )
     result = forecast(read_config(config_file, assignments, flags))
     if as_json:
         print_json(to_json(result))
