@@ -313,6 +313,9 @@ class RunConfig(Section):
     no_progress_s: float = Field(1800.0, gt=0)
     """Seconds without a committed unit after which the units under way are tried apart, or, where nothing came since
     the last time, the run ends with exit code 4. A unit's files and pixels may take 0.8 of it; the rows left fail."""
+    stop_after_s: float | None = Field(None, gt=0)
+    """Seconds from its start after which a command (``classify``, ``retry``, ``repair``) finishes the units in flight
+    and ends with exit code 4, to be continued by the same command; none: never."""
 
 
 class StorageConfig(Section):

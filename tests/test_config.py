@@ -100,6 +100,7 @@ OPTIONS = [
     "run.new_run",
     "run.log_format",
     "run.no_progress_s",
+    "run.stop_after_s",
     "storage.endpoint_url",
     "storage.region",
     "storage.profile",

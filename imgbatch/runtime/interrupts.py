@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from imgbatch.errors import Interrupted
 
 _NOTICE = b"\nfinishing the units in flight; Ctrl-C again stops now\n"
 
 
 class StopSwitch:
-    """Whether a person asked the job to stop after the units in flight."""
+    """Whether the job is to stop after the units in flight: a person asked for it, or its time is over."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        """``now``: the clock that the time is taken from, s."""
         self.is_on = False
+        """Whether a person asked."""
+        self._now = now
+        self._stop_after_s: float | None = None
+        self._ends_at = math.inf
+
+    def turn_on_after(self, seconds: float | None) -> None:
+        """Let its time be over in so many seconds from now; none: never."""
+        self._stop_after_s = seconds
+        self._ends_at = math.inf if seconds is None else self._now() + seconds
+
+    def reason(self) -> str | None:
+        """What the job says of why it stopped; none: it is to go on."""
+        if self.is_on:
+            return "stopped after the units in flight; the same command continues"
+        if self._now() >= self._ends_at:
+            return (
+                f"stopped after the units in flight: {self._stop_after_s:g} s (run.stop_after_s) are over; the same "
+                f"command continues"
+            )
+        return None
+
+    def check(self) -> None:
+        """Raises :class:`Interrupted` if the job is to stop."""
+        if reason := self.reason():
+            raise Interrupted(reason)
 
 
 @contextmanager

@@ -65,16 +65,16 @@ def classify(config: Config, console: Console | None = None, stop: StopSwitch | 
         NothingToDo: only unlabelled rows are wanted, and there are none.
         UsageError: bad input or configuration, or another unfinished run is in the way.
         ErrorBudgetExceeded: too many rows failed, or not one has a prediction.
-        Interrupted: no unit was committed for ``run.no_progress_s``, or ``stop`` was turned on.
+        Interrupted: no unit was committed for ``run.no_progress_s``, ``run.stop_after_s`` is over, or ``stop`` was
+            turned on.
     """
-    console = console or Console(quiet=True)
-    storage.configure(config.storage)
+    stop = _begun(config, stop)
     with hardware(config) as there:
-        return _work(plan_run(config, there.device, there.gpus), console, stop or StopSwitch())
+        return _work(plan_run(config, there.device, there.gpus), console or Console(quiet=True), stop)
 
 
 def retry(
-    config: Config, run_id: str | None, console: Console | None = None, stop: StopSwitch | None = None
+    config: Config, run_id: str | None = None, console: Console | None = None, stop: StopSwitch | None = None
 ) -> RunResult | None:
     """Classify the rows of a finished run that have no prediction yet, as a child run; none where there are none.
 
@@ -82,7 +82,7 @@ def retry(
     little; whatever else changes results comes from the parent's plan. It ends well even where all fail again.
     """
     console = console or Console(quiet=True)
-    storage.configure(config.storage)
+    stop = _begun(config, stop)
     out = storage.absolute(str(config.output.path))
     parent = _unfinished_retry_parent(out, run_id) or _newest_root(out, run_id)
     if not parent.finished:
@@ -112,7 +112,15 @@ def retry(
     with hardware(config) as there:
         attempt = len(_finished_retries(out, parent)) + 1
         run = plan_retry(config, parent, failed, there.device, attempt=attempt)
-        return _work(run, console, stop or StopSwitch())
+        return _work(run, console, stop)
+
+
+def _begun(config: Config, stop: StopSwitch | None) -> StopSwitch:
+    """What ends the command, whose time begins."""
+    storage.configure(config.storage)
+    stop = stop or StopSwitch()
+    stop.turn_on_after(config.run.stop_after_s)
+    return stop
 
 
 def _newest_root(out: str, run_id: str | None) -> RunEntry:

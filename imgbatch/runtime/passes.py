@@ -24,7 +24,6 @@ MAX_INNOCENT = 3
 """Units in a row whose isolation speaks against the engine, before one through which nothing ever came is taken for
 broken."""
 _AT_FAULT = {Status.CLASSIFY_FAILED.value, Status.NON_FINITE.value, Status.OUT_OF_MEMORY.value, Status.TIMEOUT.value}
-_STOPPED = "stopped after the units in flight; the same command continues"
 
 
 class Passes:
@@ -88,8 +87,7 @@ class Passes:
         with self._progress:
             pending = self._pending
             while pending:
-                if self._stop.is_on:
-                    raise Interrupted(_STOPPED)
+                self._stop.check()
                 num_deferred = len(self._deferred)
                 if alone := self._suspects.alone(pending):
                     ended_early = self._isolate(alone[0])
@@ -184,10 +182,10 @@ class Passes:
         if receipt.outcome == "deferred":
             self._deferred.add(receipt.unit)
         failpoint("job.receipt", receipt.unit)
-        if self._stop.is_on:
+        if self._stop.reason():
             self._in_flight -= 1
             if self._in_flight <= 0:
-                raise Interrupted(_STOPPED)
+                self._stop.check()
 
     def _refuse_to_loop(self, defer: bool) -> None:
         """After a pass that committed nothing: the next one commits what comes, unless nothing good ever came."""

@@ -43,10 +43,12 @@ def repair(config: Config, run_id: str | None, console: Console | None = None) -
     Raises:
         UsageError: the run is unfinished, or its model or manifest is not what it was.
         ImgbatchError: rows that were classified again came out otherwise than then.
-        Interrupted: the engine stops whatever the unit, or does nothing in isolation.
+        Interrupted: the engine stops whatever the unit, or does nothing in isolation, or ``run.stop_after_s`` is over.
     """
     console = console or Console(quiet=True)
     storage.configure(config.storage)
+    stop = StopSwitch()
+    stop.turn_on_after(config.run.stop_after_s)
     root, *retries = run_chain(str(config.output.path), run_id)
     if not root.finished:
         raise UsageError(f"run {root.run_id} is unfinished; its classify command continues it")
@@ -55,7 +57,7 @@ def repair(config: Config, run_id: str | None, console: Console | None = None) -
         if damage := find_damage(entry.paths):
             run = _open(config, entry)
             with heartbeat(run.paths):
-                repaired.append(_repair(run, damage, console))
+                repaired.append(_repair(run, damage, console, stop))
     if not current.is_up_to_date(root.paths.out):
         current.update(root.paths.out)
         console.print("current.json did not hold every finished run, and was written anew")
@@ -82,11 +84,11 @@ def _open(config: Config, entry: RunEntry) -> Run:
     return open_run(entry.paths, config, bundle, spec)
 
 
-def _repair(run: Run, damage: Damage, console: Console) -> RepairedRun:
+def _repair(run: Run, damage: Damage, console: Console, stop: StopSwitch) -> RepairedRun:
     missing = missing_units(run, damage.units)
     if missing:
         console.print(f"run {run.run_id}: {len(missing):,} units have no file any more and are classified again")
-        _classify(run, missing, console)
+        _classify(run, missing, console, stop)
     try:
         rebuild(run, damage)
     except ImgbatchError as error:
@@ -103,7 +105,7 @@ def _repair(run: Run, damage: Damage, console: Console) -> RepairedRun:
     return RepairedRun(run.run_id, [file.path for file in damage.files], len(damage.strays), len(missing))
 
 
-def _classify(run: Run, units: list[int], console: Console) -> None:
+def _classify(run: Run, units: list[int], console: Console, stop: StopSwitch) -> None:
     """As the run does it; what it takes is no part of the run's record."""
     reporter = Reporter(console, run_id=run.run_id, as_json=run.config.run.log_format == "json")
     with open_engine(run) as engine:
@@ -114,5 +116,5 @@ def _classify(run: Run, units: list[int], console: Console) -> None:
             units,
             find_pending=lambda: missing_units(run, units),
             log=None,
-            stop=StopSwitch(),
+            stop=stop,
         ).run_all()

@@ -113,6 +113,7 @@ SAME: dict[str, object] = {
     "run.new_run": True,
     "run.log_format": "json",
     "run.no_progress_s": 5.0,
+    "run.stop_after_s": 5.0,
     "storage.endpoint_url": "http://localhost:1",
     "storage.region": "eu-west-1",
     "storage.profile": "night",

@@ -267,6 +267,17 @@ def test_interrupted(
     assert_exactly_once(job, oracle)
 
 
+def test_a_command_whose_time_is_over_and_run_again(job: Job, oracle: Job) -> None:
+    """Before its first unit; then, unless the start alone took so long, while its second unit is under way."""
+    assert job.run(run__stop_after_s=1e-6) == ExitCode.INTERRUPTED
+    assert committed(job) == set()
+    assert job.run("classify.unit[16]=delay:2.5", run__stop_after_s=2) == ExitCode.INTERRUPTED
+    assert committed(job) <= {0, 1}
+    assert "s (run.stop_after_s) are over; the same command continues" in job.last_line()
+    assert job.run() == ExitCode.DONE
+    assert_exactly_once(job, oracle)
+
+
 def test_a_run_that_was_copied_is_whole(job: Job, oracle: Job) -> None:
     """Nothing in an output depends on where it stands."""
     assert job.run() == ExitCode.DONE

@@ -174,6 +174,16 @@ def test_ctrl_c_finishes_the_units_in_flight(ray_job: Job, oracle: Job) -> None:
     assert_exactly_once(job, oracle)
 
 
+def test_a_command_whose_time_is_over_and_run_again(ray_job: Job, oracle: Job) -> None:
+    with started(ray_job, run__stop_after_s=1e-6) as process:
+        assert process.wait(BOUNDED_S) == ExitCode.INTERRUPTED, ray_job.log.read_text()
+    assert "s (run.stop_after_s) are over; the same command continues" in ray_job.last_line()
+    assert units_done(ray_job) == 0
+    with started(ray_job) as process:
+        assert process.wait(BOUNDED_S) == ExitCode.DONE, ray_job.log.read_text()
+    assert_exactly_once(ray_job, oracle)
+
+
 def test_a_unit_that_cannot_be_written_ends_the_run_in_one_line(ray_job: Job, oracle: Job) -> None:
     with started(ray_job, "storage.create[unit-00000002.parquet]=raise", once=False) as process:
         assert process.wait(BOUNDED_S) == ExitCode.FAILED, ray_job.log.read_text()

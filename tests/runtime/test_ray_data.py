@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
@@ -20,11 +21,12 @@ from imgbatch.core import finalize as finalize_module
 from imgbatch.core import storage
 from imgbatch.core.finalize import finalize
 from imgbatch.core.plan import open_inputs, open_run, plan_run
-from imgbatch.core.runs import RunPaths
+from imgbatch.core.runs import RunPaths, find_run
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
 from imgbatch.errors import Interrupted, UsageError
 from imgbatch.runtime import ray_data
+from imgbatch.runtime.interrupts import StopSwitch
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.pools import Machine, choose_pools
 from imgbatch.runtime.ray_data import map_in_tasks
@@ -78,6 +80,25 @@ def test_ray_gives_what_the_loop_gives(photo_config: Config, tmp_path: Path) -> 
     assert record["sessions"][0]["units"] == 8
     assert record["engine_ready_at"] < record["finished_at"]
     assert set(record["stage_seconds"]) == {"fetch", "decode", "classify", "commit"}
+
+
+def test_a_command_whose_time_is_over_finishes_the_units_in_flight_and_the_same_goes_on(
+    photo_config: Config, tmp_path: Path
+) -> None:
+    """30 units, of which eight are under way at once; the clock goes on by one with each unit that comes."""
+    oracle = changed(photo_config, classify__unit_rows=4)
+    config = on_ray(oracle, tmp_path)
+    stop = StopSwitch(itertools.count().__next__)
+    with pytest.raises(Interrupted, match=r"3\.5 s \(run\.stop_after_s\) are over; the same command continues"):
+        classify(changed(config, run__stop_after_s=3.5), stop=stop)
+    paths = find_run(str(config.output.path)).paths
+    record = storage.read_json(paths.run_json)
+    assert (record["state"], record["sessions"][0]["units"]) == ("interrupted", 10), "the third, and seven after it"
+    result = classify(config)
+    assert result.run_id == paths.run_id
+    classify(oracle)
+    assert verify(result.out).ok
+    assert_same_output(config, oracle)
 
 
 def test_a_model_that_does_not_load_ends_the_command_as_it_does_in_the_loop(
