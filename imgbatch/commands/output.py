@@ -7,7 +7,7 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -55,8 +55,13 @@ def _state_row(state: dict[str, Any]) -> list[str]:
         f"{counts.get('OK', 0):,}" if counts else "",
         f"{sum(n for name, n in counts.items() if name != 'OK'):,}" if counts else "",
         f"{state['images_per_s']:,.1f}" if state["images_per_s"] else "",
-        state["predicted_at"][:19],
+        _started(state),
     ]
+
+
+def _started(run: Mapping[str, Any]) -> str:
+    """To the second, UTC."""
+    return str(run["predicted_at"][:19])
 
 
 def verify(
@@ -168,17 +173,51 @@ def compact(
 
 def clean(
     out: OutArgument,
-    run: Annotated[str, typer.Option("--run", help="Run to remove.")],
+    run: Annotated[str | None, typer.Option("--run", help="Run to remove.")] = None,
+    abandoned: Annotated[
+        bool, typer.Option("--abandoned", help="Every run that was given up unfinished for one with other settings.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove a run and everything it wrote."""
+    """Remove a run and everything it wrote, or every run that was given up."""
     from imgbatch.core.clean import remove_run
 
-    if not yes and not _confirmed(f"Remove run {run} of {out}, its labels included?"):
-        messages.print("nothing was removed; --yes removes without asking")
-        raise typer.Exit(ExitCode.FAILED)
+    if abandoned == (run is not None):
+        raise UsageError("name one run with --run, or give --abandoned")
+    if run is None:
+        _clean_abandoned(out, yes=yes)
+        return
+    _confirm(f"Remove run {run} of {out}, its labels included?", yes=yes)
     remove_run(out, run)
     console.print(f"removed {run}", markup=False)
+
+
+def _clean_abandoned(out: str, *, yes: bool) -> None:
+    from imgbatch.core.clean import abandoned_runs, remove_abandoned
+
+    found = abandoned_runs(out)
+    if not found:
+        console.print("no run there that was given up, nothing to remove", markup=False)
+        return
+    size_of = {each.run.run_id: each.num_bytes / 1e6 for each in found}
+    print_table(
+        ("run", "rows", "MB", "started"),
+        [
+            [each.run.run_id, f"{each.run.plan['num_rows']:,}", f"{each.num_bytes / 1e6:,.1f}", _started(each.run.plan)]
+            for each in found
+        ],
+    )
+    _confirm(f"Remove these {len(found):,} runs of {out}, {sum(size_of.values()):,.1f} MB?", yes=yes)
+    removed = remove_abandoned(out, [*size_of])
+    size_mb = sum(size_of[run_id] for run_id in removed)
+    console.print(f"removed {len(removed):,} runs, {size_mb:,.1f} MB", markup=False)
+
+
+def _confirm(question: str, *, yes: bool) -> None:
+    """Ends the command where a person, who is asked unless ``yes`` was given, does not agree."""
+    if not yes and not _confirmed(question):
+        messages.print("nothing was removed; --yes removes without asking")
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _confirmed(question: str) -> bool:

@@ -1,10 +1,13 @@
-"""Removing a run."""
+"""Removing runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from imgbatch.core import current, storage
 from imgbatch.core.output_files import KINDS
-from imgbatch.core.runs import find_run, list_runs
+from imgbatch.core.runs import RunEntry, find_run, is_alive, list_runs
 from imgbatch.errors import UsageError
 
 
@@ -20,7 +23,58 @@ def remove_run(out: str, run_id: str) -> None:
         raise UsageError(f"--run {run_id}: {', '.join(retries)} retries it; remove that first")
     storage.remove(run.paths.success)
     current.update(out)
-    for kind in KINDS:
-        storage.remove(run.paths.data(kind))
-        storage.remove_left_uploads(run.paths.data(kind), older_than_s=0)
-    storage.remove(run.paths.root)
+    _remove_files(run)
+
+
+@dataclass(frozen=True)
+class AbandonedRun:
+    """An unfinished run that another one was started in place of: nothing continues it, and no reader sees it."""
+
+    run: RunEntry
+    num_bytes: int
+    """Of everything that it wrote."""
+
+
+def abandoned_runs(out: str) -> list[AbandonedRun]:
+    """Those of an output, oldest first, but for one that a driver is at work on all the same.
+
+    Raises:
+        UsageError: no run there.
+    """
+    runs = list_runs(out)
+    if not runs:
+        raise UsageError(f"{out}: no run there")
+    return [AbandonedRun(run, _num_bytes(run)) for run in _abandoned(runs)]
+
+
+def remove_abandoned(out: str, run_ids: Sequence[str]) -> list[str]:
+    """Remove those of the runs that are abandoned still; returns which they were."""
+    runs = [run for run in _abandoned(list_runs(out)) if run.run_id in run_ids]
+    for run in runs:
+        _remove_files(run)
+    return [run.run_id for run in runs]
+
+
+def _abandoned(runs: Sequence[RunEntry]) -> list[RunEntry]:
+    retried = {run.parent for run in runs}
+    # A driver that was cut off when its run was abandoned may have come back, and finished it.
+    return [
+        run
+        for run in runs
+        if run.abandoned and not run.finished and run.run_id not in retried and not is_alive(run.paths)
+    ]
+
+
+def _directories(run: RunEntry) -> list[str]:
+    """What the run wrote; its records last, without which nobody knows of the others."""
+    return [*(run.paths.data(kind) for kind in KINDS), run.paths.root]
+
+
+def _num_bytes(run: RunEntry) -> int:
+    return sum(info.size for directory in _directories(run) for info in storage.iter_files(directory))
+
+
+def _remove_files(run: RunEntry) -> None:
+    for directory in _directories(run):
+        storage.remove(directory)
+        storage.remove_left_uploads(directory, older_than_s=0)

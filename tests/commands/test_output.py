@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import duckdb
@@ -14,8 +16,12 @@ import pytest
 
 from imgbatch.cli import run
 from imgbatch.config import load_config
+from imgbatch.core.clean import abandoned_runs
 from imgbatch.core.model import ModelBundle
+from imgbatch.core.runs import RunPaths, find_run, list_runs
 from imgbatch.core.views import open_views
+from imgbatch.errors import Interrupted
+from imgbatch.runtime.interrupts import StopSwitch
 from imgbatch.runtime.job import classify
 
 LABELS_SQL = "select image_id, label, probability from predictions order by image_id"
@@ -248,20 +254,85 @@ def test_clean_removes_a_run_and_nothing_else(copied, capsys):
     beside.write_text("of a person")
     assert "r000000000000" in refused(capsys, "clean", copied, "--run", "r000000000000", "--yes")
     assert "--run" in refused(capsys, "clean", copied, "--yes")
+    assert "--run" in refused(capsys, "clean", copied, "--run", run_id, "--abandoned", "--yes")
     assert printed(capsys, "clean", copied, "--run", run_id, "--yes") == f"removed {run_id}\n"
     assert sorted(path.name for path in copied.rglob("*") if path.is_file()) == ["current.json", "notes.txt"]
     assert str(copied) in refused(capsys, "query", copied, "select 1")
 
 
+def given_up(out: Path, photo_manifest: Path, tiny_model: ModelBundle, limit: int) -> RunPaths:
+    """A run that stopped after its first unit, and that another one was started in place of."""
+    flags = {
+        "input.manifest": str(photo_manifest),
+        "model.path": tiny_model.path,
+        "output.path": str(out),
+        "classify.engine": "local",
+        "classify.unit_rows": 16,
+        "errors.max_rate": 1.0,
+        "resources.device": "cpu",
+        "input.limit": limit,
+        "run.on_unfinished": "abandon",
+    }
+    stop = StopSwitch(itertools.count().__next__)
+    with pytest.raises(Interrupted):
+        classify(load_config(flags=flags | {"run.stop_after_s": 1.5}), stop=stop)
+    return find_run(str(out)).paths
+
+
+def test_clean_removes_what_was_given_up_and_nothing_else(
+    copied: Path, photo_manifest: Path, tiny_model: ModelBundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert printed(capsys, "clean", copied, "--abandoned") == "no run there that was given up, nothing to remove\n"
+    first, second, unfinished = (given_up(copied, photo_manifest, tiny_model, limit) for limit in (40, 50, 60))
+    files = [[path for path in Path(each.root).rglob("*") if path.is_file()] for each in (first, second)]
+    sizes = [sum(path.stat().st_size for path in written) for written in files]
+    assert [each.num_bytes for each in abandoned_runs(str(copied))] == sizes
+    _, *rows, removed = printed(capsys, "clean", copied, "--abandoned", "--yes").splitlines()
+    assert [row.split()[:3] for row in rows] == [
+        [each.run_id, str(limit), f"{size / 1e6:,.1f}"]
+        for each, limit, size in zip((first, second), (40, 50), sizes, strict=True)
+    ]
+    assert removed == f"removed 2 runs, {sum(sizes) / 1e6:,.1f} MB"
+    assert [entry.run_id for entry in list_runs(str(copied))] == [run_id_in(before), unfinished.run_id]
+    assert not Path(first.root).exists()
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def run_id_in(files: Iterable[Path]) -> str:
+    (run_id,) = {path.parent.name for path in files if path.name == "plan.json"}
+    return run_id
+
+
+@pytest.mark.parametrize("sign", ["_SUCCESS", "heartbeat.json"])
+def test_clean_leaves_a_run_that_was_given_up_too_early(
+    sign: str, copied: Path, photo_manifest: Path, tiny_model: ModelBundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its driver was cut off for a while, came back, and has finished it, or is still at work."""
+    first, _ = (given_up(copied, photo_manifest, tiny_model, limit) for limit in (40, 50))
+    alive = {"host": "elsewhere", "pid": 1, "time": time.time()}
+    Path(first.root, sign).write_text(json.dumps(alive) if sign == "heartbeat.json" else "")
+    assert printed(capsys, "clean", copied, "--abandoned", "--yes").startswith("no run there that was given up")
+    assert Path(first.plan).exists()
+
+
+@pytest.mark.parametrize("abandoned", [False, True], ids=["one run", "abandoned"])
 @pytest.mark.parametrize("said", ["n\n", "\n", ""], ids=["no", "nothing", "the end"])
-def test_clean_asks_and_takes_no_for_an_answer(copied, monkeypatch, tmp_path, capsys, said):
+def test_clean_asks_and_takes_no_for_an_answer(
+    copied, photo_manifest, tiny_model, monkeypatch, tmp_path, capsys, said, abandoned
+):
     answer = tmp_path / "answer"
+    which = ["--run", run_id_of(copied)]
+    if abandoned:
+        which = ["--abandoned"]
+        for limit in (40, 50):
+            given_up(copied, photo_manifest, tiny_model, limit)
     answer.write_text(said)
     before = sorted(copied.rglob("*"))
     with answer.open() as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
-        assert run(["clean", str(copied), "--run", run_id_of(copied)]) == 1
+        assert run(["clean", str(copied), *which]) == 1
     captured = capsys.readouterr()
-    assert "its labels included?" in captured.out
+    assert ("Remove these 1 runs of" if abandoned else "its labels included?") in captured.out
     assert captured.err == "nothing was removed; --yes removes without asking\n"
     assert sorted(copied.rglob("*")) == before
