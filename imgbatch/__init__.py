@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from imgbatch.core.model import ModelBundle
     from imgbatch.core.model import load_bundle as load_model
     from imgbatch.core.verify import VerifyResult, verify
-    from imgbatch.runtime.job import RunResult, classify
+    from imgbatch.runtime.job import RunResult, classify, retry
     from imgbatch.runtime.train import TrainResult, train
 
 _HOME = {
@@ -31,6 +31,7 @@ _HOME = {
     "verify": ("imgbatch.core.verify", "verify"),
     "RunResult": ("imgbatch.runtime.job", "RunResult"),
     "classify": ("imgbatch.runtime.job", "classify"),
+    "retry": ("imgbatch.runtime.job", "retry"),
     "TrainResult": ("imgbatch.runtime.train", "TrainResult"),
     "train": ("imgbatch.runtime.train", "train"),
     "Evaluation": ("imgbatch.core.evaluate", "Evaluation"),
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate",
     "load_config",
     "load_model",
+    "retry",
     "train",
     "verify",
 ]

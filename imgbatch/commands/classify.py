@@ -21,10 +21,13 @@ from imgbatch.commands.job_options import (
 )
 from imgbatch.commands.report import report_after_run
 from imgbatch.config import Config
-from imgbatch.errors import Status
+from imgbatch.errors import ImgbatchError, Status, UsageError
 
 if TYPE_CHECKING:
     from imgbatch.runtime.job import RunResult
+
+_NAMED_RUNS = 5
+"""Of those with failed rows."""
 
 
 def classify(
@@ -63,22 +66,79 @@ def classify(
 
 def retry(
     out: Annotated[str, typer.Argument(help="Output directory.")],
-    run: Annotated[str | None, typer.Option("--run", help="Run to retry; default: the newest.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", help="Run to retry; default: the newest that is no retry; older ones need --run."),
+    ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Every run with failed rows whose image no later run has labelled."),
+    ] = False,
     config_file: ConfigFile = None,
     engine: Engine = None,
     assignments: Assignments = None,
 ) -> None:
     """Classify the rows of a finished run that failed, as a child run that keeps their row_ids."""
+    from imgbatch.core.failed import find_retried
     from imgbatch.runtime.interrupts import stop_on_signals
     from imgbatch.runtime.job import retry as retry_job
 
+    if every and run is not None:
+        raise UsageError(f"--all retries run {run} too, if it needs it; give --all or --run")
     config = read_config(config_file, assignments, {"output.path": out, "classify.engine": engine})
+    if every:
+        _retry_all(config, out)
+        return
     with stop_on_signals() as stop:
         result = retry_job(config, run, messages, stop)
-    if result is None:
-        console.print("nothing to retry: every row has a prediction")
-    else:
+    if result is not None:
         _report(result, config)
+        return
+    retried = find_retried(out, run).run_id
+    console.print(f"nothing to retry in run {retried}: every row of it has a prediction", markup=False)
+    if elsewhere := _failed_elsewhere(out):
+        command = f"{this_command()} retry {out} --all"
+        console.print(f"without a prediction: {elsewhere}; `{command}` tries them again", markup=False)
+
+
+def _failed_elsewhere(out: str) -> str:
+    """How many rows of which runs have no prediction yet."""
+    from imgbatch.core.failed import failed_runs
+
+    failed = failed_runs(out)
+    named = [f"{len(each.row_ids):,} rows of run {each.run_id}" for each in failed[:_NAMED_RUNS]]
+    if others := failed[_NAMED_RUNS:]:
+        named.append(f"{sum(len(each.row_ids) for each in others):,} rows of {len(others):,} other runs")
+    return ", ".join(named)
+
+
+def _retry_all(config: Config, out: str) -> None:
+    from imgbatch.runtime.interrupts import stop_on_signals
+    from imgbatch.runtime.job import iter_retries
+
+    done: list[RunResult] = []
+    errors: dict[str, ImgbatchError] = {}
+    with stop_on_signals() as stop:
+        for each in iter_retries(config, messages, stop):
+            if each.result is not None:
+                told = f"run {each.run_id}, retried as run {each.result.run_id}: {_counted(each.result)}"
+                console.print(told, markup=False)
+                report_after_run(each.result.out, each.result.run_id, keep=False, config=config)
+                done.append(each.result)
+            elif each.error is not None:
+                messages.print(f"run {each.run_id} is passed over: {each.error}", markup=False, style="yellow")
+                errors[each.run_id] = each.error
+    if not done and not errors:
+        console.print("nothing to retry in any run: every row that failed has a prediction by now", markup=False)
+        return
+    num_rows, num_errors = sum(result.num_rows for result in done), sum(result.num_errors for result in done)
+    console.print(
+        f"{len(done):,} runs retried: {num_rows:,} rows, {num_rows - num_errors:,} predictions, {num_errors:,} errors",
+        markup=False,
+    )
+    if errors:
+        worst = min(errors.values(), key=lambda error: error.exit_code)  # 1 stands for what nobody foresaw
+        raise type(worst)(f"{out}: not retried: {', '.join(errors)}, for the reasons above")
 
 
 def _report(result: RunResult, config: Config) -> None:
@@ -87,12 +147,7 @@ def _report(result: RunResult, config: Config) -> None:
         if result.num_errors:
             command = f"{this_command()} retry {result.out} --run {result.run_id}"
             console.print(f"the rows that failed in it are tried again by `{command}` only", markup=False)
-    rate = f", {result.images_per_s:,.1f} images/s" if result.images_per_s else ""
-    console.print(
-        f"{result.num_rows:,} rows: {result.counts.get(Status.OK.value, 0):,} predictions, "
-        f"{result.num_errors:,} errors{rate}",
-        markup=False,
-    )
+    console.print(_counted(result), markup=False)
     for status, count in result.counts.items():
         if status != Status.OK:
             console.print(f"  {count:>9,} {status}", markup=False)
@@ -100,3 +155,9 @@ def _report(result: RunResult, config: Config) -> None:
     report_after_run(result.out, result.run_id, keep=result.already_finished, config=config)
     next_command = f'{this_command()} query {result.out} "select label, count(*) n from predictions group by 1"'
     console.print(f"next:    {next_command}", markup=False)
+
+
+def _counted(result: RunResult) -> str:
+    rate = f", {result.images_per_s:,.1f} images/s" if result.images_per_s else ""
+    num_predictions = result.num_rows - result.num_errors
+    return f"{result.num_rows:,} rows: {num_predictions:,} predictions, {result.num_errors:,} errors{rate}"

@@ -14,16 +14,16 @@ from typing import NamedTuple
 import pyarrow as pa
 from rich.console import Console
 
-from imgbatch.config import Config
+from imgbatch.config import Config, InputConfig, ModelConfig
 from imgbatch.core import current, storage
 from imgbatch.core.access import fetch_settings, moved_inputs
+from imgbatch.core.failed import failed_rows, failed_runs, find_retried, finished_retries
 from imgbatch.core.finalize import finalize
 from imgbatch.core.machine import Gpu
 from imgbatch.core.plan import DeviceKind, Run, plan_retry, plan_run, read_plan
 from imgbatch.core.preflight import check_sample
-from imgbatch.core.runs import RunEntry, find_run, heartbeat, list_runs
-from imgbatch.core.views import open_views
-from imgbatch.errors import ErrorBudgetExceeded, Interrupted, Status, UsageError
+from imgbatch.core.runs import RunEntry, heartbeat, list_runs
+from imgbatch.errors import ErrorBudgetExceeded, ImgbatchError, Interrupted, Status, UsageError
 from imgbatch.runtime.engine import Engine
 from imgbatch.runtime.interrupts import StopSwitch
 from imgbatch.runtime.passes import Passes
@@ -80,18 +80,94 @@ def retry(
 
     ``config`` gives resources, and what it sets itself of fetching and decoding, as more time for images that had too
     little; whatever else changes results comes from the parent's plan. It ends well even where all fail again.
+
+    Args:
+        run_id: none: that of a retry which is unfinished, else the newest run that is no retry.
+
+    Raises:
+        UsageError: no such run, it is unfinished, or its manifest or model is not what it was.
+        Interrupted: as for :func:`classify`.
     """
-    console = console or Console(quiet=True)
     stop = _begun(config, stop)
     out = storage.absolute(str(config.output.path))
-    parent = _unfinished_retry_parent(out, run_id) or _newest_root(out, run_id)
+    parent = find_retried(out, run_id)
     if not parent.finished:
         raise UsageError(f"run {parent.run_id} is unfinished; run its classify command again first")
+    _bring_up_to_date(out)
+    failed = failed_rows(out, parent)
+    return _retry(config, parent, failed, console or Console(quiet=True), stop) if len(failed) else None
+
+
+@dataclass(frozen=True)
+class RetriedRun:
+    """One run whose failed rows were to be classified again, by :func:`iter_retries`."""
+
+    run_id: str
+    """The run that they failed in."""
+    result: RunResult | None
+    error: ImgbatchError | None
+    """Why there is no result."""
+
+
+def iter_retries(
+    config: Config, console: Console | None = None, stop: StopSwitch | None = None
+) -> Iterator[RetriedRun]:
+    """As :func:`retry`, of every run with failed rows whose image has no prediction in a later run; each as it is done.
+
+    Manifest and model are those of each run's own command, wherever ``config`` says that they are: it may be that of
+    tonight. A run that cannot be retried, as when its manifest has changed, does not keep the others from it.
+
+    Raises:
+        UsageError: no finished run there, or no cluster.
+        Interrupted: as for :func:`classify`; the same again continues.
+    """
+    stop = _begun(config, stop)
+    out = storage.absolute(str(config.output.path))
+    _bring_up_to_date(out)
+    failed = failed_runs(out)
+    config = config.model_copy(update={"input": InputConfig(), "model": ModelConfig()})
+    with _one_ray(config) if failed else contextlib.nullcontext():
+        for each in failed:
+            stop.check()
+            try:
+                result = _retry(config, each.run, each.row_ids, console or Console(quiet=True), stop)
+            except Interrupted:
+                raise
+            except ImgbatchError as error:
+                yield RetriedRun(each.run_id, None, error)
+            else:
+                yield RetriedRun(each.run_id, result, None)
+
+
+def _begun(config: Config, stop: StopSwitch | None) -> StopSwitch:
+    """What ends the command, whose time begins."""
+    storage.configure(config.storage)
+    stop = stop or StopSwitch()
+    stop.turn_on_after(config.run.stop_after_s)
+    return stop
+
+
+def _bring_up_to_date(out: str) -> None:
     if not current.is_up_to_date(out):  # a command was killed at its end; what failed is read through current.json
         current.update(out)
-    failed = _failed_rows(out, parent)
-    if not len(failed):
-        return None
+
+
+@contextlib.contextmanager
+def _one_ray(config: Config) -> Iterator[None]:
+    """One Ray for several runs, if that is the engine: it takes seconds to start."""
+    if config.classify.engine == "local":
+        yield
+        return
+    from imgbatch.runtime.session import cluster_address, ray_session
+
+    machine = this_machine()
+    of_our_own = cluster_address(config) is None
+    pools = choose_pools(config.resources, choose_device(config.resources, machine), machine) if of_our_own else None
+    with ray_session(config, pools):
+        yield
+
+
+def _retry(config: Config, parent: RunEntry, failed: pa.Array, console: Console, stop: StopSwitch) -> RunResult:
     settled = read_plan(parent).config
     config = settled.model_copy(
         update={
@@ -106,51 +182,12 @@ def retry(
             "storage": config.storage,
             "ray": config.ray,
             "classify": config.classify,
-            "output": settled.output.model_copy(update={"path": out}),
+            "output": settled.output.model_copy(update={"path": parent.paths.out}),
         }
     )
     with hardware(config) as there:
-        attempt = len(_finished_retries(out, parent)) + 1
-        run = plan_retry(config, parent, failed, there.device, attempt=attempt)
-        return _work(run, console, stop)
-
-
-def _begun(config: Config, stop: StopSwitch | None) -> StopSwitch:
-    """What ends the command, whose time begins."""
-    storage.configure(config.storage)
-    stop = stop or StopSwitch()
-    stop.turn_on_after(config.run.stop_after_s)
-    return stop
-
-
-def _newest_root(out: str, run_id: str | None) -> RunEntry:
-    if run_id is not None:
-        return find_run(out, run_id)
-    roots = [run for run in list_runs(out) if run.parent is None and not run.abandoned]
-    return roots[-1] if roots else find_run(out)
-
-
-def _unfinished_retry_parent(out: str, run_id: str | None) -> RunEntry | None:
-    for run in list_runs(out):
-        if run.parent is not None and not run.finished and not run.abandoned and run_id in (None, run.parent):
-            return find_run(out, run.parent)
-    return None
-
-
-def _failed_rows(out: str, parent: RunEntry) -> pa.Array:
-    """row_ids of the parent's error rows that no retry has turned into a prediction, in order."""
-    retries = [run.run_id for run in _finished_retries(out, parent)]
-    with contextlib.closing(open_views(out)) as connection:
-        found = connection.sql(
-            "select row_id from all_errors where run_id = ? and row_id not in "
-            "(select row_id from all_predictions where run_id in (select unnest(?::varchar[]))) order by row_id",
-            params=[parent.run_id, retries],
-        )
-        return found.to_arrow_table()["row_id"].combine_chunks()
-
-
-def _finished_retries(out: str, parent: RunEntry) -> list[RunEntry]:
-    return [run for run in list_runs(out) if run.parent == parent.run_id and run.finished]
+        attempt = len(finished_retries(list_runs(parent.paths.out), parent.run_id)) + 1
+        return _work(plan_retry(config, parent, failed, there.device, attempt=attempt), console, stop)
 
 
 class Hardware(NamedTuple):

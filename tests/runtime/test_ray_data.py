@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from rich.console import Console
@@ -27,7 +28,7 @@ from imgbatch.core.views import open_views
 from imgbatch.errors import Interrupted, UsageError
 from imgbatch.runtime import ray_data
 from imgbatch.runtime.interrupts import StopSwitch
-from imgbatch.runtime.job import classify
+from imgbatch.runtime.job import classify, iter_retries
 from imgbatch.runtime.pools import Machine, choose_pools
 from imgbatch.runtime.ray_data import map_in_tasks
 from tests.conftest import changed
@@ -99,6 +100,17 @@ def test_a_command_whose_time_is_over_finishes_the_units_in_flight_and_the_same_
     classify(oracle)
     assert verify(result.out).ok
     assert_same_output(config, oracle)
+
+
+def test_nights_are_retried_on_one_ray(photo_config: Config, photos: list[Path], tmp_path: Path) -> None:
+    config = on_ray(photo_config, tmp_path)
+    for night in range(2):
+        late = tmp_path / f"{night}.jpg"
+        pq.write_table(pa.table({"uri": [str(photos[6 + night]), str(late)]}), tmp_path / f"{night}.parquet")
+        classify(changed(config, input__manifest=str(tmp_path / f"{night}.parquet"), classify__engine="local"))
+        late.write_bytes(photos[1].read_bytes())
+    assert [each.result and each.result.counts for each in iter_retries(config)] == [{"OK": 1}, {"OK": 1}]
+    assert ray.is_initialized()
 
 
 def test_a_model_that_does_not_load_ends_the_command_as_it_does_in_the_loop(

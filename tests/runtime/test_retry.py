@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,14 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import imgbatch
 from imgbatch.config import Config, load_config
 from imgbatch.core import current, storage
+from imgbatch.core.failed import failed_runs
 from imgbatch.core.model import ModelBundle
-from imgbatch.core.runs import RunPaths
+from imgbatch.core.runs import RunPaths, list_runs
 from imgbatch.core.verify import verify
 from imgbatch.errors import Interrupted, UsageError
 from imgbatch.runtime.interrupts import StopSwitch
-from imgbatch.runtime.job import RunResult, classify, retry
+from imgbatch.runtime.job import RunResult, classify, iter_retries, retry
 from tests.conftest import changed
 from tests.runtime.conftest import UNREADABLE, rows_of
 
@@ -174,3 +177,137 @@ def test_a_retry_that_is_unfinished_is_no_fault_of_the_run(
 def test_nothing_to_retry(photo_config: Config) -> None:
     classify(changed(photo_config, input__limit=4))
     assert retry(photo_config, None) is None
+    assert list(iter_retries(photo_config)) == []
+
+
+def test_it_is_called_from_python_too() -> None:
+    assert imgbatch.retry is retry
+
+
+class Nights:
+    """Two nights, and a third that labels one of the images that failed in the first.
+
+    Monday's rows 1 and 2 are to be tried again, and Tuesday's row 1 and 2, of which the first had failed on Monday too.
+    """
+
+    def __init__(self, config: Config, photos: list[Path], tmp_path: Path) -> None:
+        self._config = config
+        self.again = load_config(flags={"output.path": config.output.path, "classify.engine": "local"})
+        """Of a retry, which names no manifest."""
+        self._photos = photos
+        self._folder = tmp_path
+        self.monday = self.classify("monday", [photos[6], *self.late("a", "b", "often", "c")]).run_id
+        self.tuesday = self.classify("tuesday", [photos[7], *self.late("often", "d")]).run_id
+        self.arrive("c")
+        self.wednesday = self.classify("wednesday", [photos[8], *self.late("c")]).run_id
+
+    def late(self, *names: str) -> list[Path]:
+        return [self._folder / f"{name}.jpg" for name in names]
+
+    def arrive(self, *names: str) -> None:
+        for path in self.late(*names):
+            path.write_bytes(self._photos[1].read_bytes())
+
+    def manifest(self, night: str) -> Path:
+        return self._folder / f"{night}.parquet"
+
+    def classify(self, night: str, images: list[Path]) -> RunResult:
+        pq.write_table(pa.table({"uri": [str(path) for path in images]}), self.manifest(night))
+        return classify(changed(self._config, input__manifest=str(self.manifest(night))))
+
+    def wanted(self) -> list[tuple[str, list[int]]]:
+        return [(each.run_id, each.row_ids.to_pylist()) for each in failed_runs(str(self._config.output.path))]
+
+    def verify(self) -> None:
+        for run_id in (self.monday, self.tuesday, self.wednesday):
+            assert verify(str(self._config.output.path), run_id).ok
+
+
+@pytest.fixture
+def nights(photo_config: Config, photos: list[Path], tmp_path: Path) -> Nights:
+    return Nights(photo_config, photos, tmp_path)
+
+
+def test_every_night_with_images_that_no_later_one_labelled_is_retried(nights: Nights, photo_config: Config) -> None:
+    """An image that failed in two of them is tried once, and one that a later night labelled not at all; the manifest
+    that the configuration names is of no matter."""
+    assert retry(nights.again) is None, "of the newest run every row has a prediction"
+    assert nights.wanted() == [(nights.monday, [1, 2]), (nights.tuesday, [1, 2])]
+    nights.arrive("a", "d")
+    done = list(iter_retries(photo_config))
+    assert [(each.run_id, each.result and each.result.counts) for each in done] == [
+        (nights.monday, {"NOT_FOUND": 1, "OK": 1}),
+        (nights.tuesday, {"NOT_FOUND": 1, "OK": 1}),
+    ]
+    assert rows_of(photo_config, "select row_id from errors order by 1") == [(1,), (2,)]
+    nights.arrive("b", "often")
+    assert nights.wanted() == [(nights.monday, [2]), (nights.tuesday, [1])]
+    assert [each.result and each.result.counts for each in iter_retries(photo_config)] == [{"OK": 1}, {"OK": 1}]
+    assert rows_of(photo_config, "select count(*) from errors") == [(0,)]
+    assert nights.wanted() == []
+    nights.verify()
+
+
+def test_a_night_whose_manifest_has_changed_keeps_no_other_from_its_retry(
+    nights: Nights, photo_config: Config, photos: list[Path]
+) -> None:
+    nights.arrive("a", "d")
+    pq.write_table(pa.table({"uri": [str(photos[9])]}), nights.manifest("monday"))
+    passed_over, done = iter_retries(photo_config)
+    assert (passed_over.run_id, passed_over.result) == (nights.monday, None)
+    assert isinstance(passed_over.error, UsageError)
+    assert f"changed since run {nights.monday}" in str(passed_over.error)
+    assert done.result is not None
+    assert (done.run_id, done.result.counts["OK"]) == (nights.tuesday, 1)
+
+
+def test_what_was_interrupted_between_two_nights_goes_on_with_the_second(nights: Nights) -> None:
+    """Though rows of the first, which failed again, are still to be had."""
+    stop = StopSwitch()
+    retries = iter_retries(nights.again, stop=stop)
+    assert next(retries).run_id == nights.monday
+    stop.is_on = True
+    with pytest.raises(Interrupted):
+        next(retries)
+    assert nights.wanted() == [(nights.tuesday, [1, 2]), (nights.monday, [1, 2])]
+
+
+@pytest.mark.parametrize("every", [True, False], ids=["all", "one"])
+def test_what_was_interrupted_within_a_night_is_continued(nights: Nights, photo_config: Config, every: bool) -> None:
+    """Also by a retry of that run alone, which would have had more rows of its own."""
+    # Looked at when it begins, before the first night, and before its pass.
+    stop = StopSwitch(itertools.count().__next__)
+    with pytest.raises(Interrupted, match="stop_after_s"):
+        list(iter_retries(changed(photo_config, run__stop_after_s=1.5), stop=stop))
+    (child,) = (run for run in list_runs(str(photo_config.output.path)) if run.parent is not None)
+    assert (child.parent, child.finished, child.plan["num_rows"]) == (nights.monday, False, 2)
+    nights.arrive("a", "b")
+    result = next(iter_retries(photo_config)).result if every else retry(nights.again, nights.monday)
+    assert isinstance(result, RunResult)
+    assert (result.run_id, result.counts) == (child.run_id, {"OK": 2})
+    nights.verify()
+
+
+def test_every_row_of_an_image_that_stands_twice_is_retried(
+    photo_config: Config, photos: list[Path], tmp_path: Path
+) -> None:
+    late = tmp_path / "late.jpg"
+    pq.write_table(pa.table({"uri": [str(late), str(photos[6]), str(late)]}), tmp_path / "twice.parquet")
+    config = changed(photo_config, input__manifest=str(tmp_path / "twice.parquet"), input__duplicates="keep")
+    first = classify(config)
+    late.write_bytes(photos[1].read_bytes())
+    (done,) = iter_retries(config)
+    assert done.result is not None
+    assert done.result.counts == {"OK": 2}
+    assert verify(first.out).ok
+
+
+def test_a_retry_of_a_retry_counts_for_the_run_that_both_are_of(nights: Nights) -> None:
+    child = retry(nights.again, nights.tuesday)
+    assert child is not None
+    nights.arrive("d")
+    assert nights.wanted() == [(nights.monday, [1, 2]), (nights.tuesday, [1, 2])]
+    grandchild = retry(nights.again, child.run_id)
+    assert grandchild is not None
+    assert grandchild.counts == {"NOT_FOUND": 1, "OK": 1}
+    assert nights.wanted() == [(nights.monday, [1, 2]), (nights.tuesday, [1])]
