@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,12 @@ class OnnxGraph:
             options.intra_op_num_threads = num_threads
         self._device = torch.device(device)
         if self._device.type == "cuda":
-            _load_tensorrt(runtime)
+            versions = _load_tensorrt(runtime)
+            index = self._device.index or 0
+            major, minor = torch.cuda.get_device_capability(index)
             # ONNX Runtime names an engine after the graph alone, and would load one that was built for other batches.
-            name = f"{hashlib.sha256(model).hexdigest()[:16]}-{batch_size}"
-            self._session = load_with_engines(name, partial(_on_gpu, model, options, self._device.index or 0))
+            name = f"{hashlib.sha256(model).hexdigest()[:16]}-{batch_size}-{versions}-sm{major}{minor}"
+            self._session = load_with_engines(name, partial(_on_gpu, model, options, index))
         else:
             self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         (output,) = self._session.get_outputs()
@@ -87,13 +89,17 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _load_tensorrt(runtime: Any) -> None:
-    """CUDA's libraries come from the packages that torch has brought, TensorRT's from its own."""
+def _load_tensorrt(runtime: Any) -> str:
+    """CUDA's libraries come from the packages that torch has brought, TensorRT's from its own.
+
+    Gives the versions of what builds engines and loads them, of which neither loads another's.
+    """
     try:
-        import tensorrt  # noqa: F401
+        import tensorrt
     except ImportError as error:
         raise UsageError("tensorrt is not installed; pip install 'imgbatch[tensorrt]'") from error
     runtime.preload_dlls()
+    return f"trt{tensorrt.__version__}-ort{runtime.__version__}"
 
 
 def _on_gpu(model: bytes, options: Any, index: int, engines: Mapping[str, Any]) -> Any:
@@ -109,41 +115,60 @@ def _on_gpu(model: bytes, options: Any, index: int, engines: Mapping[str, Any]) 
 def load_with_engines(name: str, load: Callable[[Mapping[str, Any]], Any]) -> Any:
     """What ``load`` makes with TensorRT's options for engines, which are kept for the next process on this machine.
 
-    They come whole to ``$XDG_CACHE_HOME/imgbatch/tensorrt/NAME``, whoever is killed or builds them at the same time.
-    Those that do not serve, as after an update of TensorRT, are built once more. Where nothing can be written there
-    are no options, and nothing is kept.
+    They come whole to ``$XDG_CACHE_HOME/imgbatch/tensorrt/NAME``, whoever is killed. Of processes that start at the
+    same time one builds them and the others wait: that takes minutes, and TensorRT chooses by timing, so engines of two
+    builds need not agree. Those that do not serve are built once more. Where nothing can be written there are no
+    options, and nothing is kept.
     """
-    from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
-
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "imgbatch", "tensorrt")
         cache.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # there may be no home directory
         return load({})
     kept = cache / name
-    if any(kept.glob("*")):
+    with _locked(cache / f"{name}.lock"):
+        if (loaded := _load_kept(kept, load)) is not None:
+            return loaded
         try:
-            return load(_engine_options(kept))
-        except EPFail as error:
-            if "could not deserialize engine" not in str(error):
-                raise
-            shutil.rmtree(kept, ignore_errors=True)
+            building = tempfile.TemporaryDirectory(prefix=f"{name}-", dir=cache)
+        except OSError:
+            return load({})
+        with building:
+            loaded = load(_engine_options(Path(building.name)))
+            with contextlib.suppress(OSError):  # where there are no locks, another process may have been first
+                Path(building.name).rename(kept)
+        return loaded
+
+
+def _load_kept(kept: Path, load: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """With the engines that are kept; none where there are none, or those that do not serve, which are removed."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
+
+    if not any(kept.glob("*")):
+        return None
     try:
-        building = tempfile.TemporaryDirectory(prefix=f"{name}-", dir=cache)
-    except OSError:
-        return load({})
-    with building:
-        loaded = load(_engine_options(Path(building.name)))
-        with contextlib.suppress(OSError):  # another process was first
-            Path(building.name).rename(kept)
-    return loaded
+        return load(_engine_options(kept))
+    except EPFail as error:
+        if "could not deserialize engine" not in str(error):
+            raise
+    shutil.rmtree(kept, ignore_errors=True)
+    return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """No other process of this machine is in such a block meanwhile, where the file system has locks.
+
+    A lock ends with its process. The file stays: another process may be about to lock it.
+    """
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
+        yield
 
 
 def _engine_options(engines: Path) -> dict[str, Any]:
-    return {
-        "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(engines),
-        # How long each layer took is true for other engines too.
-        "trt_timing_cache_enable": True,
-        "trt_timing_cache_path": str(engines.parent),
-    }
+    # No timing cache: ONNX Runtime writes it in place, and where TensorRT does not take it, builds nothing any more.
+    return {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(engines)}

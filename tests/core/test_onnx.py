@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import tomllib
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import requires
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 import torch
 
 from imgbatch.config import Config
-from imgbatch.core import onnx_build
+from imgbatch.core import onnx_build, onnx_predict
 from imgbatch.core.backends import Backend, build_predictor
 from imgbatch.core.manifest import open_manifest
 from imgbatch.core.model import ModelBundle
@@ -137,17 +140,22 @@ def test_the_extra_for_gpus_brings_the_libraries_that_torch_does_not():
 class Builder:
     """Keeps engines as ONNX Runtime does: loads one that is there, and writes one that it has built."""
 
-    def __init__(self, *, is_ended: bool = False) -> None:
+    def __init__(self, *, is_ended: bool = False, meeting: Barrier | None = None) -> None:
+        """
+        Args:
+            meeting: of those that build at the same time; who builds alone does not wait for long.
+        """
         self.is_ended = is_ended
+        self.meeting = meeting
         self.places: list[Path] = []
         """Where it has built one."""
-        self.timings: set[str] = set()
+        self.options: set[str] = set()
 
     def __call__(self, options: Mapping[str, Any]) -> str:
         if not options:
             return "not kept"
         engine = Path(options["trt_engine_cache_path"], "a.engine")
-        self.timings.add(options["trt_timing_cache_path"])
+        self.options.update(options)
         if engine.exists():
             if engine.read_text() != "whole":
                 raise EPFail(f"TensorRT EP could not deserialize engine from cache: {engine}")
@@ -155,6 +163,9 @@ class Builder:
         engine.write_text("torn")
         if self.is_ended:
             raise KeyboardInterrupt
+        if self.meeting:
+            with contextlib.suppress(BrokenBarrierError):
+                self.meeting.wait(timeout=2)
         engine.write_text("whole")
         self.places.append(engine.parent)
         return "built"
@@ -169,16 +180,54 @@ def cache_in_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_an_engine_is_built_once_and_comes_whole(cache: Path):
     builder = Builder()
     assert [load_with_engines(name, builder) for name in ("a-8", "a-8", "a-1")] == ["built", "loaded", "built"]
-    assert sorted(path.name for path in cache.iterdir()) == ["a-1", "a-8"]
+    assert sorted(path.name for path in cache.iterdir()) == ["a-1", "a-1.lock", "a-8", "a-8.lock"]
     assert not any(place.exists() for place in builder.places), "they were built beside where they are kept"
-    # How long each layer took is true for all of them.
-    assert builder.timings == {str(cache)}
+    # A timing cache would be one file of all that build, of every version, and one that is torn ends every build.
+    assert builder.options == {"trt_engine_cache_enable", "trt_engine_cache_path"}
+
+
+def test_of_those_that_start_at_once_one_builds_the_engine_and_the_others_wait(cache: Path):
+    builder = Builder(meeting=Barrier(2))
+    with ThreadPoolExecutor(2) as actors:
+        made = list(actors.map(load_with_engines, ["a-8"] * 2, [builder] * 2))
+    assert sorted(made) == ["built", "loaded"]
+    assert sorted(path.name for path in cache.iterdir()) == ["a-8", "a-8.lock"]
+
+
+def test_an_engine_is_of_one_version_and_one_kind_of_gpu(float_graph: bytes, monkeypatch: pytest.MonkeyPatch):
+    import onnxruntime
+
+    names: list[str] = []
+
+    def on_cpu(name: str, _load: object) -> Any:
+        names.append(name)
+        return onnxruntime.InferenceSession(float_graph, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnx_predict, "load_with_engines", on_cpu)
+    same = ("10.14", "1.32", (7, 5), 8)
+    for tensorrt, version, capability, batch_size in (
+        same,
+        same,
+        ("11.0", *same[1:]),
+        ("10.14", "1.33", *same[2:]),
+        ("10.14", "1.32", (8, 9), 8),
+        (*same[:3], 16),
+    ):
+        package = ModuleType("tensorrt")
+        package.__dict__["__version__"] = tensorrt
+        monkeypatch.setitem(sys.modules, "tensorrt", package)
+        monkeypatch.setattr(onnxruntime, "__version__", version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index, found=capability: found)
+        OnnxGraph(float_graph, device="cuda", batch_size=batch_size, num_threads=None)
+    assert names[0] == names[1]
+    assert len(set(names)) == 5
 
 
 def test_whoever_is_ended_while_it_builds_an_engine_leaves_none(cache: Path):
     with pytest.raises(KeyboardInterrupt):
         load_with_engines("a-8", Builder(is_ended=True))
-    assert list(cache.iterdir()) == []
+    assert [path.name for path in cache.iterdir()] == ["a-8.lock"]
     assert load_with_engines("a-8", Builder()) == "built"
 
 
