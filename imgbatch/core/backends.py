@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,18 +315,25 @@ def _missing_tool(variant: Variant) -> str | None:
             if importlib.util.find_spec(name) is None:
                 return f"{name} is not installed here; pip install 'imgbatch[{extra}]'"
     elif variant.device == "cuda":
-        if _lacks_compiler(Path("/dev")):
-            return "torch.compile needs a C compiler; install gcc or name one in CC"
+        return _missing_for_triton()
     elif variant.target == "torch-compile" and shutil.which(os.environ.get("CXX", "g++")) is None:
         return "torch.compile needs a C++ compiler; install g++ or name one in CXX"
     return None
 
 
-def _lacks_compiler(devices: Path) -> bool:
-    """Whether this machine has a GPU and nothing that Triton could compile with.
+def _missing_for_triton() -> str | None:
+    """What this machine, if it has a GPU, lacks to compile what Triton launches kernels with; none: nothing.
 
     Of the nodes behind a head without a GPU nothing is known here: they tell when they load the model.
     """
+    if not local_gpus():
+        return None
     named = os.environ.get("CC")
-    compilers = [named] if named else ["gcc", "clang"]
-    return any(devices.glob("nvidia[0-9]*")) and not any(shutil.which(name) for name in compilers)
+    if not any(shutil.which(name) for name in ([named] if named else ["gcc", "clang"])):
+        return "torch.compile needs a C compiler; install gcc or name one in CC"
+    scheme = sysconfig.get_default_scheme()
+    # As Triton has it, for Debian's own Python.
+    headers = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    if not Path(headers, "Python.h").exists():
+        return f"torch.compile needs Python's headers in {headers}; install them (Debian: python3-dev)"
+    return None

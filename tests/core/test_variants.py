@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 
 from imgbatch.config import ClassifyConfig, Config, OutputConfig, RayConfig
 from imgbatch.core import backends
-from imgbatch.core.backends import Backend, _lacks_compiler, build_predictor, choose_backend, planned_backend
+from imgbatch.core.backends import Backend, build_predictor, choose_backend, planned_backend
 from imgbatch.core.machine import Gpu
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.variants import Agreement, Variant, load_variants, read_files, save_variant
@@ -183,7 +183,7 @@ V100, T4, A100 = Gpu("V100", (7, 0)), Gpu("T4", (7, 5)), Gpu("A100", (8, 0))
 
 
 @pytest.fixture
-def on_gpus(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> ModelBundle:
+def on_gpus(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModelBundle:
     """A bundle with three variants for GPUs, and this machine as if it had what runs them but for the GPU."""
     bundle = make_bundle()
     for rate, target in enumerate(("onnx-int8", "torch-compile", "torch-bf16"), start=2):
@@ -193,7 +193,16 @@ def on_gpus(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> ModelBu
         package.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setattr(backends, "local_gpus", tuple)
+    monkeypatch.setenv("CC", sys.executable)
+    (tmp_path / "Python.h").touch()
+    plant_headers(monkeypatch, "venv", {"venv": tmp_path})
     return bundle
+
+
+def plant_headers(monkeypatch: pytest.MonkeyPatch, scheme: str, places: dict[str, Path]) -> None:
+    """A Python of this scheme, with its headers at these places."""
+    planted = SimpleNamespace(get_default_scheme=lambda: scheme, get_path=lambda _name, scheme: str(places[scheme]))
+    monkeypatch.setattr(backends, "sysconfig", planted)
 
 
 @pytest.mark.parametrize(
@@ -305,20 +314,37 @@ def test_torch_compile_needs_a_compiler(make_bundle: MakeBundle, monkeypatch: py
     assert "needs a C++ compiler" in choose(bundle).left_out[0]
 
 
-def test_a_gpu_needs_a_c_compiler_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("CC", raising=False)
+def test_a_gpu_needs_a_c_compiler_beside_it(on_gpus: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not _lacks_compiler(tmp_path), "a head without a GPU knows nothing of the nodes that have one"
-    (tmp_path / "nvidia0").touch()
-    assert _lacks_compiler(tmp_path)
+    assert choose(on_gpus, device="cuda").left_out == (), (
+        "a head without a GPU knows nothing of the nodes that have one"
+    )
+    monkeypatch.setattr(backends, "local_gpus", lambda: (A100,))
+    missing = "torch-bf16 is left out: torch.compile needs a C compiler; install gcc or name one in CC"
+    assert choose(on_gpus, device="cuda").left_out[0] == missing
     for name, variable in (("clang", None), ("nvcc-cc", "nvcc-cc")):
         compiler = tmp_path / name
         compiler.touch(mode=0o755)
         if variable:
             monkeypatch.setenv("CC", variable)
-        assert not _lacks_compiler(tmp_path)
+        assert choose(on_gpus, device="cuda").name == "torch_bf16"
         compiler.unlink()
-        assert _lacks_compiler(tmp_path)
+        assert choose(on_gpus, device="cuda").left_out[0] == missing
+
+
+def test_a_gpu_needs_pythons_headers_where_triton_looks_for_them(
+    on_gpus: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    places = {"posix_local": tmp_path / "local", "posix_prefix": tmp_path / "prefix", "venv": tmp_path / "venv"}
+    monkeypatch.setattr(backends, "local_gpus", lambda: (A100,))
+    for scheme, looked_in in (("posix_local", places["posix_prefix"]), ("venv", places["venv"])):
+        plant_headers(monkeypatch, scheme, places)
+        expected = f"torch-bf16 is left out: torch.compile needs Python's headers in {looked_in};"
+        assert choose(on_gpus, device="cuda").left_out[0].startswith(expected)
+        looked_in.mkdir()
+        (looked_in / "Python.h").touch()
+        assert choose(on_gpus, device="cuda").name == "torch_bf16"
 
 
 def test_a_gpu_computes_fp32_with_what_torch_allows_it(make_bundle: MakeBundle):
