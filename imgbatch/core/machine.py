@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ _CAPABILITIES = {
 can all that is asked for."""
 _CAPABILITY_ATTRIBUTES = (75, 76)
 """Major and minor: ``CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`` and ``_MINOR`` of cuda.h."""
+_CUDA_13, _CUDA_13_CAPABILITY = 13, (7, 5)
+"""Which left Volta and older behind, and so have the builds of torch for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +97,77 @@ def gpu_of_type(name: str) -> Gpu:
 
 
 def local_gpus(driver: Any = None) -> tuple[Gpu, ...]:
-    """GPUs that CUDA shows this process, without a context on any; empty where its driver does not answer.
+    """GPUs that this process and those it starts may use, without a context on any; empty where CUDA does not answer.
 
     Args:
         driver: CUDA's library; none: that of this machine.
     """
-    try:
-        cuda = driver or ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return ()
+    cuda = driver or _load_driver()
     count = ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+    if cuda is None or cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
         return ()
-    return tuple(_local_gpu(cuda, index) for index in range(count.value))
+    gpus = tuple(_local_gpu(cuda, index) for index in range(count.value))
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    # CUDA shows a process the first of several MIG instances; each actor gets one of its own.
+    return gpus[:1] * len(visible) if visible and visible[0].startswith("MIG-") else gpus
+
+
+def why_torch_lacks(gpus: Sequence[Gpu], driver_cuda: int | None, torch_cuda: int | None) -> str:
+    """Why torch does not compute on these GPUs, and what to do about it, in a line; empty: nothing speaks against it.
+
+    One that it does not compute on is enough, as a run takes all.
+
+    Args:
+        driver_cuda: the major version of CUDA that the driver is for, where it is known.
+        torch_cuda: that which torch was built with.
+    """
+    if not gpus or torch_cuda is None or torch_cuda < _CUDA_13:
+        return ""
+    if driver_cuda is not None and driver_cuda < torch_cuda:
+        newer = "driver 580 or newer" if torch_cuda == _CUDA_13 else "a newer driver"
+        return f"torch is for CUDA {torch_cuda} and the GPU's driver for CUDA {driver_cuda}; install {newer}"
+    lacking = sorted({gpu.name for gpu in gpus if gpu.lacks(_CUDA_13_CAPABILITY)})
+    if not lacking:
+        return ""
+    major, minor = _CUDA_13_CAPABILITY
+    return (
+        f"torch for CUDA {torch_cuda} needs GPUs of compute capability {major}.{minor}, which {', '.join(lacking)} "
+        f"is below; install torch from https://download.pytorch.org/whl/cu126, or keep to other GPUs "
+        f"(CUDA_VISIBLE_DEVICES, on a cluster resources.classify_labels)"
+    )
+
+
+def cuda_of_driver(driver: Any = None) -> int | None:
+    """The major version of CUDA that the driver of this machine's GPUs is for; none: there is no driver.
+
+    Args:
+        driver: CUDA's library; none: that of this machine.
+    """
+    cuda = driver or _load_driver()
+    version = ctypes.c_int()
+    if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return version.value // 1000
+
+
+def cuda_of_torch() -> int | None:
+    """The major version of CUDA that torch was built with, without importing it; none: without CUDA."""
+    package = importlib.util.find_spec("torch")
+    if package is None or package.origin is None:
+        return None
+    try:
+        text = Path(package.origin).with_name("version.py").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^cuda\b.*=\s*['\"](\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _load_driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
 
 
 def _local_gpu(cuda: Any, index: int) -> Gpu:

@@ -39,7 +39,8 @@ def decode_on_ray(store: CropStore, config: Config) -> None:
     if not parts:
         return
     configure_ray_data()
-    pools = choose_pools(config.resources, "cpu", cluster_machine())
+    resources = config.resources.model_copy(update={"classify_labels": {}})  # no model runs
+    pools = choose_pools(resources, "cpu", cluster_machine(resources))
     with warnings.catch_warnings():
         # Finite retries have no other way in: the named parameters that replace remote args lack them.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)

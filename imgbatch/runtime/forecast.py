@@ -27,7 +27,15 @@ from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.units import UnitLayout, max_unit_rows
 from imgbatch.errors import UsageError
 from imgbatch.runtime.memory import MemoryBudget, memory_budget
-from imgbatch.runtime.pools import Machine, Pools, choose_batch_size, choose_device, choose_pools, this_machine
+from imgbatch.runtime.pools import (
+    Machine,
+    Pools,
+    choose_batch_size,
+    choose_device,
+    choose_pools,
+    device_remarks,
+    this_machine,
+)
 from imgbatch.schema import TARGET, TARGETS, URI
 
 _START_UP_S = 30.0
@@ -102,6 +110,7 @@ def forecast(config: Config) -> Forecast:
     left = layout.num_rows - sum(layout.unit(index).num_rows for index in done)
     hours = (left / rates[limit] + _START_UP_S) / 3600 if limit and state != "finished" else None
     statuses = Counter(error.status.value for error in sample.decoded.errors if error) if sample else Counter()
+    warnings += [*device_remarks(config.resources, machine), *gpu_warnings(pools, machine)]
     warnings += [*_blocked(config, fields, out), *backend.left_out, *input_warnings(sample, bundle, spec)]
     if rates and limit is None:
         warnings.append(
@@ -165,7 +174,7 @@ def _place(config: Config) -> Iterator[_Place]:
                 regions = session.cluster_regions() or configured
                 warnings = zone_warnings(*session.cluster_zones())
                 gpus = session.cluster_gpus(config.resources.classify_labels)
-                yield _Place(session.cluster_machine(), regions, warnings, gpus)
+                yield _Place(session.cluster_machine(config.resources), regions, warnings, gpus)
             return
     yield _Place(this_machine(), configured, [])
 
@@ -243,7 +252,9 @@ def _runs_here(backend: Backend, device: DeviceKind) -> bool:
     """Whether this machine, which may be the head of a cluster, has what runs the model."""
     variant = backend.variant
     if device == "cuda":
-        return this_machine().num_gpus > 0 and (variant is None or not lacking_gpus(variant.target, local_gpus()))
+        here = this_machine()
+        fit = here.num_gpus > 0 and not here.unfit_gpus
+        return fit and (variant is None or not lacking_gpus(variant.target, local_gpus()))
     return variant is None or without_bfloat16(variant.target, device) is None
 
 
@@ -316,6 +327,16 @@ def unit_warnings(layout: UnitLayout, images_per_s: float | None, max_rows: int)
             f"{_UNITS_PER_S}; {advice}"
         )
     return warnings
+
+
+def gpu_warnings(pools: Pools, machine: Machine) -> list[str]:
+    """Of classify actors that would wait for a GPU of their own; a cluster that starts from zero has none yet."""
+    if pools.classify_gpus and 0 < machine.num_gpus < pools.classify_actors:
+        return [
+            f"resources.classify_actors is {pools.classify_actors} and there are {machine.num_gpus} GPUs for them: "
+            f"those beyond wait until there are more"
+        ]
+    return []
 
 
 def price_per_hour(plan: PlanConfig, given: float | None) -> float | None:

@@ -27,7 +27,7 @@ from imgbatch.errors import ErrorBudgetExceeded, ImgbatchError, Interrupted, Sta
 from imgbatch.runtime.engine import Engine
 from imgbatch.runtime.interrupts import StopSwitch
 from imgbatch.runtime.passes import Passes
-from imgbatch.runtime.pools import Pools, choose_device, choose_pools, this_machine
+from imgbatch.runtime.pools import Machine, Pools, choose_device, choose_pools, device_remarks, this_machine
 from imgbatch.runtime.reporter import Reporter
 from imgbatch.runtime.run_log import RunLog
 
@@ -208,10 +208,11 @@ def hardware(config: Config) -> Iterator[Hardware]:
         from imgbatch.runtime.session import cluster_gpus, cluster_machine, ray_session
 
         with ray_session(config):
-            device = choose_device(resources, cluster_machine())
+            device = choose_device(resources, cluster_machine(resources))
             yield Hardware(device, cluster_gpus(resources.classify_labels))
         return
-    yield Hardware(choose_device(resources, this_machine()), None)
+    # What is named for a cluster, this machine need not have.
+    yield Hardware(choose_device(resources, Machine(0, 0) if config.on_cluster else this_machine()), None)
 
 
 @contextlib.contextmanager
@@ -243,7 +244,7 @@ def open_engine(run: Run, meanwhile: Callable[[], object] = lambda: None) -> Ite
         from imgbatch.runtime.ray_data import RayEngine
 
         def sized() -> Pools:
-            return choose_pools(run.config.resources, run.plan.device, cluster_machine())
+            return choose_pools(run.config.resources, run.plan.device, cluster_machine(run.config.resources))
 
         lighter = without_data_actors() if is_our_own else contextlib.nullcontext()
         with lighter, contextlib.closing(RayEngine(run, sized)) as ray_engine:
@@ -279,7 +280,7 @@ def _classify_pending(run: Run, console: Console, stop: StopSwitch) -> RunResult
             with open_engine(run, lambda: check_sample(run)) as engine:
                 log.engine_described(engine.describe())
                 reporter.say(f"{engine.describe()}, {run.plan.device}; {run.spec.describe()}")
-                for line in (run.backend.describe(), *run.backend.left_out):
+                for line in (*_device_remarks(run.config), run.backend.describe(), *run.backend.left_out):
                     reporter.say(line)
                 Passes(run, engine, reporter, pending, find_pending=run.pending_units, log=log, stop=stop).run_all()
                 counts = finalize(run, engine.map_parts)["counts"]
@@ -296,6 +297,14 @@ def _classify_pending(run: Run, console: Console, stop: StopSwitch) -> RunResult
         raise
     record = log.write("finished")
     return RunResult(run.paths.out, run.run_id, counts, already_finished=False, images_per_s=record["images_per_s"])
+
+
+def _device_remarks(config: Config) -> list[str]:
+    if not config.on_cluster:
+        return device_remarks(config.resources, this_machine())
+    from imgbatch.runtime.session import cluster_machine
+
+    return device_remarks(config.resources, cluster_machine(config.resources))
 
 
 def _counted(counts: dict[str, int]) -> str:

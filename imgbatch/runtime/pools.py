@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from imgbatch.config import ResourcesConfig
 from imgbatch.core.backends import Backend
-from imgbatch.core.machine import num_cpus
+from imgbatch.core.machine import cuda_of_driver, cuda_of_torch, local_gpus, num_cpus, why_torch_lacks
 from imgbatch.core.plan import DeviceKind
 from imgbatch.errors import UsageError
 
@@ -25,12 +23,18 @@ twice that and more; but whatever an actor does in Python, its threads do in tur
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is: of this machine, or summed over a cluster."""
+    """What there is: of this machine, or summed over a cluster's nodes."""
 
     num_cpus: int
+    """Of nodes that decode."""
     num_gpus: int
+    """Of nodes that run the model."""
     node_cpus: int = 0
     """Of the smallest node that has any; 0: it is all one."""
+    model_cpus: int | None = None
+    """Of nodes that run the model; none: the same as those that decode."""
+    unfit_gpus: str = ""
+    """Why torch does not compute on its GPUs, in a line; empty: nothing speaks against it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +85,30 @@ class Pools:
 
 
 def this_machine() -> Machine:
-    """Cores that this process may use, and NVIDIA devices by their device files (importing torch costs seconds)."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None:
-        num_gpus = len([part for part in hidden.split(",") if part.strip() not in ("", "-1")])
-    else:
-        num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return Machine(num_cpus(), num_gpus)
+    """Cores and GPUs that this process and those it starts may use."""
+    gpus = local_gpus()
+    return Machine(num_cpus(), len(gpus), unfit_gpus=why_torch_lacks(gpus, cuda_of_driver(), cuda_of_torch()))
 
 
 def choose_device(config: ResourcesConfig, machine: Machine) -> DeviceKind:
-    """The device that ``resources.device`` means on ``machine``."""
+    """The device that ``resources.device`` means on ``machine``.
+
+    Raises:
+        UsageError: ``cuda``, and torch does not compute on this machine's GPUs; a cluster's nodes may have another
+            torch, and tell when they load the model.
+    """
+    if config.device == "cuda" and machine.unfit_gpus and not machine.node_cpus:
+        raise UsageError(f"resources.device cuda: {machine.unfit_gpus}")
     if config.device != "auto":
         return config.device
-    return "cuda" if machine.num_gpus else "cpu"
+    return "cuda" if machine.num_gpus and not machine.unfit_gpus else "cpu"
+
+
+def device_remarks(config: ResourcesConfig, machine: Machine) -> list[str]:
+    """Why ``auto`` is the CPU where there are GPUs, in one line; nothing where it is not."""
+    if config.device == "auto" and machine.unfit_gpus:
+        return [f"resources.device auto: the CPU, as {machine.unfit_gpus}"]
+    return []
 
 
 def choose_batch_size(configured: int | str, device: DeviceKind, crop_size: int, backend: Backend | None = None) -> int:
@@ -126,13 +140,16 @@ def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) 
     Raises:
         UsageError: a cluster that has nothing yet, and sizes that would be taken from what it has.
     """
-    there = machine.num_gpus if device == "cuda" else machine.num_cpus
+    model_cpus = machine.num_cpus if machine.model_cpus is None else machine.model_cpus
+    there = machine.num_gpus if device == "cuda" else min(machine.num_cpus, model_cpus)
     if not there and "auto" in (config.decode_actors, config.classify_actors):
+        labelled = " on nodes with the labels asked for" if config.decode_labels or config.classify_labels else ""
         raise UsageError(
-            f"resources: there is no {'GPU' if device == 'cuda' else 'CPU'} yet; on a cluster that starts from "
-            f"zero give resources.device, resources.decode_actors and resources.classify_actors"
+            f"resources: there is no {'GPU' if device == 'cuda' else 'CPU'} yet{labelled}; on a cluster that starts "
+            f"from zero give resources.device, resources.decode_actors and resources.classify_actors"
         )
     cores = machine.num_cpus or _given(config.decode_actors, 1)
+    model_cores = model_cpus or cores
     node_cpus = machine.node_cpus or cores
     if device == "cuda":
         classify_actors = _given(config.classify_actors, max(1, machine.num_gpus))
@@ -150,16 +167,16 @@ def choose_pools(config: ResourcesConfig, device: DeviceKind, machine: Machine) 
         config.decode_actors,
         config.decode_processes,
     )
-    threads = _given(config.classify_threads, min(_MAX_AUTO_THREADS, node_cpus, max(1, cores // 8)))
+    threads = _given(config.classify_threads, min(_MAX_AUTO_THREADS, node_cpus, max(1, model_cores // 8)))
     classify_actors, streams = _shared_out(
-        max(1, cores // threads),
+        max(1, model_cores // threads),
         max(1, min(_MAX_STREAMS, node_cpus // threads)),
         config.classify_actors,
         config.classify_streams,
     )
     share = 0.2 if node_cpus < cores else 0.5
     decode_cpus = _cpu_share(share * cores / decode_actors)
-    classify_cpus = _cpu_share(share * cores / classify_actors)
+    classify_cpus = _cpu_share(share * model_cores / classify_actors)
     return Pools(decode_actors, processes, classify_actors, streams, threads, decode_cpus, classify_cpus, 0.0)
 
 

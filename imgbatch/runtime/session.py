@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 
-from imgbatch.config import Config
-from imgbatch.core.machine import Gpu, gpu_of_type, memory_bytes
+from imgbatch.config import Config, ResourcesConfig
+from imgbatch.core.machine import Gpu, cuda_of_torch, gpu_of_type, memory_bytes, why_torch_lacks
 from imgbatch.core.units import MAX_UNIT_PIXEL_BYTES
 from imgbatch.errors import UsageError
 from imgbatch.runtime.own_ray import NO_TASK_EVENTS, without_idle_processes
@@ -89,10 +89,13 @@ def _start(config: Config, pools: Pools | None) -> None:
             if address is not None:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
+                machine = this_machine()
                 with without_idle_processes():
                     ray.init(
                         address="local",
-                        num_cpus=this_machine().num_cpus,
+                        num_cpus=machine.num_cpus,
+                        # Ray counts whole GPUs, of which several MIG instances may be one.
+                        num_gpus=machine.num_gpus,
                         object_store_memory=_store_bytes(config, pools),
                         include_dashboard=False,
                         log_to_driver=False,
@@ -116,11 +119,33 @@ def _quiet_start() -> Iterator[None]:
         os.close(kept)
 
 
-def cluster_machine() -> Machine:
-    """CPUs and GPUs of the connected cluster."""
-    resources = ray.cluster_resources()
-    smallest = min((int(node["Resources"].get("CPU", 0)) for node in _working_nodes()), default=0)
-    return Machine(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), node_cpus=smallest)
+def cluster_machine(resources: ResourcesConfig) -> Machine:
+    """As :func:`machine_of_nodes`, of the connected cluster."""
+    return machine_of_nodes(_working_nodes(), resources)
+
+
+def machine_of_nodes(nodes: Iterable[Mapping[str, Any]], resources: ResourcesConfig) -> Machine:
+    """CPUs and GPUs of the nodes that the actors may use.
+
+    Args:
+        nodes: as ``ray.nodes`` describes them.
+    """
+    nodes = list(nodes)
+    decoding = _selected(nodes, resources.decode_labels)
+    classifying = _selected(nodes, resources.classify_labels)
+    unfit = why_torch_lacks(gpus_of_nodes(nodes, resources.classify_labels), None, cuda_of_torch())
+    return Machine(
+        int(sum(each.get("CPU", 0) for each in decoding)),
+        int(sum(each.get("GPU", 0) for each in classifying)),
+        node_cpus=min((int(each["CPU"]) for each in decoding + classifying if each.get("CPU", 0) >= 1), default=0),
+        model_cpus=int(sum(each.get("CPU", 0) for each in classifying)),
+        unfit_gpus=unfit,
+    )
+
+
+def _selected(nodes: Iterable[Mapping[str, Any]], selector: Mapping[str, str]) -> list[Mapping[str, float]]:
+    """Resources of the nodes with these labels."""
+    return [node["Resources"] for node in nodes if is_selected(node["Labels"], selector)]
 
 
 def cluster_gpus(selector: Mapping[str, str]) -> tuple[Gpu, ...]:

@@ -9,12 +9,12 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from rich.console import Console
 
-from imgbatch.config import Config
+from imgbatch.config import Config, ResourcesConfig
 from imgbatch.core import storage
 from imgbatch.core.model import DESCRIPTION_FILE, ModelBundle, load_bundle, load_metrics
 from imgbatch.core.training.checkpoint import json_lines, read_epochs
@@ -25,7 +25,7 @@ from imgbatch.core.training.plan import TrainingPlan, plan_training, settle_job,
 from imgbatch.core.training.space import check_space
 from imgbatch.errors import UsageError
 from imgbatch.runtime.parts import map_parts_of
-from imgbatch.runtime.pools import choose_device, this_machine
+from imgbatch.runtime.pools import Machine, choose_device, device_remarks, this_machine
 
 OnEpoch = Callable[[dict[str, Any]], None]
 
@@ -71,7 +71,7 @@ def train(config: Config, console: Console | None = None, *, overwrite: bool = F
     console = console or Console(quiet=True)
     storage.configure(config.storage)
     with _session(config):
-        config = _resolve(config)
+        config = _resolve(config, console)
         plan = plan_training(config, map_parts_of(config))
         if _is_finished(plan, overwrite=overwrite):
             bundle = load_bundle(str(config.output.path))
@@ -241,10 +241,12 @@ def _is_finished(plan: TrainingPlan, *, overwrite: bool) -> bool:
     return False
 
 
-def _resolve(config: Config) -> Config:
+def _resolve(config: Config, console: Console) -> Config:
     """Paths that mean the same in every process, and numbers in place of ``auto``."""
     machine = _machine(config)
     device = choose_device(config.resources, machine)
+    for line in device_remarks(config.resources, machine):
+        console.print(line, markup=False)
     workers = config.train.num_workers
     num_workers = workers if isinstance(workers, int) else max(1, machine.num_gpus) if device == "cuda" else 1
     if config.classify.engine == "local" and num_workers > 1:
@@ -270,12 +272,14 @@ def _session(config: Config) -> AbstractContextManager[object]:
     return ray_session(config)
 
 
-def _machine(config: Config) -> Any:
+def _machine(config: Config) -> Machine:
+    here = this_machine()
     if config.classify.engine == "local":
-        return this_machine()
+        return here
     from imgbatch.runtime.session import cluster_machine
 
-    return cluster_machine()
+    there = cluster_machine(ResourcesConfig())  # workers have no labels
+    return there if config.on_cluster else replace(there, node_cpus=0, unfit_gpus=here.unfit_gpus)
 
 
 def _build_engine(config: Config) -> TrainEngine:

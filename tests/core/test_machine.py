@@ -5,11 +5,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from imgbatch.core.machine import Gpu, gpu_of_type, has_bfloat16, local_gpus, memory_bytes, num_cpus
+from imgbatch.core import machine
+from imgbatch.core.machine import (
+    Gpu,
+    cuda_of_driver,
+    cuda_of_torch,
+    gpu_of_type,
+    has_bfloat16,
+    local_gpus,
+    memory_bytes,
+    num_cpus,
+    why_torch_lacks,
+)
+from tests.core.cuda_driver import CudaDriver
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -61,37 +72,84 @@ def test_bfloat16_is_read_from_what_the_processor_can(tmp_path: Path, line: str,
     assert not has_bfloat16(tmp_path / "none")
 
 
-class CudaDriver:
-    """What of ``libcuda`` is asked, for machines without a GPU; 0 is success."""
-
-    def __init__(self, gpus: list[tuple[bytes, int, int]], *, starts: bool = True) -> None:
-        self._gpus, self._starts = gpus, starts
-
-    def cuInit(self, _flags: int) -> int:  # noqa: N802 - CUDA's name, as are those below
-        return 0 if self._starts else 100
-
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = len(self._gpus)
-        return 0
-
-    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
-        device._obj.value = index
-        return 0
-
-    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
-        name.value = self._gpus[device.value][0][: size - 1]
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
-        value._obj.value = {75: self._gpus[device.value][1], 76: self._gpus[device.value][2]}[attribute]
-        return 0
-
-
 def test_gpus_are_those_that_the_driver_shows() -> None:
     driver = CudaDriver([(b"Tesla V100-SXM2-16GB", 7, 0), (b"NVIDIA A10G", 8, 6)])
     assert local_gpus(driver) == (Gpu("Tesla V100-SXM2-16GB", (7, 0)), Gpu("NVIDIA A10G", (8, 6)))
     assert local_gpus(CudaDriver([])) == ()
     assert local_gpus(CudaDriver([(b"Tesla T4", 7, 5)], starts=False)) == ()
+
+
+@pytest.mark.parametrize(("visible", "count"), [("MIG-a", 1), ("MIG-a,MIG-b,MIG-c", 3), ("GPU-a,GPU-b", 1), ("0", 1)])
+def test_each_mig_instance_that_is_listed_is_one(visible: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpu = (b"NVIDIA A100 MIG 1g.5gb", 8, 0)
+    assert local_gpus(CudaDriver([gpu])) == (Gpu("NVIDIA A100 MIG 1g.5gb", (8, 0)),) * count
+    assert local_gpus(CudaDriver([])) == ()
+
+
+@pytest.mark.parametrize("visible", [None, "0", "NoDevFiles", "MIG-a,MIG-b"])
+def test_without_cudas_library_there_are_no_gpus(visible: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_load_driver", lambda: None)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert (local_gpus(), cuda_of_driver()) == ((), None)
+
+
+V100, T4, A100 = Gpu("V100", (7, 0)), Gpu("T4", (7, 5)), Gpu("A100", None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "driver", "torch", "why"),
+    [
+        ([], 12, 13, None),
+        ([T4, A100], 13, 13, None),
+        ([T4], None, 13, None),
+        ([T4], 14, 13, None),
+        ([V100], 12, 12, None),
+        ([V100], 12, None, None),
+        ([T4], 12, 13, "torch is for CUDA 13 and the GPU's driver for CUDA 12; install driver 580 or newer"),
+        ([T4, V100, V100], 13, 13, "needs GPUs of compute capability 7.5, which V100 is below; install torch from"),
+    ],
+)
+def test_what_torch_does_not_compute_on(
+    gpus: list[Gpu], driver: int | None, torch: int | None, why: str | None
+) -> None:
+    told = why_torch_lacks(gpus, driver, torch)
+    assert why in told if why else told == ""
+
+
+def test_the_driver_says_what_cuda_it_is_for() -> None:
+    assert cuda_of_driver(CudaDriver([], version=12080)) == 12
+    assert cuda_of_driver(CudaDriver([], version=13020)) == 13
+
+
+def test_torchs_cuda_is_read_without_importing_it() -> None:
+    script = (
+        "import sys\n"
+        "from imgbatch.core.machine import cuda_of_torch\n"
+        "found = cuda_of_torch()\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch\n"
+        "assert found == (int(torch.version.cuda.split('.')[0]) if torch.version.cuda else None), found\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "cuda"),
+    [("cuda: Optional[str] = '13.2'", 13), ("cuda = '12.6'", 12), ("cuda: Optional[str] = None", None), ("", None)],
+)
+def test_torchs_version_names_its_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, cuda: int | None
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text(f"debug = False\n{text}\nhip = None\n")
+    assert cuda_of_torch() == cuda
 
 
 def test_of_a_gpu_that_is_not_known_nothing_is_said() -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from imgbatch.config import Config, PlanConfig
 from imgbatch.core import backends, storage
@@ -21,6 +24,7 @@ from imgbatch.runtime.forecast import (
     _batch_size,
     _runs_here,
     forecast,
+    gpu_warnings,
     price_per_hour,
     stage_rates,
     unit_warnings,
@@ -157,6 +161,26 @@ def test_what_is_measured_is_what_would_run(
         assert _runs_here(Backend(device="cuda"), "cuda")
 
 
+def test_gpus_that_torch_does_not_compute_on_are_left_out_in_one_line(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfit = Machine(2, 1, unfit_gpus="torch is for CUDA 13 and the GPU's driver for CUDA 12; install a newer one")
+    for place in ("job", "forecast"):
+        monkeypatch.setattr(f"imgbatch.runtime.{place}.this_machine", lambda: unfit)
+    config = changed(photo_config, resources__device="auto", plan__sample_rows=0)
+    remark = f"resources.device auto: the CPU, as {unfit.unfit_gpus}"
+    ahead = forecast(config)
+    assert (ahead.device, ahead.warnings) == ("cpu", [remark])
+    assert not _runs_here(Backend(device="cuda"), "cuda")
+    printed = StringIO()
+    result = classify(config, Console(file=printed, width=1000))
+    assert result.counts["OK"] > 0
+    assert printed.getvalue().count(remark) == 1
+    for command in (forecast, classify):
+        with pytest.raises(UsageError, match=r"^resources\.device cuda: torch is for CUDA 13"):
+            command(changed(config, resources__device="cuda"))
+
+
 def test_a_share_for_the_gpu_where_there_is_none(photo_config: Config) -> None:
     pytest.importorskip("torchcodec", reason="torchcodec is not installed (extra nvjpeg)")
     blind = changed(photo_config, plan__sample_rows=0, decode__gpu_share=0.5)
@@ -197,6 +221,15 @@ def test_units_that_are_too_many_or_too_small_for_one_driver() -> None:
     (at_the_limit,) = unit_warnings(UnitLayout(512, (10_000_000,)), 51_200.0, 512)
     assert "classify.unit_rows" not in at_the_limit
     assert "cut the manifest" in at_the_limit
+
+
+def test_classify_actors_that_would_wait_for_a_gpu() -> None:
+    given = Pools(4, 2, 4, 2, 1, 1.0, 0.0, 1.0)
+    (warning,) = gpu_warnings(given, Machine(16, 2))
+    assert warning.startswith("resources.classify_actors is 4 and there are 2 GPUs for them")
+    assert gpu_warnings(given, Machine(16, 4)) == []
+    assert gpu_warnings(given, Machine(0, 0)) == [], "the cluster starts from zero"
+    assert gpu_warnings(replace(given, classify_gpus=0.0), Machine(16, 2)) == []
 
 
 def test_the_price_is_of_all_nodes() -> None:

@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 import ray
 
-from imgbatch.config import Config
-from imgbatch.core.machine import Gpu
+from imgbatch.config import Config, ResourcesConfig
+from imgbatch.core import machine
+from imgbatch.core.machine import Gpu, num_cpus
+from imgbatch.errors import UsageError
+from imgbatch.runtime import session
 from imgbatch.runtime.job import Hardware, hardware
-from imgbatch.runtime.session import gpus_of_nodes, is_selected, ray_session
+from imgbatch.runtime.pools import Machine
+from imgbatch.runtime.session import gpus_of_nodes, is_selected, machine_of_nodes, ray_session
 from tests.conftest import changed
+from tests.core.cuda_driver import CudaDriver
 
 pytestmark = pytest.mark.ray
 
@@ -107,6 +112,52 @@ def test_a_cluster_is_asked_for_its_gpus_where_a_choice_hangs_on_them(photo_conf
         assert there == Hardware("cuda", () if backend == "auto" else None)
     with hardware(config) as there:
         assert there == Hardware("cpu", None)
+
+
+def test_a_device_that_is_named_for_a_cluster_is_not_held_against_this_machine(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imgbatch.runtime.job.this_machine", lambda: Machine(2, 1, unfit_gpus="torch is for CUDA 13"))
+    config = changed(photo_config, classify__engine="ray", classify__backend="torch", resources__device="cuda")
+    with hardware(changed(config, ray__address="127.0.0.1:1")) as there:
+        assert there == Hardware("cuda", None)
+    with pytest.raises(UsageError, match=r"^resources\.device cuda: torch"), hardware(config):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("visible", "driver", "num_gpus"),
+    [
+        ("MIG-a,MIG-b,MIG-c", CudaDriver([(b"NVIDIA A100 MIG 1g.5gb", 8, 0)]), 3),
+        ("0", CudaDriver([], starts=False), 0),
+    ],
+)
+def test_a_ray_of_our_own_has_the_gpus_that_cuda_counts(
+    monkeypatch: pytest.MonkeyPatch, visible: str, driver: CudaDriver, num_gpus: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(machine, "_load_driver", lambda: driver)
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda **given: told.update(given))
+    session._start(Config(), None)
+    assert (told["address"], told["num_cpus"], told["num_gpus"]) == ("local", num_cpus(), num_gpus)
+
+
+def test_each_pool_has_the_nodes_that_its_labels_select(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "cuda_of_torch", lambda: 13)
+    nodes = [
+        {"Resources": {"CPU": 4.0, "GPU": 1.0, "accelerator_type:T4": 1.0}, "Labels": {"role": "classify"}},
+        {"Resources": {"CPU": 4.0, "GPU": 1.0, "accelerator_type:T4": 1.0}, "Labels": {"role": "classify"}},
+        {"Resources": {"CPU": 96.0, "GPU": 8.0, "accelerator_type:V100": 1.0}, "Labels": {"role": "train"}},
+        {"Resources": {"CPU": 16.0}, "Labels": {"role": "decode"}},
+        {"Resources": {"GPU": 1.0}, "Labels": {}},
+    ]
+    resources = ResourcesConfig(decode_labels={"role": "decode"}, classify_labels={"role": "classify"})
+    assert machine_of_nodes(nodes, resources) == Machine(16, 2, node_cpus=4, model_cpus=8)
+    whole = machine_of_nodes(nodes, ResourcesConfig())
+    assert (whole.num_cpus, whole.num_gpus, whole.node_cpus, whole.model_cpus) == (120, 11, 4, 120)
+    assert "which V100 is below" in whole.unfit_gpus
+    assert machine_of_nodes([], ResourcesConfig()) == Machine(0, 0, model_cpus=0)
 
 
 def test_the_gpus_of_nodes_are_those_of_types_that_ray_knows() -> None:
