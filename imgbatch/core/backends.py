@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imgbatch.config import Config
-from imgbatch.core.machine import Gpu, has_bfloat16, local_gpus
+from imgbatch.core.machine import Gpu, has_bfloat16, local_gpus, num_cpus
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.predictions import BatchedPredictor
 from imgbatch.core.transforms import PreprocessSpec
@@ -24,6 +24,8 @@ from imgbatch.core.variants import ONNX_FILE, Target, Variant, load_variants, re
 from imgbatch.errors import UsageError
 
 TORCH = "torch"
+MAX_COMPILERS = 4
+"""Processes of each model that goes through ``torch.compile``: a network has few kernels, and is compiled once."""
 
 _NEEDED_CAPABILITY: dict[Target, tuple[tuple[int, int], str]] = {
     "torch-bf16": ((8, 0), "bfloat16 arithmetic"),  # GPUs before Ampere emulate it, slower than float32
@@ -212,15 +214,26 @@ def variant_predictor(
         from imgbatch.core.onnx_predict import OnnxGraph
 
         graph = OnnxGraph(contents[ONNX_FILE], device=device, batch_size=batch_size, num_threads=num_threads)
+    compiled = is_compiled(target, device)
+    if compiled:
+        _limit_compilers()
     return Predictor(
         bundle,
         device=device,
         batch_size=batch_size,
         num_threads=num_threads,
-        compiled=is_compiled(target, device),
+        compiled=compiled,
         reduced=reduced.get(target),
         graph=graph,
     )
+
+
+def _limit_compilers() -> None:
+    """Otherwise Inductor starts a process for each core, up to 32, and each actor of a machine has its own."""
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        from torch._inductor import config  # torchvision may have loaded it, which reads the variable then
+
+        config.compile_threads = min(MAX_COMPILERS, num_cpus())
 
 
 def is_compiled(target: Target, device: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from imgbatch.core.backends import Backend
+from imgbatch.core.backends import MAX_COMPILERS, Backend, is_compiled
 from imgbatch.core.gpu_share import MAX_ENCODED_BYTES
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.runtime.pools import Pools
@@ -26,6 +26,13 @@ _DECODED_PIXEL_BYTES = 8
 """Of a source image's pixel: RGBX from the decoder, what Pillow makes of it, and the file."""
 _ENCODED_PIXEL_BYTES = 0.5
 """JPEG has less, PNG more."""
+_CUDA_BYTES = 1500 * _MB
+"""Of a process with a CUDA context, on the host: CUDA's libraries, and the kernels of cuDNN and cuBLAS that it loads.
+An estimate, not measured yet."""
+_COMPILER_BYTES = 250 * _MB
+"""Of each process at work for ``torch.compile``, before the first image: g++ measured, Triton not yet."""
+_PINNED_BATCHES = 2
+"""Of each stream: one on its way to the GPU while the next is staged."""
 _STAGE_SHARE = 0.75
 """Of a limit on the object store, what Ray Data lets one of two stages have: half of it is reserved, in equal parts."""
 
@@ -60,7 +67,7 @@ class MemoryBudget:
     decode_child: int
     """Each; a poison image may take it up to ``decode.memory_mb`` more before it is ended."""
     classify_actor: int
-    """Each, on the host."""
+    """Each, on the host, with what compiles for it."""
     units: int
     """Units on their way, in all."""
     ray: int
@@ -121,11 +128,16 @@ def memory_budget(
     child = _CHILD_BYTES + image_pixels * _DECODED_PIXEL_BYTES
     library = _OPENVINO if backend.name.startswith("openvino") else _MNN if backend.name == "mnn_fp32" else _TORCH
     runner = library.runner + library.runner_weight_copies * weight_bytes
-    if not pools.classify_gpus:  # which have their activations in memory of their own
+    if pools.classify_gpus:  # which have their activations in memory of their own
+        runner += _PINNED_BATCHES * _pinned_bytes(batch_size * spec.pixel_bytes)
+    else:
         runner += batch_size * spec.crop_size**2 * library.pixel
     # Only with MNN does each of a stream's threads run the model over a batch of its own.
     runners = pools.classify_streams * (pools.classify_threads if library is _MNN else 1)
     classify = _ACTOR_BYTES + library.base + library.weight_copies * weight_bytes + runners * runner
+    classify += _CUDA_BYTES if pools.classify_gpus else 0
+    if backend.variant is not None and is_compiled(backend.variant.target, backend.device):
+        classify += MAX_COMPILERS * _COMPILER_BYTES
     # Beside those in the object store, of each decoder the unit that it fills and the one before, which goes there.
     units = (max_stored_units(pools) + 2 * pools.decoders) * unit_bytes
     # Each call has files of its own ahead.
@@ -133,3 +145,8 @@ def memory_budget(
     ray = _CLUSTER_RAY_BYTES if on_cluster else _OWN_RAY_BYTES
     total = ray + pools.decode_actors * decode + pools.decoders * child + pools.classify_actors * classify + units
     return MemoryBudget(decode, child, classify, units, ray, total)
+
+
+def _pinned_bytes(num_bytes: int) -> int:
+    """What torch's allocator of pinned memory takes for a block: the next power of two."""
+    return 1 << (num_bytes - 1).bit_length()

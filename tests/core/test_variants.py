@@ -14,7 +14,7 @@ import torch
 
 from imgbatch.config import ClassifyConfig, Config, OutputConfig, RayConfig
 from imgbatch.core import backends
-from imgbatch.core.backends import Backend, build_predictor, choose_backend, planned_backend
+from imgbatch.core.backends import Backend, build_predictor, choose_backend, planned_backend, variant_predictor
 from imgbatch.core.machine import Gpu
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.variants import Agreement, Variant, load_variants, read_files, save_variant
@@ -345,6 +345,23 @@ def test_a_gpu_needs_pythons_headers_where_triton_looks_for_them(
         looked_in.mkdir()
         (looked_in / "Python.h").touch()
         assert choose(on_gpus, device="cuda").name == "torch_bf16"
+
+
+def test_inductor_starts_few_processes_unless_it_is_told_otherwise(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+):
+    from torch._inductor import config
+
+    def compilers(target: str = "torch-compile", *, cores: int = 64) -> int:
+        monkeypatch.setattr(backends, "num_cpus", lambda: cores)
+        monkeypatch.setattr("imgbatch.core.predict.Predictor", lambda *_, **__: config.compile_threads)
+        with config.patch(compile_threads=32):
+            return variant_predictor(make_bundle(), target, {}, device="cpu", batch_size=4, num_threads=1)
+
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    assert [compilers(), compilers(cores=2), compilers("torch-bf16")] == [4, 2, 32]
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "32")
+    assert compilers() == 32
 
 
 def test_a_gpu_computes_fp32_with_what_torch_allows_it(make_bundle: MakeBundle):

@@ -24,6 +24,7 @@ from imgbatch.runtime.job import classify
 from imgbatch.runtime.memory import MemoryBudget, memory_budget, stored_unit_bytes
 from imgbatch.runtime.pools import Machine, choose_pools
 from tests.conftest import TINY_CLASSES, changed
+from tests.core.test_variants import plant_variant
 
 SPEC = PreprocessSpec()
 ACTOR_BYTES = 180 * 10**6
@@ -151,10 +152,39 @@ def test_a_gpu_has_its_activations_in_its_own_memory_and_encoded_images_beside_t
             gpu_share=gpu_share,
         )
 
-    assert budget(256, 0.0) == budget(1, 0.0)
+    # 38,535,168 bytes of pixels take 64 MiB, two for each of two streams; one image of 150,528 takes 256 KiB.
+    pinned = budget(256, 0.0).classify_actor - budget(1, 0.0).classify_actor
+    assert pinned == 4 * (2**26 - 2**18)
+    assert budget(256, 0.0).total - budget(1, 0.0).total == pinned
+    on_a_gpu = budget(1, 0.0).classify_actor
+    pools = replace(pools, classify_gpus=0.0)
+    assert on_a_gpu - budget(1, 0.0).classify_actor == 1500 * 10**6 + 4 * 2**18 - 2 * 224**2 * 192
     with_encoded = UNIT_ROWS * SPEC.pixel_bytes + MAX_ENCODED_BYTES
     assert stored_unit_bytes(UNIT_ROWS, SPEC, 0.5) == with_encoded
     assert budget(256, 0.5).units * UNIT_ROWS * SPEC.pixel_bytes == budget(256, 0.0).units * with_encoded
+
+
+def test_what_is_compiled_has_its_compilers_beside_it(
+    photo_config: Config, make_bundle: Callable[..., ModelBundle]
+) -> None:
+    bundle = make_bundle()
+
+    def classify_actor(backend: Backend) -> int:
+        return memory_budget(
+            choose_pools(photo_config.resources, "cuda", Machine(8, 1)),
+            SPEC,
+            backend,
+            unit_rows=UNIT_ROWS,
+            batch_size=8,
+            weight_bytes=10**5,
+            in_flight=32,
+            image_pixels=90 * 90,
+        ).classify_actor
+
+    eager = classify_actor(Backend(device="cuda"))
+    for target, num_compilers in (("torch-bf16", 4), ("torch-compile", 4), ("onnx-int8", 0)):
+        variant = plant_variant(bundle, target, device="cuda")
+        assert classify_actor(Backend(variant, device="cuda")) - eager == num_compilers * 250 * 10**6
 
 
 def test_the_budget_in_words(photo_config: Config) -> None:
