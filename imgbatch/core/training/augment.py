@@ -91,10 +91,11 @@ def augment_image(
 ) -> Tensor:
     """One image varied, uint8 in and out, in another way each epoch and each time of ``times`` that the epoch has it.
 
-    torch's global generator is left as it was.
+    torch's global generator is left as it was, and so are those of GPUs.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, epoch, row_id, *([times] if times else [])))
+        # torch.manual_seed would seed the GPU's generator too, which the network's dropout draws from.
+        torch.default_generator.manual_seed(derived_seed(seed, epoch, row_id, *([times] if times else [])))
         return augmentation(image_CHW)
 
 

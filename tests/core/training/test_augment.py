@@ -36,6 +36,14 @@ def test_the_global_generator_is_left_alone(image):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_the_generators_of_gpus_are_left_alone(image, monkeypatch):
+    def refuse(seed):
+        raise AssertionError(f"the GPUs are seeded with {seed}")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    augment_image(image, build_augmentation(EVERYTHING, SPEC), seed=1, epoch=2, row_id=3)
+
+
 def test_no_augmentation_is_the_centre_crop(image):
     augmentation = build_augmentation(AugmentConfig(min_scale=1, flip="none"), SPEC)
     assert torch.equal(augment_image(image, augmentation, seed=0, epoch=1, row_id=0), image[:, 4:36, 4:36])
