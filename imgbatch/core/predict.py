@@ -6,9 +6,12 @@ Shape suffixes: B image of the batch, H height, W width, C channel, K class, D f
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +24,26 @@ from imgbatch.core.machine import keep_freed_memory
 from imgbatch.core.model import ModelBundle, load_network
 from imgbatch.core.predictions import BatchedPredictor, BatchOutput
 from imgbatch.errors import Status, UsageError, normalise_message
+
+_OF_MEMORY = {
+    # torch tries cuDNN's algorithms in turn, and does not tell when it was memory that each lacked (Conv_v8.cpp).
+    "cuda": re.compile("out of memory|ALLOC(ATION)?_FAILED|_NOT_INITIALIZED|unable to find an engine"),
+    "cpu": re.compile("can't allocate memory|bad_alloc"),
+}
+_OF_DEVICE = {"cuda": re.compile("CUDA|cuDNN|Triton Error")}
+
+
+def failure_of(message: str, device_type: str) -> Literal["memory", "device"] | None:
+    """What the message of an error says of the device that it was raised on; none: nothing.
+
+    The libraries below torch have no exceptions of their own: cuBLAS, cuDNN and Triton raise ``RuntimeError`` for
+    whatever befalls the device.
+    """
+    if device_type in _OF_MEMORY and _OF_MEMORY[device_type].search(message):
+        return "memory"
+    if device_type in _OF_DEVICE and _OF_DEVICE[device_type].search(message):
+        return "device"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +67,8 @@ class Predictor(BatchedPredictor):
 
     Args:
         device: ``cpu`` or ``cuda`` (``cuda:1`` for another than the first).
-        batch_size: images per forward pass, at most; halved for good when a GPU has not enough memory.
+        batch_size: images per forward pass, at most; fewer while a GPU has not enough memory, or from then on where
+            the network is compiled.
         features: give ``features_ND`` too, of the same forward pass.
         num_threads: of the CPU for one forward pass, or none to leave it. Several threads may call at once; on a GPU
             each has a stream of its own.
@@ -72,12 +96,12 @@ class Predictor(BatchedPredictor):
     ) -> None:
         if features and (compiled or graph):
             raise ValueError("a compiled network gives no features")
-        super().__init__(bundle, batch_size=batch_size, features=features)
+        # Another size would be compiled anew, or refused; fewer images are filled up to it.
+        self._fills_up = compiled or graph is not None
+        super().__init__(bundle, batch_size=batch_size, features=features, may_grow=not self._fills_up)
         self._num_threads = num_threads
         self._of_thread = threading.local()
         self._settle_threads()
-        # Another size would be compiled anew, or refused; fewer images are filled up to it.
-        self._fills_up = compiled or graph is not None
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -108,12 +132,13 @@ class Predictor(BatchedPredictor):
             try:
                 self._collect(self._forward(np.zeros(shape, np.uint8)))
                 return
-            except torch.AcceleratorError:
-                raise
             except Exception as error:
-                out_of_memory = isinstance(error, torch.OutOfMemoryError)
-                if out_of_memory and self._graph is None and self._shrink(self.batch_size):
+                failure = self._failure(error)
+                if failure == "memory" and self._graph is None and self._shrink(self.batch_size):
+                    self._free(error)
                     continue
+                if isinstance(error, torch.AcceleratorError):
+                    raise
                 raise UsageError(
                     f"{self.bundle.path}: the network does not run on {self.device} in batches of {self.batch_size} "
                     f"({normalise_message(error)}); set classify.backend to torch"
@@ -186,20 +211,37 @@ class Predictor(BatchedPredictor):
             features_BD = output.features_BD.cpu().numpy() if output.features_BD is not None else None
             return BatchOutput(output.probs_BK.cpu().numpy(), output.finite_B.cpu().numpy(), features_BD)
 
-    def _shrink(self, num_images: int) -> bool:
-        return super()._shrink(max(num_images, self.batch_size) if self._fills_up else num_images)
+    def _failure(self, error: Exception) -> Literal["memory", "device"] | None:
+        """:func:`failure_of` an error, whose class says enough in torch's own cases."""
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return "memory"
+        failure = failure_of(str(error), self.device.type)
+        return "device" if failure is None and isinstance(error, torch.AcceleratorError) else failure
 
     def _status_of(self, error: Exception) -> Status:
         """Raises again what is no image's fault.
 
-        After a ``torch.AcceleratorError`` the GPU is in a state that only a new process cures, of which ONNX Runtime
-        tells in errors of its own; and where a graph's batch does not fit, no smaller one can be tried.
+        When a GPU has failed it is in a state that only a new process cures, of which ONNX Runtime tells in errors of
+        its own; and where a graph's batch does not fit, no smaller one can be tried.
         """
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        of_graph = self._graph is not None and (out_of_memory or self.device.type == "cuda")
-        if of_graph or isinstance(error, torch.AcceleratorError):
+        failure = self._failure(error)
+        of_graph = self._graph is not None and (failure == "memory" or self.device.type == "cuda")
+        if of_graph or failure == "device":
             raise error
-        if not out_of_memory:
+        if failure is None:
             return Status.CLASSIFY_FAILED
-        torch.cuda.empty_cache()
+        self._free(error)
         return Status.OUT_OF_MEMORY
+
+    def _free(self, error: Exception) -> None:
+        """Give back the memory that torch keeps: cuBLAS, cuDNN and other processes have theirs from the GPU itself."""
+        # The tensors of the failed pass are held by its frames, and those by the error.
+        traceback.clear_frames(error.__traceback__)
+        torch.cuda.empty_cache()
+
+    def _memory(self) -> str:
+        if self.device.type != "cuda":
+            return super()._memory()
+        free, total = torch.cuda.mem_get_info(self.device)
+        name = torch.cuda.get_device_name(self.device)
+        return f"the memory of {name}, of which {free / 2**20:,.0f} of {total / 2**20:,.0f} MB are free,"

@@ -12,8 +12,8 @@ from torch import nn
 
 from imgbatch.core.architectures import build_network, head_module_name
 from imgbatch.core.model import ModelBundle, count_features, init_bundle, load_network
-from imgbatch.core.predict import Predictor
-from imgbatch.errors import Stage, Status, UsageError
+from imgbatch.core.predict import Predictor, failure_of
+from imgbatch.errors import ImgbatchError, Stage, Status, UsageError
 
 MakeBundle = Callable[..., ModelBundle]
 
@@ -89,12 +89,14 @@ class Fussy(nn.Module):
     def __init__(self, network: nn.Module, error: type[Exception], largest_batch: int = 1000) -> None:
         super().__init__()
         self.network, self.error, self.largest_batch = network, error, largest_batch
-
+        self.short_once: set[int] = set()
+        """Sizes of batches for which memory is short, the first time each."""
         self.batches: list[int] = []
 
     def forward(self, inputs_BCHW: torch.Tensor) -> torch.Tensor:
         self.batches.append(len(inputs_BCHW))
-        if len(inputs_BCHW) > self.largest_batch:
+        if len(inputs_BCHW) > self.largest_batch or len(inputs_BCHW) in self.short_once:
+            self.short_once.discard(len(inputs_BCHW))
             raise torch.OutOfMemoryError("CUDA out of memory")
         if (inputs_BCHW.amin(dim=(1, 2, 3)) > 2).any():
             raise self.error("white at 0x7f0012345678\nhurts")
@@ -131,9 +133,121 @@ def test_a_device_out_of_memory_gets_smaller_batches(make_bundle: MakeBundle, im
     np.testing.assert_allclose(predictions.probs_NK, plain_logits(bundle, images_NHWC).softmax(1).numpy(), atol=1e-6)
 
 
-def test_an_image_too_large_for_the_device_alone(make_bundle: MakeBundle, images_NHWC: np.ndarray):
-    predictions = fussy_predictor(make_bundle(), largest_batch=0).predict(images_NHWC)
-    assert {error.status for error in predictions.errors} == {Status.OUT_OF_MEMORY}
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_batch_for_which_memory_was_short_once_is_tried_again_as_it_is(
+    make_bundle: MakeBundle, images_NHWC: np.ndarray, size: int
+):
+    predictor = fussy_predictor(make_bundle())
+    predictor._network.short_once = {size}
+    assert predictor.predict(images_NHWC).errors == [None] * 11
+    assert sorted(predictor._network.batches) == sorted([3, 8, size])
+    assert predictor.batch_size == 8
+
+
+def test_a_short_last_batch_halves_the_batches_and_not_itself(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    predictor = fussy_predictor(make_bundle(), largest_batch=2)
+    assert predictor.predict(images_NHWC[:3]).errors == [None] * 3
+    assert predictor._network.batches == [3] * 4 + [2, 1]
+    assert predictor.batch_size == 2
+
+
+def test_batches_grow_again_when_there_is_room(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    predictor = fussy_predictor(make_bundle(), largest_batch=3)
+    many_NHWC = np.resize(images_NHWC, (2 * 64, 32, 32, 3))
+    predictor.predict(images_NHWC[:8])
+    assert predictor.batch_size == 2
+    predictor._network.largest_batch = 1000
+    predictor.predict(many_NHWC[:100])
+    assert predictor.batch_size == 2
+    predictor.predict(many_NHWC)
+    assert predictor.batch_size == 4
+    for _ in range(10):
+        assert predictor.predict(many_NHWC).errors == [None] * len(many_NHWC)
+    assert predictor.batch_size == 8
+    assert max(predictor._network.batches) == 8
+
+
+def test_a_size_for_which_there_is_never_room_is_tried_less_and_less(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    predictor = fussy_predictor(make_bundle(), largest_batch=7)
+    many_NHWC = np.resize(images_NHWC, (64, 32, 32, 3))
+    tried = []
+    for _ in range(4 * (1 + 2 + 4) + 1):
+        predictor._network.batches.clear()
+        assert predictor.predict(many_NHWC).errors == [None] * len(many_NHWC)
+        tried.append(predictor._network.batches.count(8))
+    assert np.flatnonzero(tried).tolist() == [0, 4, 12, 28]
+
+
+def test_a_device_without_room_for_one_image_is_not_blamed_on_the_images(
+    make_bundle: MakeBundle, images_NHWC: np.ndarray
+):
+    bundle = make_bundle()
+    told = rf"^{bundle.path}: this machine's memory is too little for a batch of one image of 32 px \(CUDA out of"
+    with pytest.raises(ImgbatchError, match=told):
+        fussy_predictor(bundle, largest_batch=0).predict(images_NHWC)
+
+
+def test_the_memory_of_a_gpu_is_named(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (300 * 2**20, 15_000 * 2**20))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Tesla T4")
+    predictor = fussy_predictor(make_bundle(), largest_batch=0)
+    predictor.device = torch.device("cuda")
+    told = predictor._has_no_room(torch.OutOfMemoryError("CUDA out of memory"))
+    assert "the memory of Tesla T4, of which 300 of 15,000 MB are free, is too little" in str(told)
+
+
+@pytest.mark.parametrize(
+    ("message", "device_type", "failure"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "cuda", "memory"),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", "cuda", "memory"),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "cuda", "memory"),
+        ("CUDA error: out of memory", "cuda", "memory"),
+        ("Triton Error [CUDA]: out of memory", "cuda", "memory"),
+        ("GET was unable to find an engine to execute this computation", "cuda", "memory"),
+        ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory", "cpu", "memory"),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`", "cuda", "device"),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "cuda", "device"),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", "cuda", "device"),
+        ("Given groups=1, weight of size [64, 3, 7, 7]", "cuda", None),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "cpu", None),
+        ("white hurts", "cpu", None),
+        ("CUDA error: out of memory", "mps", None),
+    ],
+)
+def test_what_a_message_says_of_the_device(message: str, device_type: str, failure: str | None):
+    assert failure_of(message, device_type) == failure
+
+
+class FailingLibrary(nn.Module):
+    """A network of which a library below torch fails for batches of more than ``largest_batch``."""
+
+    def __init__(self, network: nn.Module, message: str, largest_batch: int) -> None:
+        super().__init__()
+        self.network, self.message, self.largest_batch = network, message, largest_batch
+
+    def forward(self, inputs_BCHW: torch.Tensor) -> torch.Tensor:
+        if len(inputs_BCHW) > self.largest_batch:
+            raise RuntimeError(self.message)
+        return self.network(inputs_BCHW)
+
+
+def test_memory_that_a_library_lacks_makes_batches_smaller(make_bundle: MakeBundle, images_NHWC: np.ndarray):
+    predictor = Predictor(make_bundle(), batch_size=8)
+    predictor._network = FailingLibrary(predictor._network, "DefaultCPUAllocator: can't allocate memory", 3)
+    assert predictor.predict(images_NHWC).errors == [None] * 11
+    assert predictor.batch_size == 2
+
+
+def test_what_fails_in_a_library_of_the_gpu_is_not_blamed_on_the_images(
+    make_bundle: MakeBundle, images_NHWC: np.ndarray, monkeypatch: pytest.MonkeyPatch
+):
+    message = "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"
+    monkeypatch.setattr("imgbatch.core.predict.failure_of", lambda text, _device_type: failure_of(text, "cuda"))
+    predictor = Predictor(make_bundle(), batch_size=8)
+    predictor._network = FailingLibrary(predictor._network, message, 0)
+    with pytest.raises(RuntimeError, match=message):
+        predictor.predict(images_NHWC)
 
 
 @pytest.fixture(name="compiles_nothing")
@@ -150,10 +264,13 @@ def test_batches_of_one_size_become_smaller_ones_of_one_size(make_bundle: MakeBu
     predictions = predictor.predict(images_NHWC)
     assert predictions.errors == [None] * 11
     assert predictor.batch_size == 2
-    assert set(predictor._network.batches) == {8, 4, 2}
+    assert predictor._network.batches[:5] == [8, 8, 4, 4, 2]
     np.testing.assert_allclose(predictions.probs_NK, plain_logits(bundle, images_NHWC).softmax(1).numpy(), atol=1e-6)
     assert predictor.predict(images_NHWC[:1]).errors == [None]
     assert predictor._network.batches[-1] == 2
+    predictor._network.largest_batch = 1000
+    predictor.predict(np.resize(images_NHWC, (200, 32, 32, 3)))
+    assert predictor.batch_size == 2, "another size would be compiled anew"
 
 
 @pytest.mark.parametrize(("largest", "batch_size"), [(3, 2), (8, 8)])
