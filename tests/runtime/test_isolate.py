@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
 from imgbatch.core.failpoints import VARIABLE
-from imgbatch.core.plan import plan_run
-from imgbatch.errors import UsageError
+from imgbatch.core.plan import Run, plan_run
+from imgbatch.errors import ImgbatchError, UsageError
+from imgbatch.runtime import isolate
 from imgbatch.runtime.isolate import classify_isolated
 from tests.conftest import changed
+from tests.runtime import failing_stages
 
 
 def test_every_row_of_an_isolated_unit_has_an_outcome(photo_config: Config) -> None:
@@ -38,3 +42,44 @@ def test_a_row_that_the_process_dies_of_in_isolation_is_the_only_one_it_costs(
     statuses = dict(zip(table["row_id"].to_pylist(), table["status"].to_pylist(), strict=True))
     assert statuses == dict.fromkeys(range(16, 32), "OK") | {17: "CLASSIFY_FAILED", 25: "TRUNCATED"}
     assert "the process died in the forward pass" in table["error_message"].to_pylist()
+
+
+@pytest.fixture(name="small_run")
+def plan_small_units(photo_config: Config) -> Run:
+    return plan_run(changed(photo_config, classify__unit_rows=4), "cpu")
+
+
+def test_a_row_that_a_device_failed_at_once_is_tried_again(
+    small_run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(isolate, "ClassifyStage", failing_stages.FailsOnce)
+    monkeypatch.setenv(failing_stages.ONCE_VARIABLE, str(tmp_path / "failed"))
+    receipt = classify_isolated(small_run, 0)
+    assert (tmp_path / "failed").exists()
+    assert receipt.counts == {"OK": 4}
+
+
+def test_a_row_whose_process_is_not_to_be_trusted_after_it_costs_no_other(
+    small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolate, "ClassifyStage", failing_stages.IsPoisoned)
+    receipt = classify_isolated(small_run, 0)
+    assert receipt.counts == {"OK": 3, "CLASSIFY_FAILED": 1}
+    row = pq.read_table(small_run.paths.unit_file(0)).to_pylist()[failing_stages.FAILING_ROW]
+    assert (row["status"], row["error_message"], row["attempts"]) == ("CLASSIFY_FAILED", "hurts", 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        (failing_stages.IsBroken, r"^model .*: in a fresh process on cpu of .* blank image gets .*, in row -1"),
+        (failing_stages.IsTooSmall, r"^the memory of Tesla T4 is too little for row -1$"),
+    ],
+)
+def test_a_device_that_fails_whatever_the_image_becomes_no_rows(
+    small_run: Run, monkeypatch: pytest.MonkeyPatch, stage: type, told: str
+) -> None:
+    monkeypatch.setattr(isolate, "ClassifyStage", stage)
+    with pytest.raises(ImgbatchError, match=told):
+        classify_isolated(small_run, 0)
+    assert not Path(small_run.paths.unit_file(0)).exists()
