@@ -265,7 +265,7 @@ def test_the_readme_can_be_followed_from_the_top():
         ("```sh\nimgbatch clasify -m model\n```", "clasify"),
         ("```console\n$ imgbatch manifest bild photos\n```", "bild"),
         ("```console\n$ imgbatch manifest\n```", "manifest"),
-        ("```console\n$ imgbatch clean labels\n```", "--run"),
+        ("```console\n$ imgbatch review export labels\n```", "--output"),
         ("```console\n$ imgbatch verify labels another\n```", "another"),
         ("```console\n$ imgbatch classify -m model \\\n    --manifest m.parquet --engin local\n```", "--engin"),
         ("```console\n$ imgbatch classify --set classify.unit_row=16\n```", "unit_row"),

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt, unit_table
-from imgbatch.core.stages import DECODE_COLUMNS, PIXELS, ClassifyStage, CommitStage, DecodeStage
+from imgbatch.core.stages import DECODE_COLUMNS, ENCODED, PIXELS, ClassifyStage, CommitStage, DecodeStage
 from imgbatch.errors import ImgbatchError, RowError, Stage, Status, normalise_message, row_error
 from imgbatch.schema import ROW_ID, UNIT_SCHEMA
 
@@ -87,7 +87,7 @@ def _classify_rows(run: Run, block: pa.Table) -> Iterator[pa.Table | None]:
                 pool = _start(run)
                 yield None
                 if failure.status is Status.TIMEOUT or attempt == _TRIES:
-                    _check_device(run, _ask(pool, _blank(cell)))
+                    _check_device(run, _ask(pool, _blank(run, cell)))
                     yield _error_table(cell, replace(failure, attempts=attempt))
                     break
     finally:
@@ -114,11 +114,12 @@ def _failure(answer: pa.Table | Exception) -> RowError | None:
     return None
 
 
-def _blank(cell: pa.Table) -> pa.Table:
+def _blank(run: Run, cell: pa.Table) -> pa.Table:
     """The row with a black image of no manifest."""
     blank = {
         ROW_ID: pa.array([-1], pa.int64()),
-        PIXELS: pa.array([bytes(cell.schema.field(PIXELS).type.byte_width)], cell.schema.field(PIXELS).type),
+        PIXELS: pa.array([bytes(run.spec.pixel_bytes)], cell.schema.field(PIXELS).type),
+        ENCODED: pa.nulls(1, pa.binary()),
         "status": pa.nulls(1, pa.string()),
     }
     return pa.table({name: blank.get(name, cell[name]) for name in cell.column_names})
