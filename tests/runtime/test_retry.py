@@ -269,6 +269,7 @@ def test_what_was_interrupted_between_two_nights_goes_on_with_the_second(nights:
     stop.is_on = True
     with pytest.raises(Interrupted):
         next(retries)
+    assert {run.parent for run in list_runs(str(nights.again.output.path))} == {None, nights.monday}
     assert nights.wanted() == [(nights.tuesday, [1, 2]), (nights.monday, [1, 2])]
 
 
@@ -286,6 +287,17 @@ def test_what_was_interrupted_within_a_night_is_continued(nights: Nights, photo_
     assert isinstance(result, RunResult)
     assert (result.run_id, result.counts) == (child.run_id, {"OK": 2})
     nights.verify()
+
+
+def test_a_retry_of_one_night_that_was_interrupted_is_continued_with_all(nights: Nights) -> None:
+    """With its own rows, of which later nights have labelled one, or are to try one again."""
+    stop = StopSwitch()
+    stop.is_on = True
+    with pytest.raises(Interrupted):
+        retry(nights.again, nights.monday, stop=stop)
+    first = next(iter_retries(nights.again))
+    assert (first.run_id, first.result and first.result.num_rows) == (nights.monday, 4)
+    assert not any(run.abandoned for run in list_runs(str(nights.again.output.path)))
 
 
 def test_every_row_of_an_image_that_stands_twice_is_retried(
