@@ -15,6 +15,9 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 """Of glibc's ``mallopt(3)``."""
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""For the environment that a process starts with in which several threads run a network: glibc otherwise gives each of
+them memory in pieces of 64 MB, in which large activations leave gaps, more of them hour by hour."""
 
 _CAPABILITIES = {
     "P100": (6, 0),

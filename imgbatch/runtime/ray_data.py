@@ -24,6 +24,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
+from imgbatch.core.machine import ONE_ARENA
 from imgbatch.core.parallel import Context, Part, Result
 from imgbatch.core.plan import Run
 from imgbatch.core.results import Receipt
@@ -35,6 +36,7 @@ from imgbatch.runtime.isolate import LONGEST_STEP_S, classify_row_by_row
 from imgbatch.runtime.memory import max_stored_units, stored_unit_bytes
 from imgbatch.runtime.metrics import RunMetrics
 from imgbatch.runtime.pools import Pools, choose_batch_size
+from imgbatch.runtime.session import cluster_address
 from imgbatch.runtime.watchdog import watched
 
 FINITE_RETRIES = {"max_restarts": 3, "max_task_retries": 3}
@@ -156,6 +158,7 @@ class RayEngine:
                 label_selector=resources.classify_labels or None,
                 batch_size=None,
                 batch_format="pyarrow",
+                runtime_env=model_environment(run),
                 **FINITE_RETRIES,
             )
         )
@@ -253,6 +256,12 @@ def map_in_tasks(
         # Only these: to cancel a task that is just ending may crash Ray's core, and the driver with it.
         for reference in unfinished:
             ray.cancel(reference)
+
+
+def model_environment(run: Run) -> dict[str, Any] | None:
+    """``runtime_env`` of what runs the model; a Ray of our own has been started with it, which costs no process."""
+    in_cluster = cluster_address(run.config) is not None
+    return {"env_vars": ONE_ARENA} if in_cluster and run.plan.device == "cpu" else None
 
 
 def configure_ray_data() -> None:

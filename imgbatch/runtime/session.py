@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from imgbatch.config import Config, ResourcesConfig
-from imgbatch.core.machine import Gpu, cuda_of_torch, gpu_of_type, memory_bytes, why_torch_lacks
+from imgbatch.core.machine import ONE_ARENA, Gpu, cuda_of_torch, gpu_of_type, memory_bytes, why_torch_lacks
 from imgbatch.core.units import MAX_UNIT_PIXEL_BYTES
 from imgbatch.errors import UsageError
 from imgbatch.runtime.own_ray import NO_TASK_EVENTS, without_idle_processes
@@ -90,7 +90,7 @@ def _start(config: Config, pools: Pools | None) -> None:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 machine = this_machine()
-                with without_idle_processes():
+                with without_idle_processes(), _in_environment(ONE_ARENA):
                     ray.init(
                         address="local",
                         num_cpus=machine.num_cpus,
@@ -104,6 +104,18 @@ def _start(config: Config, pools: Pools | None) -> None:
                     )
     except ConnectionError as error:
         raise UsageError(f"ray.address: no cluster answers at {address} ({error})") from error
+
+
+@contextmanager
+def _in_environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """What is not in the environment yet, for processes that start within the block."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 @contextmanager

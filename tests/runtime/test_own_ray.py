@@ -23,7 +23,7 @@ from imgbatch.runtime.session import ray_session
 def running():
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            yield " ".join(process.cmdline())
+            yield " ".join(process.cmdline()), process.environ().get("MALLOC_ARENA_MAX")
 
 
 config = Config.model_validate_json(sys.argv[1])
@@ -31,10 +31,10 @@ run = plan_run(config, "cpu")
 with ray_session(config) as is_our_own, open_engine(run) as engine:
     units = [receipt.unit for receipt in engine.classify_units(range(run.plan.layout.num_units), defer=False)]
     done = units_done_by_stage()
-    commands = list(running())
+    processes = list(running())
     time.sleep(3)  # a process would report what it did within one
     events = ray.timeline()
-print(json.dumps({"is_our_own": is_our_own, "units": units, "done": done, "commands": commands, "events": events}))
+print(json.dumps({"is_our_own": is_our_own, "units": units, "done": done, "processes": processes, "events": events}))
 """
 
 
@@ -50,6 +50,7 @@ def test_a_job_works_without_what_nobody_asks(photo_config: Config, monkeypatch:
     assert seen["is_our_own"]
     assert sorted(seen["units"]) == list(range(8))
     assert seen["done"] == {"decode": 8, "classify": 8}
-    assert any("raylet" in command for command in seen["commands"])
-    assert [command for command in seen["commands"] if any(name in command for name in SPARED)] == []
+    [arenas] = {arenas for command, arenas in seen["processes"] if "raylet/raylet" in command}
+    assert arenas == "1"
+    assert [command for command, _ in seen["processes"] if any(name in command for name in SPARED)] == []
     assert seen["events"] == []

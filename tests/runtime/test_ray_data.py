@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -207,13 +208,18 @@ def test_whichever_part_is_done_counts_as_progress(tmp_path: Path) -> None:
     assert list(map_in_tasks(in_turn, str(tmp_path), range(4), timeout_s=10)) == [0, 1, 2, 3]
 
 
-def test_who_takes_no_more_receipts_ends_the_pass(photo_config: Config, tmp_path: Path) -> None:
-    config = on_ray(changed(photo_config, classify__unit_rows=1), tmp_path)
+def test_who_takes_no_more_receipts_ends_the_pass_and_in_a_cluster_the_model_has_one_arena(
+    photo_config: Config, tmp_path: Path
+) -> None:
+    config = on_ray(changed(photo_config, classify__unit_rows=1, ray__address="auto"), tmp_path)
     cpus = ray.cluster_resources()["CPU"]
     run = plan_run(config, "cpu")
     engine = ray_data.RayEngine(run, lambda: choose_pools(config.resources, "cpu", Machine(2, 0)))
     receipts = engine.classify_units(range(run.plan.layout.num_units), defer=False)
     next(receipts)
+    below = {process: " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)}
+    [actor] = [process for process, command in below.items() if "ClassifyActor" in command]
+    assert actor.environ()["MALLOC_ARENA_MAX"] == "1"
     receipts.close()
     deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU", 0) < cpus:
