@@ -67,7 +67,7 @@ def finalize(run: Run, map_parts: MapParts = in_threads) -> dict[str, Any]:
             :data:`FEW_PARTS` of them are done here, because a process elsewhere takes longer to start.
 
     Raises:
-        ImgbatchError: a unit file is missing or damaged, named.
+        ImgbatchError: a unit file is missing or damaged, or holds other rows, named.
     """
     tries = _TRIES
     while not run.paths.is_finished():
@@ -212,7 +212,13 @@ def _iter_units(run: Run, indices: Sequence[int]) -> Iterator[_UnitRows]:
     try:
         for index, (results, stored_bytes) in zip(indices, files, strict=True):
             unit = run.plan.layout.unit(index)
-            yield _UnitRows(unit, results, reader.read(unit), stored_bytes)
+            rows = reader.read(unit)
+            if not results[ROW_ID].equals(rows[ROW_ID]):
+                raise ImgbatchError(
+                    f"unit file {run.paths.unit_file(index)}: holds other rows than the run planned; remove it and run "
+                    f"the same command again"
+                )
+            yield _UnitRows(unit, results, rows, stored_bytes)
     finally:
         reader.close()
 

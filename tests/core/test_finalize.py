@@ -25,6 +25,7 @@ from imgbatch.core.plan import Run, plan_run
 from imgbatch.core.results import LabelRules, commit_unit, prediction_columns, unit_table
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
+from imgbatch.errors import ImgbatchError
 from imgbatch.runtime.job import RunResult, classify
 from tests.conftest import changed
 
@@ -92,6 +93,21 @@ def test_each_part_reads_a_stretch_of_the_units(photo_config: Config, monkeypatc
     # Once for the layout, once for the two buckets, once for the errors, which share a part where one has room.
     assert set(reads) == set(range(8))
     assert max(reads.values()) <= 3
+
+
+def test_results_of_other_rows_are_no_units(photo_config: Config) -> None:
+    config = changed(photo_config, output__keep_units=True)
+    classify(config)
+    run = plan_run(config, "cpu")
+    storage.remove(run.paths.success)
+    path = Path(run.paths.unit_file(2))
+    table = pq.read_table(path)
+    row_ids = pa.array([*range(100, 115), 32], pa.int64())
+    pq.write_table(table.set_column(table.column_names.index("row_id"), table.schema.field("row_id"), row_ids), path)
+    with pytest.raises(ImgbatchError, match=r"unit-00000002\.parquet: .* other rows .*; remove it and run") as caught:
+        finalize.finalize(run)
+    assert "\n" not in str(caught.value)
+    assert not run.paths.is_finished()
 
 
 def test_units_that_a_repair_works_with_are_left_to_it(photo_config: Config) -> None:
