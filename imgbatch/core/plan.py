@@ -238,9 +238,19 @@ def open_run(paths: RunPaths, config: Config, bundle: ModelBundle, spec: Preproc
 
 def _create(paths: RunPaths, plan: RunPlan, tables: Iterator[pa.Table], *, check_duplicates: bool) -> None:
     with heartbeat(paths):
+        left = _leftovers(paths)  # looked for before the plan is: none of them is of a run planned meanwhile
         # Another driver may have planned the run meanwhile, in other units, and be at work on its rows.
         if not storage.exists(paths.plan):
+            for uri in left:
+                storage.remove(uri)
             _write(paths, plan, tables, check_duplicates=check_duplicates)
+
+
+def _leftovers(paths: RunPaths) -> list[str]:
+    """What would pass for the work of a new run, and is of one whose plan is gone: perhaps of other rows."""
+    names = storage.list_names(paths.root)
+    works = (paths.units, paths.finalize, paths.files, paths.success, paths.abandoned)
+    return [uri for uri in works if uri.rsplit("/", 1)[1] in names]
 
 
 def _write(paths: RunPaths, plan: RunPlan, tables: Iterator[pa.Table], *, check_duplicates: bool) -> None:

@@ -236,6 +236,40 @@ def test_rows_that_another_driver_planned_meanwhile_are_left_alone(
     assert pq.ParquetFile(path).num_row_groups == run.plan.layout.num_units == 4
 
 
+def test_what_is_left_of_a_run_without_a_plan_is_not_taken_for_the_new_ones(photo_config: Config) -> None:
+    paths = plan_run(photo_config, "cpu").paths
+    storage.remove(paths.plan)
+    for uri in (paths.unit_file(0), paths.finalize, paths.files, paths.success, paths.abandoned):
+        storage.replace(uri, b"of then")
+    run = plan_run(photo_config, "cpu")
+    assert run.paths == paths
+    assert run.pending_units() == list(range(run.plan.layout.num_units))
+    assert sorted(path.name for path in Path(paths.root).iterdir()) == ["plan.json", "rows"]
+
+
+def test_units_of_a_driver_that_planned_meanwhile_are_left_alone(
+    photo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at what is left and the look for a plan; the leftovers are gone by then."""
+    exists = storage.exists
+    paths = plan_run(photo_config, "cpu").paths
+    storage.remove(paths.plan)
+    storage.replace(paths.unit_file(0), b"of then")
+    looks: list[str] = []
+
+    def plans_meanwhile(uri: str) -> bool:
+        looks.append(uri)
+        if uri == paths.plan and looks.count(uri) == 2:
+            plan_run(photo_config, "cpu")
+            storage.replace(paths.unit_file(0), b"of now")
+        return exists(uri)
+
+    monkeypatch.setattr(storage, "exists", plans_meanwhile)
+    run = plan_run(photo_config, "cpu")
+    assert storage.read_bytes(run.paths.unit_file(0)) == b"of now"
+    assert run.pending_units() == list(range(1, run.plan.layout.num_units))
+
+
 def test_while_another_driver_plans_the_run_nobody_else_does(photo_config: Config) -> None:
     paths = plan_run(photo_config, "cpu").paths
     assert not Path(paths.heartbeat).exists()
