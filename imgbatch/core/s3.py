@@ -1,4 +1,4 @@
-"""What S3, and servers that speak it, need beyond fsspec: settings, one conditional PUT, listings, left uploads."""
+"""What S3, and servers that speak it, need beyond fsspec: settings, one conditional PUT, listings, removals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ _ATTEMPTS = 5
 _BODY_ATTEMPTS = 3
 _PUT_PATIENCE_S = 30.0
 """For which a conditional PUT is tried again, each time with all the attempts above."""
+_REMOVAL_PATIENCE_S = 30.0
+"""For which objects are deleted again that the server could not delete now."""
+_REMOVED_AT_ONCE = 1000
+_REMOVALS_AT_ONCE = 3
 _CONNECTIONS = 64
 _PATIENCE_WITH_METADATA = {"metadata_service_num_attempts": (1, 5), "metadata_service_timeout": (1, 2)}
 """For the credentials of a machine's role, with botocore's own default beside each, seconds for the timeout: one
@@ -47,6 +52,8 @@ _ACCESS_POINT = re.compile(
 )
 """Its ARN, which stands where a bucket's name does, and a key."""
 
+_PASSING = frozenset({"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"})
+"""Codes of objects that were not deleted and may be later."""
 _FORBIDDEN, _NOT_ALLOWED, _CONFLICT, _PRECONDITION_FAILED, _NOT_IMPLEMENTED = 403, 405, 409, 412, 501
 
 
@@ -358,6 +365,43 @@ def _received(pages: queue.Queue[list[S3Object] | BaseException | None]) -> Iter
         if isinstance(item, BaseException):
             raise item
         yield item
+
+
+def remove(fs: Any, path: str) -> None:
+    """Delete the object at a path and all below it, some thousands at once; nothing happens where there is none.
+
+    Raises:
+        PermissionError: an object may not be deleted, the first named.
+        OSError: one could not be for half a minute, or for another reason.
+    """
+    bucket, key, _ = fs.split_path(path)
+    first = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+    keys = [entry["Key"] for entry in first.get("Contents", ()) if entry["Key"] == key]
+    for page in _iter_answers(fs, bucket, Prefix=key.rstrip("/") + "/" if key else ""):
+        keys += [entry["Key"] for entry in page.get("Contents", ())]
+    parts = [keys[start : start + _REMOVED_AT_ONCE] for start in range(0, len(keys), _REMOVED_AT_ONCE)]
+    with ThreadPoolExecutor(_REMOVALS_AT_ONCE) as pool:
+        for _ in pool.map(partial(_delete, fs, bucket), parts):
+            pass
+
+
+def _delete(fs: Any, bucket: str, keys: Sequence[str]) -> None:
+    """Delete up to a thousand objects. The answer is 200 whatever becomes of each: it lists those that are left."""
+    give_up = time.monotonic() + _REMOVAL_PATIENCE_S
+    for attempt in itertools.count(1):
+        request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        errors = fs.call_s3("delete_objects", Bucket=bucket, Delete=request).get("Errors", ())
+        left = [error for error in errors if error.get("Code") != "NoSuchKey"]  # another command was faster
+        if not left:
+            return
+        lasting = [error for error in left if error.get("Code") not in _PASSING]
+        if lasting or time.monotonic() > give_up:
+            error = (lasting or left)[0]
+            number = errno.EACCES if error.get("Code") == "AccessDenied" else errno.EIO  # the former: PermissionError
+            said = f"not deleted: {error.get('Code')} {error.get('Message', '')}".rstrip()
+            raise OSError(number, said, f"s3://{bucket}/{error['Key']}")
+        keys = [error["Key"] for error in left]
+        time.sleep(backoff_s(attempt))
 
 
 def abort_uploads(fs: Any, path: str, *, older_than_s: float) -> int:

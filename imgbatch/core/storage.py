@@ -343,12 +343,17 @@ def staged_file(uri: str) -> Iterator[Path]:
 
 
 def remove(uri: str) -> None:
-    """Remove a file or a whole directory; nothing happens where there is none."""
+    """Remove a file or a whole directory; nothing happens where there is none. Raises ``OSError`` for what stays."""
     if is_local(uri):
         local_disk.remove(local_path(uri))
         return
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
+        if is_s3(uri):
+            from imgbatch.core import s3
+
+            s3.remove(fs, path)
+            return
         if re.search(r"[*?\[]", path):  # which rm takes for a pattern
             for name in [*fs.find(path), path]:
                 with contextlib.suppress(FileNotFoundError):

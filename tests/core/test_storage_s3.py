@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from botocore.exceptions import ClientError
 from imgbatch.config import StorageConfig
 from imgbatch.core import retry, s3, storage
 from imgbatch.errors import UsageError
+from tests.faults.proxy import Fault, FaultyServer, faulty_server
 
 YEAR_S = 365 * 86_400.0
 
@@ -305,3 +306,75 @@ def test_what_looks_like_a_pattern_is_removed_by_its_name(s3_bucket: str) -> Non
         storage.remove(storage.join(s3_bucket, "out", name))
     left = [info.uri.rsplit("/out/")[1] for info in storage.list_files(storage.join(s3_bucket, "out"))]
     assert left == ["labels v/a", "part-00000.parquet"]
+
+
+@pytest.fixture
+def deletions(s3_bucket: str, s3_server: str) -> Iterator[FaultyServer]:
+    """Goes between this process and the server with the bucket."""
+    assert s3_bucket
+    with faulty_server(s3_server) as (url, server):
+        storage.configure(StorageConfig(endpoint_url=url))
+        yield server
+
+
+def put_some(bucket: str) -> None:
+    fs, name = storage.filesystem(bucket)
+    for key in ("unit", "units", "units-2/a", "units/a", "units/b/c", "units/d/"):
+        s3.put(fs, f"{name}/{key}", b"x")
+
+
+def keys_of(bucket: str) -> list[str]:
+    fs, name = storage.filesystem(bucket)
+    return [entry["Key"] for entry in fs.call_s3("list_objects_v2", Bucket=name).get("Contents", ())]
+
+
+def test_a_directory_is_removed_and_what_is_called_alike_stays(
+    s3_bucket: str, deletions: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_REMOVED_AT_ONCE", 2)
+    put_some(s3_bucket)
+    storage.remove(storage.join(s3_bucket, "units"))
+    assert keys_of(s3_bucket) == ["unit", "units-2/a"]
+    assert sum(method == "POST" for method, _, _ in deletions.passed) == 2
+    storage.remove(storage.join(s3_bucket, "units"))
+    storage.remove("s3://no-such-bucket/units")
+    assert sum(method == "POST" for method, _, _ in deletions.passed) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("AccessDenied", PermissionError), ("InvalidObjectState", OSError), ("SlowDown", OSError)]
+)
+def test_what_a_server_does_not_delete_is_said(
+    code: str,
+    expected: type[Exception],
+    s3_bucket: str,
+    deletions: FaultyServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3, "_REMOVAL_PATIENCE_S", 0.0)
+    put_some(s3_bucket)
+    deletions.faults = [Fault("POST", r"\?delete", f"undeleted:{code}")]
+    with pytest.raises(expected, match=rf"not deleted: {code} as told: 's3://bucket-\w+/units'") as caught:
+        storage.remove(storage.join(s3_bucket, "units"))
+    assert "\n" not in str(caught.value)
+    assert len(deletions.acted) == 1
+    assert len(keys_of(s3_bucket)) == 6
+
+
+def test_what_a_server_does_not_delete_at_once_is_deleted_in_time(
+    s3_bucket: str, deletions: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "FIRST_BACKOFF_S", 0.001)
+    put_some(s3_bucket)
+    codes = ("InternalError", "SlowDown")
+    deletions.faults = [Fault("POST", r"\?delete", f"undeleted:{code}", 1, i) for i, code in enumerate(codes)]
+    storage.remove(storage.join(s3_bucket, "units"))
+    assert keys_of(s3_bucket) == ["unit", "units-2/a"]
+    assert [action for _, _, action in deletions.acted] == [f"undeleted:{code}" for code in codes]
+
+
+def test_a_place_where_nothing_may_be_deleted_is_refused(s3_bucket: str, deletions: FaultyServer) -> None:
+    deletions.faults = [Fault("POST", r"\?delete", "undeleted:AccessDenied")]
+    with pytest.raises(UsageError, match=r"files cannot be removed there, as units must be .*AccessDenied") as caught:
+        storage.check_writable(storage.join(s3_bucket, "out"))
+    assert "\n" not in str(caught.value)

@@ -34,7 +34,8 @@ class Fault:
     ``truncate``: half of the body that was announced; ``parts``: the same, but nothing to a request for a whole object.
     ``slow:S``: half of the body, ``S`` seconds, the other half; an
     answer without a body comes after ``S`` seconds. ``unconditional``: the server does not see an ``If-None-Match``;
-    it must be one that checks no signatures.
+    it must be one that checks no signatures. ``undeleted:CODE``: none of the objects is deleted, each for that reason;
+    the path of such a request, a POST, is ``/bucket?delete``.
     """
 
     method: str
@@ -105,6 +106,9 @@ def _handler(state: FaultyServer) -> type[BaseHTTPRequestHandler]:
             action = state.action(self.command, unquote(self.path))
             if action == "parts":
                 action = "truncate" if self.headers.get("Range") else None
+            if action is not None and action.startswith("undeleted:"):
+                self.leave(action.removeprefix("undeleted:"), body)
+                return
             if action is not None and action.isdigit():
                 self.refuse(int(action))
                 return
@@ -156,7 +160,14 @@ def _handler(state: FaultyServer) -> type[BaseHTTPRequestHandler]:
         def refuse(self, status: int) -> None:
             code = CODES[status]
             said = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
-            content = b"" if self.command == "HEAD" else said
+            self.answer(status, b"" if self.command == "HEAD" else said)
+
+        def leave(self, code: str, body: bytes) -> None:
+            reason = f"<Code>{code}</Code><Message>as told</Message>".encode()
+            errors = [b"<Error>" + key + reason + b"</Error>" for key in re.findall(b"<Key>.*?</Key>", body)]
+            self.answer(200, b"<DeleteResult>" + b"".join(errors) + b"</DeleteResult>")
+
+        def answer(self, status: int, content: bytes) -> None:
             self.send_response_only(status)
             self.send_header("Content-Type", "application/xml")
             self.send_header("Content-Length", str(len(content)))
