@@ -15,7 +15,9 @@ from imgbatch.core.current import CurrentRun
 from imgbatch.core.database import spilling
 from imgbatch.core.geoparquet import METADATA_KEY, FileGeometry
 from imgbatch.core.parquet import open_parquet
+from imgbatch.core.runs import sign_of_life
 from imgbatch.core.views import view_statements
+from imgbatch.errors import ImgbatchError
 from imgbatch.schema import IMAGE_ID, SCHEMA_VERSION, to_plain
 
 _MEMORY_MB = 2000
@@ -23,6 +25,7 @@ _BATCH_ROWS = 65_536
 _FOLDER = "compacted"
 _FILE_NAME = "part-{:05d}.parquet"
 _RECORD = "current.json"
+_SIGN = "heartbeat.json"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class CompactResult:
     files: list[dict[str, Any]]
     """``path`` (relative to the output), ``rows``, ``bytes``, ``sha256``."""
     already_there: bool
-    """Whether no run has finished since it was made."""
+    """Whether no run has finished since it was made, and its files are what they were."""
 
 
 def compact(out: str, *, target_file_mb: int) -> CompactResult:
@@ -51,11 +54,19 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
         target_file_mb: size that files aim at, MB.
 
     Raises:
-        UsageError: no finished run there.
+        UsageError: no finished run there, or another command compacts it.
+        ImgbatchError: files were removed while others were written.
     """
+    view_statements(out, current.load_finished(out))  # nothing is written where there is no run
+    out = storage.absolute(out)
+    compacted = storage.join(out, _FOLDER)
+    with sign_of_life(storage.join(compacted, _SIGN), compacted):
+        return _compact(out, compacted, target_file_mb)
+
+
+def _compact(out: str, compacted: str, target_file_mb: int) -> CompactResult:
     runs = current.load_finished(out)
     statements = view_statements(out, runs)
-    out = storage.absolute(out)
     run_ids = [run.run_id for run in runs]
     # A run that was cleaned and classified anew has the id that it had.
     parts = [*(f"{run.run_id} {run.predicted_at}" for run in runs), str(target_file_mb)]
@@ -63,10 +74,9 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
     # An output may be moved or copied: the record names nothing but what lies in it.
     relative = f"{_FOLDER}/{name}"
     directory = storage.join(out, relative)
-    compacted = storage.join(out, _FOLDER)
     record = storage.join(compacted, _RECORD)
     written = storage.read_json(record) if storage.exists(record) else {}
-    if written.get("path") == relative:
+    if written.get("path") == relative and _is_whole(directory, written["files"]):
         return CompactResult(**{**written, "path": directory, "already_there": True})
     storage.remove(directory)
     with spilling(out, memory_mb=_MEMORY_MB) as connection:
@@ -77,6 +87,8 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
             {**file, "path": f"{relative}/{file['path']}"}
             for file in _write(reader, directory, target_file_mb * 10**6, _geo_of(out, runs))
         ]
+    if not _is_whole(directory, files):
+        raise ImgbatchError(f"{directory}: files were removed or added meanwhile; run the same command again")
     result = CompactResult(
         directory,
         run_ids,
@@ -87,9 +99,16 @@ def compact(out: str, *, target_file_mb: int) -> CompactResult:
     storage.write_json(record, {**asdict(result), "path": relative})
     prefix = storage.listing_prefix(compacted)
     for entry in {info.uri.removeprefix(prefix).split("/")[0] for info in storage.list_files(compacted)}:
-        if entry not in (name, _RECORD):
+        if entry not in (name, _RECORD, _SIGN):
             storage.remove(storage.join(compacted, entry))
     return result
+
+
+def _is_whole(directory: str, files: Sequence[dict[str, Any]]) -> bool:
+    """Whether a dataset's files are there, of the size that they were written with, and no others."""
+    prefix = storage.listing_prefix(directory)
+    found = {info.uri.removeprefix(prefix): info.size for info in storage.iter_files(directory)}
+    return found == {file["path"].rpartition("/")[2]: file["bytes"] for file in files}
 
 
 def _geo_of(out: str, runs: Sequence[CurrentRun]) -> bytes | None:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -201,7 +201,7 @@ def choose_run_id(
     for entry in runs_in_the_way(runs, fingerprint, parent=parent):
         if not abandon:
             raise UsageError(why_in_the_way(out, entry, fields))
-        _refuse_if_alive(entry.paths)
+        refuse_if_alive(entry.paths)
         storage.create_if_absent(entry.paths.abandoned, b"")
     return run_id_of(runs, fingerprint, new_run=new_run, parent=parent)
 
@@ -265,16 +265,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-@contextmanager
-def heartbeat(paths: RunPaths) -> Iterator[None]:
-    """Says that a driver works on the run, and refuses if another one says so.
+def heartbeat(paths: RunPaths) -> AbstractContextManager[None]:
+    """Says that a driver works on the run, and refuses if another one says so: :func:`sign_of_life`.
 
     A courtesy only: two drivers at once are safe, because the first writer of a unit wins.
+    """
+    return sign_of_life(paths.heartbeat, f"run {paths.run_id}")
+
+
+@contextmanager
+def sign_of_life(uri: str, what: str) -> Iterator[None]:
+    """Says in the file ``uri`` that this process works on ``what``, and refuses if another one says so.
 
     Raises:
-        UsageError: another driver shows signs of life.
+        UsageError: another process shows signs of life.
     """
-    _refuse_if_alive(paths)
+    _refuse_if_shown(uri, what)
     failpoint("heartbeat.checked")
     stop = threading.Event()
 
@@ -283,7 +289,7 @@ def heartbeat(paths: RunPaths) -> Iterator[None]:
             # A store that is away for a while must not end the heartbeat.
             with suppress(Exception):
                 sign = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-                storage.write_json(paths.heartbeat, sign)
+                storage.write_json(uri, sign)
             if stop.wait(HEARTBEAT_EVERY_S):
                 return
 
@@ -296,13 +302,18 @@ def heartbeat(paths: RunPaths) -> Iterator[None]:
         thread.join()
         # It goes stale by itself, and a store that is away must not hide why the block ended.
         with suppress(Exception):
-            storage.remove(paths.heartbeat)
+            storage.remove(uri)
 
 
-def _refuse_if_alive(paths: RunPaths) -> None:
-    if other := other_driver(paths):
+def refuse_if_alive(paths: RunPaths) -> None:
+    """Raise :class:`UsageError` if another driver works on the run."""
+    _refuse_if_shown(paths.heartbeat, f"run {paths.run_id}")
+
+
+def _refuse_if_shown(uri: str, what: str) -> None:
+    if other := _sign_of_others(uri, what):
         raise UsageError(
-            f"run {paths.run_id}: another driver works on it (process {other['pid']} on {other['host']}); wait for it, "
+            f"{what}: another driver works on it (process {other['pid']} on {other['host']}); wait for it, "
             f"or stop it and try again in a minute"
         )
 
@@ -312,31 +323,33 @@ def other_driver(paths: RunPaths) -> dict[str, Any] | None:
 
     Of another host, whose clock may be wrong, only a sign that changes is one: that takes 15 s to see.
     """
-    sign = _last_sign(paths)
+    return _sign_of_others(paths.heartbeat, f"run {paths.run_id}")
+
+
+def _sign_of_others(uri: str, what: str) -> dict[str, Any] | None:
+    sign = _last_sign(uri)
     if sign is None or (_is_of_this_host(sign) and sign["pid"] == os.getpid()):
         return None
     if _is_of_this_host(sign):
         return sign if _is_fresh(sign) and _is_running(sign["pid"]) else None
     wait_s = 1.5 * HEARTBEAT_EVERY_S
-    _log.warning(
-        "run %s: was worked on from %s; waiting %g s to see if it still is", paths.run_id, sign["host"], wait_s
-    )
+    _log.warning("%s: was worked on from %s; waiting %g s to see if it still is", what, sign["host"], wait_s)
     time.sleep(wait_s)
-    later = _last_sign(paths)
+    later = _last_sign(uri)
     return later if later != sign else None
 
 
 def is_alive(paths: RunPaths) -> bool:
     """Whether a driver works on the run, as far as clocks agree: its sign of life is younger than a minute."""
-    sign = _last_sign(paths)
+    sign = _last_sign(paths.heartbeat)
     if sign is None or not _is_fresh(sign):
         return False
     return not _is_of_this_host(sign) or _is_running(sign["pid"])
 
 
-def _last_sign(paths: RunPaths) -> dict[str, Any] | None:
+def _last_sign(uri: str) -> dict[str, Any] | None:
     try:
-        sign: dict[str, Any] = storage.read_json(paths.heartbeat)
+        sign: dict[str, Any] = storage.read_json(uri)
     except (FileNotFoundError, ValueError):
         return None
     return sign

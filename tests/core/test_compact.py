@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgbatch.config import Config
+from imgbatch.core import compact as compact_module
 from imgbatch.core import storage
 from imgbatch.core.clean import remove_run
 from imgbatch.core.compact import _write, compact
 from imgbatch.core.verify import verify
 from imgbatch.core.views import open_views
-from imgbatch.errors import ErrorBudgetExceeded, UsageError
+from imgbatch.errors import ErrorBudgetExceeded, ImgbatchError, UsageError
 from imgbatch.runtime.job import classify
 from tests.conftest import changed
 
@@ -134,6 +139,57 @@ def test_a_record_of_a_former_version_is_made_anew(store_run: Callable[..., Path
     assert not Path(f"{result.path}.json").exists()
 
 
+def test_two_commands_at_once_do_not_compact_one_output(store_run: Callable[..., Path]) -> None:
+    out = store_run(("cat", "dog"), np.array([[0.75, 0.25]], np.float32))
+    half_written = out / "compacted/c000000000000/part-00000.parquet"
+    storage.replace(str(half_written), b"of the other")
+    sign = str(out / "compacted/heartbeat.json")
+    storage.write_json(sign, {"host": socket.gethostname(), "pid": os.getppid(), "time": time.time()})
+    with pytest.raises(UsageError, match=r"/compacted: another driver works on it"):
+        compact(str(out), target_file_mb=128)
+    assert half_written.exists()
+    storage.remove(sign)
+    result = compact(str(out), target_file_mb=128)
+    assert {path.name for path in (out / "compacted").iterdir()} == {Path(result.path).name, "current.json"}
+
+
+def test_files_that_another_command_removes_meanwhile_are_missed(
+    store_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that stood still for a minute does."""
+    out = str(store_run(("cat", "dog"), np.array([[0.75, 0.25]], np.float32)))
+
+    def write_and_lose(reader: pa.RecordBatchReader, directory: str, *arguments: Any) -> Iterator[dict[str, Any]]:
+        yield from _write(reader, directory, *arguments)
+        storage.remove(directory)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compact_module, "_write", write_and_lose)
+        with pytest.raises(ImgbatchError, match="removed or added meanwhile; run the same command again"):
+            compact(out, target_file_mb=128)
+    assert not Path(out, "compacted/current.json").exists()
+    assert not compact(out, target_file_mb=128).already_there
+
+
+@pytest.mark.parametrize("harm", ["removed", "cut short", "another beside it"])
+def test_a_dataset_that_is_not_whole_any_more_is_made_anew(store_run: Callable[..., Path], harm: str) -> None:
+    out = str(store_run(("cat", "dog"), np.array([[0.75, 0.25]], np.float32)))
+    before = compact(out, target_file_mb=128)
+    part = Path(out, before.files[0]["path"])
+    if harm == "another beside it":
+        part.with_name("part-00001.parquet").write_bytes(part.read_bytes())
+    else:
+        storage.remove(str(part))
+        if harm == "cut short":
+            part.parent.mkdir(exist_ok=True)
+            part.write_bytes(b"PAR1")
+    after = compact(out, target_file_mb=128)
+    assert not after.already_there
+    assert after.files == before.files
+    assert [path.name for path in Path(after.path).iterdir()] == [part.name]
+    assert compact(out, target_file_mb=128).already_there
+
+
 def test_files_are_cut_at_the_target_size(tmp_path: Path) -> None:
     numbers = np.random.default_rng(0).random((4, 500))
     schema = pa.schema([("number", pa.float64())])
@@ -147,3 +203,4 @@ def test_files_are_cut_at_the_target_size(tmp_path: Path) -> None:
 def test_there_must_be_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no finished run"):
         compact(str(tmp_path), target_file_mb=128)
+    assert not list(tmp_path.iterdir())
