@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from imgbatch.core import current, storage
 from imgbatch.core.output_files import KINDS
-from imgbatch.core.runs import RunEntry, find_run, is_alive, list_runs
+from imgbatch.core.runs import RunEntry, find_run, is_alive, list_runs, refuse_if_alive
 from imgbatch.errors import UsageError
 
 
@@ -15,12 +15,15 @@ def remove_run(out: str, run_id: str) -> None:
     """Remove a run's labels, errors and records; what readers see changes first, so that nothing dangles.
 
     Raises:
-        UsageError: no such run, or another run retries it.
+        UsageError: no such run, another run retries it, or a driver works on it.
     """
     run = find_run(out, run_id)
     retries = [other.run_id for other in list_runs(out) if other.parent == run_id]
     if retries:
         raise UsageError(f"--run {run_id}: {', '.join(retries)} retries it; remove that first")
+    refuse_if_alive(run.paths)
+    # First, so that no command continues what is left of it where this one is cut off.
+    storage.create_if_absent(run.paths.abandoned, b"")
     storage.remove(run.paths.success)
     current.update(out)
     _remove_files(run)
@@ -66,7 +69,7 @@ def _abandoned(runs: Sequence[RunEntry]) -> list[RunEntry]:
 
 
 def _directories(run: RunEntry) -> list[str]:
-    """What the run wrote; its records last, without which nobody knows of the others."""
+    """What the run wrote."""
     return [*(run.paths.data(kind) for kind in KINDS), run.paths.root]
 
 
@@ -75,6 +78,11 @@ def _num_bytes(run: RunEntry) -> int:
 
 
 def _remove_files(run: RunEntry) -> None:
+    """Remove what the run wrote: its plan when nothing else is left, because without it nobody knows of the rest."""
+    *data, root = _directories(run)
+    last = [run.paths.plan, run.paths.abandoned]
+    records = [uri for name in sorted(storage.list_names(root)) if (uri := storage.join(root, name)) not in last]
+    for uri in [*data, *records, *last, root]:
+        storage.remove(uri)
     for directory in _directories(run):
-        storage.remove(directory)
         storage.remove_left_uploads(directory, older_than_s=0)
