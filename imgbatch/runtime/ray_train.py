@@ -125,7 +125,10 @@ def _build_trainer(job: TrainingJob) -> ray.train.torch.TorchTrainer:
             name=f"ray-{uuid.uuid4().hex[:8]}",
             storage_path=path,
             storage_filesystem=PyFileSystem(FSSpecHandler(filesystem)),
-            failure_config=FailureConfig(max_failures=train.max_failures),
+            # Workers that do not start are counted apart, and tried again for ever unless told otherwise.
+            failure_config=FailureConfig(
+                max_failures=train.max_failures, controller_failure_limit=train.max_failures
+            ),
         ),
     )
 
@@ -145,6 +148,9 @@ def _fit(trainer: ray.train.torch.TorchTrainer, outcome: list[BaseException]) ->
 
 def _cause(error: BaseException) -> str:
     """The first worker's own error in one line, or Ray's."""
+    startup = getattr(error, "controller_failure", None)
+    if type(startup).__name__ == "WorkerGroupStartupTimeoutError":
+        return "its workers found no place to start, each time; take fewer with train.num_workers, or start more nodes"
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
     inner = getattr(first, "cause", None) or first

@@ -17,6 +17,7 @@ from rich.console import Console
 from imgbatch.config import Config, ResourcesConfig
 from imgbatch.core import storage
 from imgbatch.core.model import DESCRIPTION_FILE, ModelBundle, load_bundle, load_metrics
+from imgbatch.core.plan import DeviceKind
 from imgbatch.core.training.checkpoint import json_lines, read_epochs
 from imgbatch.core.training.crops import CropStore, FailedImage, decode_crops
 from imgbatch.core.training.finish import describe_hardware, save_trained
@@ -247,10 +248,7 @@ def _resolve(config: Config, console: Console) -> Config:
     device = choose_device(config.resources, machine)
     for line in device_remarks(config.resources, machine):
         console.print(line, markup=False)
-    workers = config.train.num_workers
-    num_workers = workers if isinstance(workers, int) else max(1, machine.num_gpus) if device == "cuda" else 1
-    if config.classify.engine == "local" and num_workers > 1:
-        raise UsageError("train.num_workers: the local engine has one worker; take the ray engine for more")
+    num_workers = _num_workers(config, machine, device, console)
     train_config = config.train.model_copy(update={"num_workers": num_workers})
     updates: dict[str, Any] = {
         "train": train_config,
@@ -262,6 +260,27 @@ def _resolve(config: Config, console: Console) -> Config:
     if config.output.path is not None:
         updates["output"] = config.output.model_copy(update={"path": storage.absolute(config.output.path)})
     return config.model_copy(update=updates)
+
+
+def _num_workers(config: Config, machine: Machine, device: DeviceKind, console: Console) -> int:
+    """``train.num_workers`` in numbers.
+
+    Raises:
+        UsageError: more than this machine can run at once; a cluster may grow, so there it is only said.
+    """
+    asked = config.train.num_workers
+    room = min(machine.num_cpus, machine.num_gpus) if device == "cuda" else machine.num_cpus
+    num_workers = asked if isinstance(asked, int) else max(1, room) if device == "cuda" else 1
+    if config.classify.engine == "local":
+        if num_workers > 1:
+            raise UsageError("train.num_workers: the local engine has one worker; take the ray engine for more")
+    elif num_workers > room:
+        each = "a GPU and a CPU" if device == "cuda" else "a CPU"
+        lacking = f"train.num_workers: {num_workers} workers take {each} each, and there is room for {room}"
+        if not config.on_cluster:
+            raise UsageError(f"{lacking}; take fewer")
+        console.print(f"{lacking} now; training waits for more nodes, and ends if none come", markup=False)
+    return num_workers
 
 
 def _session(config: Config) -> AbstractContextManager[object]:

@@ -19,10 +19,10 @@ from imgbatch.core.training.checkpoint import read_epochs
 from imgbatch.core.training.loop import run_training
 from imgbatch.core.training.plan import plan_training
 from imgbatch.core.training.workers import Worker
-from imgbatch.errors import ImgbatchError
+from imgbatch.errors import ImgbatchError, UsageError
 from imgbatch.runtime.ray_train import share_of_cores
 from imgbatch.runtime.train import train
-from tests.conftest import changed
+from tests.conftest import RAY_CPUS, changed
 from tests.core.training.conftest import settle
 
 _EPOCHS = 20
@@ -64,6 +64,29 @@ def test_two_workers_give_what_one_gives(config, tmp_path):
 def test_a_worker_takes_its_share_of_its_own_machine(cores, local_workers, on_cpu, on_gpu):
     assert share_of_cores(cores, local_workers, use_gpu=False) == on_cpu
     assert share_of_cores(cores, local_workers, use_gpu=True) == on_gpu
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train__num_workers": RAY_CPUS + 1}, "5 workers take a CPU each, and there is room for 4; take fewer"),
+        ({"resources__device": "cuda"}, "1 workers take a GPU and a CPU each, and there is room for 0; take fewer"),
+    ],
+)
+def test_more_workers_than_there_is_room_for_are_refused(config, tmp_path, flags, message):
+    with pytest.raises(UsageError, match=f"train.num_workers: {message}"):
+        train(changed(config, classify__engine="ray", **flags))
+
+
+def test_workers_that_a_cluster_never_has_room_for_end_training(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    flags = {"train__num_workers": RAY_CPUS + 1, "train__max_failures": 1, "ray__address": "auto"}
+    config = changed(config, classify__engine="ray", **flags)
+    settle(config)
+    printed = io.StringIO()
+    with pytest.raises(ImgbatchError, match="training: its workers found no place to start, each time; take fewer"):
+        train(config, Console(file=printed, width=200))
+    assert "5 workers take a CPU each, and there is room for 4 now; training waits" in printed.getvalue()
 
 
 @pytest.mark.soak
