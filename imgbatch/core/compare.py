@@ -259,26 +259,28 @@ def _known(counts: ClassCounts) -> ClassCounts:
 
 
 def _pair_labels(scored: Scored, names: Sequence[str], rng: np.random.Generator) -> _Paired:
-    """Multi-label: each label's rows fall into eight kinds (true, said by A, said by B), resampled label by label."""
-    kinds_K8 = np.zeros((len(names), 8), np.int64)
-    relation = scored.connection.sql("select truth, answer_a, answer_b from paired where truth is not null")
-    for batch in relation.to_arrow_reader(max(1024, (1 << 21) // len(names))):
-        truth_NK, a_NK, b_NK = (scored.membership(batch[i], names) for i in range(3))
-        kind_NK = 4 * truth_NK.astype(np.int64) + 2 * a_NK + b_NK
-        kinds_K8 += np.stack([(kind_NK == kind).sum(axis=0) for kind in range(8)], axis=1)
-    num_rows = int(kinds_K8[0].sum())
-    num_replicates = intervals.affordable_replicates(len(names), len(names))
-    drawn_RK8 = rng.multinomial(num_rows, kinds_K8 / num_rows, size=(num_replicates, len(names)))
-    return _Paired(
-        _counts_of_kinds(kinds_K8), _counts_of_kinds(drawn_RK8), only_a_K=kinds_K8[:, 6], only_b_K=kinds_K8[:, 5]
+    """Multi-label: resamples rows, with all their labels, so that both models see the same drawn rows."""
+    num_labels = len(names)
+    groups = intervals.RowGroups(5 * num_labels)
+    only_a_K, only_b_K = np.zeros((2, num_labels), np.int64)
+    relation = scored.connection.sql(
+        f"select truth, answer_a, answer_b, hash(image_id, {_SEED}) as lot from paired where truth is not null"
     )
+    for batch in relation.to_arrow_reader(max(1024, (1 << 21) // num_labels)):
+        truth_NK, a_NK, b_NK = (scored.membership(batch[i], names) for i in range(3))
+        groups.add(
+            batch["lot"].to_numpy(), np.concatenate([truth_NK, truth_NK & a_NK, a_NK, truth_NK & b_NK, b_NK], axis=1)
+        )
+        only_a_K += (truth_NK & a_NK & ~b_NK).sum(axis=0)
+        only_b_K += (truth_NK & b_NK & ~a_NK).sum(axis=0)
+    drawn_RM = groups.draw(intervals.affordable_replicates(num_labels, num_labels), rng)
+    return _Paired(_both_counts(groups.totals()), _both_counts(drawn_RM), only_a_K, only_b_K)
 
 
-def _counts_of_kinds(kinds: np.ndarray) -> tuple[ClassCounts, ClassCounts]:
-    target = kinds[..., 4:].sum(axis=-1)
-    a = ClassCounts(kinds[..., [6, 7]].sum(axis=-1), target, kinds[..., [2, 3, 6, 7]].sum(axis=-1))
-    b = ClassCounts(kinds[..., [5, 7]].sum(axis=-1), target, kinds[..., [1, 3, 5, 7]].sum(axis=-1))
-    return a, b
+def _both_counts(sums: np.ndarray) -> tuple[ClassCounts, ClassCounts]:
+    """Of A and of B, from (..., 5 K): the target, then what each has right and said."""
+    target, right_a, said_a, right_b, said_b = np.split(sums, 5, axis=-1)
+    return ClassCounts(right_a, target, said_a), ClassCounts(right_b, target, said_b)
 
 
 def _write_disagreements(scored: Scored, directory: str) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from imgbatch.core.single_label import NO_ROWS, NOT_STORED, describe_classes, th
 class Sums:
     """What one pass adds up; memory is 5 bytes a row beside what depends on the number of labels."""
 
-    counts: confusion.ClassCounts
+    groups: intervals.RowGroups
+    """Of what is right, the target and predicted, label by label."""
     self_confidence: list[SelfConfidence]
     """One per label, of the two classes "not it" and "it"."""
     sample: RankSample
@@ -38,17 +39,20 @@ class Sums:
     confidence_parts: list[np.ndarray] = field(default_factory=list)
     right_parts: list[np.ndarray] = field(default_factory=list)
 
+    @property
+    def counts(self) -> confusion.ClassCounts:
+        return confusion.ClassCounts(*np.split(self.groups.totals(), 3))
+
 
 def collect(scored: Scored, sample: RankSample) -> Sums:
     """One pass over all rows of ``scored``."""
     labeller = scored.labeller
     num_classes = labeller.num_classes
-    zeros = [np.zeros(num_classes, np.int64) for _ in range(3)]
     per_label = [SelfConfidence.empty(2) for _ in labeller.class_names]
-    sums = Sums(confusion.ClassCounts(*zeros), per_label, sample, np.zeros(num_classes), np.zeros(num_classes))
-    columns = ["truth", "labels", "is_exact"]
+    sums = Sums(intervals.RowGroups(3 * num_classes), per_label, sample, np.zeros(num_classes), np.zeros(num_classes))
+    columns = ["truth", "labels", "is_exact", f"hash(image_id, {sample.seed}) as lot"]
     if labeller.has_probabilities:
-        columns += ["probabilities", f"hash(image_id, {sample.seed}) as lot"]
+        columns.append("probabilities")
     for batch in scored.iter_batches(columns):
         truth_NK, said_NK = scored.membership(batch["truth"]), scored.membership(batch["labels"])
         wrong_NK = truth_NK != said_NK
@@ -56,13 +60,12 @@ def collect(scored: Scored, sample: RankSample) -> Sums:
         sums.num_rows += len(exact_N)
         sums.num_exact += int(exact_N.sum())
         sums.num_wrong_cells += int(wrong_NK.sum())
-        np.add(sums.counts.right, (truth_NK & said_NK).sum(axis=0), out=sums.counts.right)
-        np.add(sums.counts.target, truth_NK.sum(axis=0), out=sums.counts.target)
-        np.add(sums.counts.predicted, said_NK.sum(axis=0), out=sums.counts.predicted)
+        lots_N = batch["lot"].to_numpy()
+        sums.groups.add(lots_N, np.concatenate([truth_NK & said_NK, truth_NK, said_NK], axis=1))
         if labeller.has_probabilities:
             probs_NK = scored.probabilities(batch["probabilities"])
             _add_probabilities(sums, probs_NK, truth_NK, said_NK, exact_N)
-            sample.add(batch["lot"].to_numpy(), probs_NK, truth_NK)
+            sample.add(lots_N, probs_NK, truth_NK)
     return sums
 
 
@@ -97,14 +100,15 @@ def summarise(scored: Scored, sums: Sums, *, target_precision: float) -> dict[st
     labeller = scored.labeller
     rng = np.random.default_rng(sums.sample.seed)
     num_replicates = intervals.affordable_replicates(labeller.num_classes, labeller.num_classes)
-    replicates = intervals.bootstrap_labels(sums.counts, sums.num_rows, num_replicates, rng)
-    per_class = describe_classes(labeller.class_names, sums.counts, replicates)
+    counts = sums.counts
+    replicates = confusion.ClassCounts(*np.split(sums.groups.draw(num_replicates, rng), 3, axis=1))
+    per_class = describe_classes(labeller.class_names, counts, replicates)
     cells = max(sums.num_rows * labeller.num_classes, 1)
     stored = labeller.has_probabilities and sums.num_rows > 0
     metrics: dict[str, Any] = {
         "exact_match": sums.num_exact / sums.num_rows if sums.num_rows else None,
         "hamming_loss": sums.num_wrong_cells / cells if sums.num_rows else None,
-        **confusion.averages(sums.counts, all_classes=True),
+        **confusion.averages(counts, all_classes=True),
         "log_loss": float(sums.log_loss_K.sum() / cells) if stored else None,
         "brier": float(sums.brier_K.sum() / cells) if stored else None,
         "expected_calibration_error": sums.reliability.expected_calibration_error() if stored else None,
@@ -133,8 +137,8 @@ def _intervals(sums: Sums, replicates: confusion.ClassCounts) -> dict[str, Any]:
     return {
         "exact_match": intervals.wilson_interval(sums.num_exact, sums.num_rows),
         **{name: intervals.percentile_interval(values_R) for name, values_R in named.items()},
-        "method": f"95%, percentiles of {len(replicates.target)} resamples of each label's counts, labels taken as "
-        "independent; exact_match, and precision and recall of a label: Wilson",
+        "method": f"95%, percentiles of {len(replicates.target)} resamples of the images; exact_match, and precision "
+        "and recall of a label: Wilson",
     }
 
 

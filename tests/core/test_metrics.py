@@ -238,7 +238,8 @@ def test_without_rows_everything_is_undefined_and_nothing_fails():
     assert ranking.best_f1_point(ranking.threshold_counts(np.zeros(0, bool), np.zeros(0))) is None
     assert np.isnan(intervals.wilson_interval(0, 0)).all()
     rng = np.random.default_rng(0)
-    for replicates in (intervals.bootstrap_confusion(empty, 10, rng), intervals.bootstrap_labels(counts, 0, 10, rng)):
+    no_labels = label_counts(intervals.RowGroups(9).draw(10, rng))
+    for replicates in (intervals.bootstrap_confusion(empty, 10, rng), no_labels):
         assert replicates.target.shape == (0, 3)
         averages = confusion.averages(replicates, drawn_from=counts)
         assert np.isnan(intervals.percentile_interval(confusion.accuracy(replicates))).all()
@@ -255,17 +256,64 @@ def test_the_bootstrap_over_cells_has_the_spread_of_the_binomial():
     assert low < 0.85 < high
 
 
-def test_the_bootstrap_over_labels_keeps_the_number_of_rows():
-    counts = confusion.ClassCounts(np.array([30, 0]), np.array([40, 0]), np.array([35, 5]))
-    replicates = intervals.bootstrap_labels(counts, 100, 500, np.random.default_rng(1))
-    assert replicates.right.mean(axis=0) == pytest.approx([30, 0], rel=0.05)
-    assert (replicates.target[:, 1] == 0).all()
-    assert (replicates.right <= np.minimum(replicates.target, replicates.predicted)).all()
+def test_drawn_rows_add_up_whatever_batches_they_came_in():
+    values_NM = np.random.default_rng(1).random((3000, 4)) < [0.9, 0.5, 0.01, 0]
+    lots_N = np.random.default_rng(2).integers(2**64, size=3000, dtype=np.uint64)
+    whole, parts = intervals.RowGroups(4), intervals.RowGroups(4)
+    whole.add(lots_N, values_NM)
+    for start in range(0, 3000, 700):
+        parts.add(lots_N[::-1][start : start + 700], values_NM[::-1][start : start + 700])
+    assert (whole.totals() == values_NM.sum(axis=0)).all()
+    drawn_RM, again_RM = (groups.draw(500, np.random.default_rng(3)) for groups in (whole, parts))
+    np.testing.assert_array_equal(drawn_RM, again_RM)
+    assert drawn_RM.mean(axis=0) == pytest.approx(whole.totals(), rel=0.05)
+    # The spread of a sum over drawn rows, of which each holds it or not.
+    assert drawn_RM[:, 2].std() == pytest.approx(np.sqrt(whole.totals()[2]), rel=0.15)
+    parts.add(lots_N[:0], values_NM[:0])
+    assert intervals.RowGroups(4).draw(5, np.random.default_rng(3)).shape == (0, 4)
+
+
+def labels_of_hard_and_easy_images(num_rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Twenty labels of each row and what a model says; the labels of an image have much in common, so have mistakes."""
+    shared_2N1, own_2NK = rng.normal(size=(2, num_rows, 1)), rng.normal(size=(2, num_rows, 20))
+    truth_NK, wrong_NK = (shared_2N1 + own_2NK) * np.sqrt(0.5) > [[[0.6]], [[1.0]]]
+    return truth_NK, truth_NK ^ wrong_NK
+
+
+def label_counts(sums: np.ndarray) -> confusion.ClassCounts:
+    return confusion.ClassCounts(*np.split(sums, 3, axis=-1))
+
+
+def test_intervals_of_averages_over_labels_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(4)
+
+    def grouped(num_rows: int) -> intervals.RowGroups:
+        truth_NK, said_NK = labels_of_hard_and_easy_images(num_rows, rng)
+        groups = intervals.RowGroups(60)
+        lots_N = rng.integers(2**64, size=num_rows, dtype=np.uint64)
+        groups.add(lots_N, np.concatenate([truth_NK & said_NK, truth_NK, said_NK], axis=1))
+        return groups
+
+    def macro_f1(sums: np.ndarray) -> np.ndarray:
+        return confusion.averages(label_counts(sums), all_classes=True)["macro"]["f1"]
+
+    expected = float(macro_f1(grouped(200_000).totals()))
+    held = []
+    for _ in range(200):
+        low, high = intervals.percentile_interval(macro_f1(grouped(500).draw(200, rng)))
+        held.append(low < expected < high)
+    assert 0.9 <= np.mean(held) <= 0.99
 
 
 def test_what_a_replicate_holds_no_row_of_stays_out_of_its_macro_averages():
-    counts = confusion.ClassCounts(np.array([1, 1, 1, 0]), np.array([1, 1, 1, 60]), np.array([1, 1, 1, 0]))
-    replicates = intervals.bootstrap_labels(counts, 100, 1000, np.random.default_rng(1))
+    # Three labels of one row each, which is right, and one of sixty rows that are all missed.
+    truth_NK = np.zeros((100, 4), bool)
+    truth_NK[[0, 1, 2], [0, 1, 2]] = truth_NK[3:63, 3] = True
+    said_NK = truth_NK & [True, True, True, False]
+    groups = intervals.RowGroups(12)
+    groups.add(np.arange(100, dtype=np.uint64), np.concatenate([truth_NK & said_NK, truth_NK, said_NK], axis=1))
+    counts = label_counts(groups.totals())
+    replicates = label_counts(groups.draw(1000, np.random.default_rng(1)))
     averages = confusion.averages(replicates, all_classes=True, drawn_from=counts)
     num_drawn_R = (replicates.target[:, :3] > 0).sum(axis=1)
     # Of the last label, which is always missed, there are rows in every replicate; it is never said in the data.

@@ -14,11 +14,17 @@ Interval = tuple[float, float]
 """Lower and upper end of a 95% interval."""
 
 _Z95 = 1.959963984540054
+CONFIDENCE = 0.8
+"""Of :func:`wilson_lower_bound`."""
+_Z80_ONE_SIDED = 0.8416212335729143
 EXACT_UP_TO = 1000
 """Discordant pairs up to which McNemar's test is the exact binomial one."""
 _DRAWS_BUDGET = 100_000_000
 _CLASS_COST = 100
 """Of a class in draws: its three counts and what is computed from them stand in memory for every replicate."""
+_GROUPS_BYTES = 64 * 2**20
+_LEAST_GROUPS, _MOST_GROUPS = 200, 4096
+"""Of rows that are drawn together; the width of an interval is then off by 5% and by 1%."""
 
 
 def wilson_interval(right: int, total: int) -> Interval:
@@ -29,6 +35,14 @@ def wilson_interval(right: int, total: int) -> Interval:
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def wilson_lower_bound(right_T: np.ndarray, total_T: np.ndarray) -> np.ndarray:
+    """What shares are at least, at 80% confidence (Wilson's bound, one-sided); totals are at least 1."""
+    share_T, z2 = right_T / total_T, _Z80_ONE_SIDED**2
+    spread_T = _Z80_ONE_SIDED * np.sqrt(share_T * (1 - share_T) / total_T + z2 / (4 * total_T**2))
+    bound_T: np.ndarray = (share_T + z2 / (2 * total_T) - spread_T) / (1 + z2 / total_T)
+    return bound_T
 
 
 def percentile_interval(replicates_R: np.ndarray) -> Interval:
@@ -68,18 +82,41 @@ def stack_counts(replicates: Sequence[ClassCounts], num_classes: int) -> ClassCo
     return ClassCounts(*(np.array(part, np.int64).reshape(-1, num_classes) for part in parts))
 
 
-def bootstrap_labels(counts: ClassCounts, num_rows: int, num_replicates: int, rng: np.random.Generator) -> ClassCounts:
-    """Multi-label: counts (R, K) drawn label by label from each label's four outcomes.
+class RowGroups:
+    """Sums over rows that come in batches, so that the rows can be drawn with replacement without being kept.
 
-    Labels are drawn independently of each other, so intervals of averages over labels leave their correlation out.
+    Rows are put into groups by their hashes, and groups are drawn: at random they spread like the rows themselves, and
+    what the labels of one row share stays together, so that averages over labels spread as they do.
     """
-    if not num_rows:
-        return stack_counts([], len(counts.target))
-    missed_K, false_K = counts.target - counts.right, counts.predicted - counts.right
-    outcomes_K4 = np.stack([counts.right, missed_K, false_K, num_rows - counts.right - missed_K - false_K], axis=-1)
-    drawn_RK4 = rng.multinomial(num_rows, outcomes_K4 / num_rows, size=(num_replicates, len(outcomes_K4)))
-    right_RK = drawn_RK4[..., 0]
-    return ClassCounts(right_RK, right_RK + drawn_RK4[..., 1], right_RK + drawn_RK4[..., 2])
+
+    def __init__(self, num_sums: int) -> None:
+        self.num_groups = max(_LEAST_GROUPS, min(_MOST_GROUPS, _GROUPS_BYTES // (8 * num_sums)))
+        self._sums_GM = np.zeros((self.num_groups, num_sums))
+        self._has_rows_G = np.zeros(self.num_groups, bool)
+
+    def add(self, lots_N: np.ndarray, values_NM: np.ndarray) -> None:
+        """Add ``values_NM``, bool, of rows whose hashes are ``lots_N``, uint64."""
+        group_N = lots_N % np.uint64(self.num_groups)
+        order = np.argsort(group_N)
+        groups, starts = np.unique(group_N[order], return_index=True)
+        if groups.size:
+            self._sums_GM[groups] += np.add.reduceat(values_NM[order], starts, axis=0, dtype=np.int64)
+            self._has_rows_G[groups] = True
+
+    def totals(self) -> np.ndarray:
+        """Of all rows, int64 (M,)."""
+        totals_M: np.ndarray = self._sums_GM.sum(axis=0).astype(np.int64)
+        return totals_M
+
+    def draw(self, num_replicates: int, rng: np.random.Generator) -> np.ndarray:
+        """Sums of rows drawn with replacement, int64 (R, M); (0, M) without rows."""
+        filled_GM = self._sums_GM[self._has_rows_G]
+        num_filled = len(filled_GM)
+        if not num_filled:
+            return np.zeros((0, self._sums_GM.shape[1]), np.int64)
+        weights_RG = rng.multinomial(num_filled, np.full(num_filled, 1 / num_filled), size=num_replicates)
+        drawn_RM: np.ndarray = (weights_RG @ filled_GM).astype(np.int64)
+        return drawn_RM
 
 
 @dataclass(frozen=True, slots=True)
