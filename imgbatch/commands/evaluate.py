@@ -80,7 +80,8 @@ def calibrate(
     manifest: TargetsOption = None,
     split: SplitOption = None,
     target_precision: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Accept a label from where so many of its class are right.")
+        float | None,
+        typer.Option(min=0, max=1, help="Accept a label from where so many of its class are right, at 80% confidence."),
     ] = None,
     review_budget: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of the images that may be left for review.")
@@ -117,6 +118,9 @@ def calibrate(
         columns = ("class_name", "threshold", "precision", "accepted", "rows")
         _print_table("Accept from", accept["per_class"], columns, limit=100)
         precision = "none" if accept["precision"] is None else f"{accept['precision']:.1%}"
+        if target_precision is not None:
+            confidence = result.report["confidence"]
+            console.print(f"from there at least {target_precision:.1%} are right, at {confidence:.0%} confidence")
         console.print(f"{1 - accept['review_rate']:.1%} accepted, {precision} of them right; the rest for review")
     if variants := result.report.get("variants"):
         note = f": {variants['note']}" if variants["note"] else ""

@@ -18,6 +18,7 @@ from imgbatch.core.metrics import probability
 from imgbatch.core.metrics import temperature as scaling
 from imgbatch.core.metrics import thresholds as choosing
 from imgbatch.core.metrics.calibration import ReliabilityBins
+from imgbatch.core.metrics.intervals import CONFIDENCE
 from imgbatch.core.model import ModelBundle, load_bundle, load_metrics, recalibrate_bundle
 from imgbatch.core.plain import to_plain
 from imgbatch.core.rank_sample import RankSample
@@ -57,8 +58,9 @@ def calibrate(
         model: the bundle that made the predictions.
         manifest: where the targets are; none: the classified manifest's own.
         split: only rows of this split.
-        target_precision: accept a class's labels from the lowest probability at which so many are right, 0 to 1.
-            Multi-label: also the probability from which each label applies.
+        target_precision: accept a class's labels from the lowest probability at which so many are right at 80%
+            confidence, 0 to 1, so that new images mostly keep it; a class with too few rows to show it is always
+            reviewed. Multi-label: also the probability from which each label applies.
         review_budget: share of the rows that may be reviewed, 0 to 1.
 
     Raises:
@@ -93,6 +95,7 @@ def calibrate(
             )
     report |= {
         "target_precision": target_precision,
+        "confidence": CONFIDENCE if target_precision is not None else None,
         "review_budget": review_budget,
         "calibrated_model": bundle.model_id,
         "run_ids": scored.labeller.run_ids,

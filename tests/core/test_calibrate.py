@@ -123,8 +123,11 @@ def test_a_threshold_is_taken_to_another_temperature(factor):
 def test_thresholds_for_precision_and_for_a_budget():
     confidence = np.array([0.9, 0.8, 0.7, 0.6, 0.5], np.float32)
     right = np.array([True, True, False, True, False])
-    assert thresholds.for_precision(confidence, right, 0.75) == pytest.approx(0.6)
-    assert thresholds.for_precision(confidence, ~right & (confidence < 0.6), 0.5) is None
+    # Three of four are right from 0.6 on, which shows 0.53; both of two from 0.8 on 0.74.
+    assert thresholds.for_precision(confidence, right, 0.52) == pytest.approx(0.6)
+    assert thresholds.for_precision(confidence, right, 0.73) == pytest.approx(0.8)
+    assert thresholds.for_precision(confidence, right, 0.75) is None
+    assert thresholds.for_precision(confidence, np.ones(5, bool), 1) is None
     assert thresholds.for_precision(confidence[:0], right[:0], 0.5) is None
     threshold = thresholds.for_review_budget(confidence, 0.4)
     assert (confidence < threshold).sum() == 2
@@ -132,6 +135,18 @@ def test_thresholds_for_precision_and_for_a_budget():
     assert thresholds.for_review_budget(confidence, 1) == 1
     tied = np.full(10, 0.5, np.float32)
     assert (tied < thresholds.for_review_budget(tied, 0.3)).sum() == 0
+
+
+@pytest.mark.parametrize("num_rows", [300, 3000])
+def test_a_precision_holds_on_new_rows_too(num_rows):
+    rng = np.random.default_rng(5)
+    held = []
+    for _ in range(200):
+        confidence = rng.beta(4, 1, num_rows)
+        threshold = thresholds.for_precision(confidence, rng.random(num_rows) < confidence, 0.9)
+        # Of Beta(4, 1), which is right as often as it says: the mean from the threshold on.
+        held.append(0.8 * (1 - threshold**5) / (1 - threshold**4) >= 0.9)
+    assert 0.7 <= np.mean(held) <= 0.9
 
 
 def test_the_new_bundle_has_the_same_weights_and_another_calibration(store_run, make_model, tmp_path):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imgbatch.core.metrics.intervals import Interval, wilson_interval
-from imgbatch.core.metrics.ranking import best_f1_point, precision_point, threshold_counts
+from imgbatch.core.metrics.intervals import Interval, wilson_interval, wilson_lower_bound
+from imgbatch.core.metrics.ranking import best_f1_point, threshold_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,16 @@ def for_f1(probs_N: np.ndarray, positive_N: np.ndarray) -> float | None:
 
 
 def for_precision(confidence_N: np.ndarray, right_N: np.ndarray, target_precision: float) -> float | None:
-    """The lowest threshold at which at least ``target_precision`` of the accepted rows are right; none if none does."""
-    point = precision_point(threshold_counts(right_N, confidence_N), target_precision)
-    return point.threshold if point else None
+    """The lowest threshold at which, at 80% confidence, at least ``target_precision`` are right; none if none shows it.
+
+    The rows that it is chosen on have the precision more often than new ones: of all thresholds at which they do, the
+    lowest is a lucky one. So it is what the precision is at least that has to reach the target (Wilson's bound,
+    one-sided), which for 0.95 takes 14 accepted rows if all are right, and for 1 cannot be.
+    """
+    counts = threshold_counts(right_N, confidence_N)
+    least_T = wilson_lower_bound(counts.true_positives, counts.true_positives + counts.false_positives)
+    reached = np.flatnonzero(least_T >= target_precision)
+    return float(counts.thresholds[reached[-1]]) if reached.size else None
 
 
 def for_review_budget(confidence_N: np.ndarray, budget: float) -> float:
