@@ -60,9 +60,14 @@ class LinearHead:
                 parameter.copy_(value)
 
 
+def has_linear_head(network: nn.Module, arch: str) -> bool:
+    """Whether the network ends in a linear layer, to which a classifier can be fitted."""
+    return isinstance(network.get_submodule(head_module_name(arch)), nn.Linear)
+
+
 def check_linear_head(network: nn.Module, arch: str) -> None:
     """Raise :class:`UsageError` unless the network ends in a linear layer."""
-    if not isinstance(network.get_submodule(head_module_name(arch)), nn.Linear):
+    if not has_linear_head(network, arch):
         raise UsageError(
             f"{arch}: its head is a convolution, to which no linear classifier can be fitted; take another"
         )

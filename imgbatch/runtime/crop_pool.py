@@ -5,6 +5,7 @@ Apart from the training because decode actors load this module, and need no torc
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pyarrow as pa
@@ -13,28 +14,26 @@ from ray.data import ActorPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
 
 from imgbatch.config import Config
-from imgbatch.core.training.crops import CropDecoder, CropStore
+from imgbatch.core.training.crops import CropDecoder, CropStore, OnPart
 from imgbatch.runtime.pools import choose_pools
-from imgbatch.runtime.ray_data import FINITE_RETRIES, configure_ray_data
+from imgbatch.runtime.ray_data import FINITE_RETRIES, configure_ray_data, end_pass, iter_blocks
 from imgbatch.runtime.session import cluster_machine
 
-PART = "part"
+PART, REPORT = "part", "report"
 
 
 class CropActor:
-    """CPU pool: fetches, decodes and stores parts of a crop store. Does not import torch."""
+    """CPU pool: fetches, decodes and stores parts of a crop store, and returns their reports. Does not import torch."""
 
     def __init__(self, store: CropStore, config: Config) -> None:
         self._decoder = CropDecoder(store, config)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        for part in block[PART].to_pylist():
-            self._decoder.decode_part(part)
-        return block
+        return pa.table({REPORT: [json.dumps(self._decoder.decode_part(part)) for part in block[PART].to_pylist()]})
 
 
-def decode_on_ray(store: CropStore, config: Config) -> None:
-    """Every part that is missing, on the connected Ray."""
+def decode_on_ray(store: CropStore, config: Config, on_part: OnPart) -> None:
+    """Every part that is missing, on the connected Ray; what ``on_part`` raises ends it."""
     parts = store.missing_parts()
     if not parts:
         return
@@ -55,5 +54,9 @@ def decode_on_ray(store: CropStore, config: Config) -> None:
             batch_format="pyarrow",
             **FINITE_RETRIES,
         )
-    for _ in reports.iter_batches(batch_size=None, batch_format="pyarrow"):
-        pass
+    try:
+        for block in iter_blocks(reports):
+            for report in block[REPORT].to_pylist():
+                on_part(json.loads(report))
+    finally:
+        end_pass(reports)

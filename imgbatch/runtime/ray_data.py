@@ -91,14 +91,14 @@ class RayEngine:
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
             pipeline = self._pipeline(units, defer)
         try:
-            for block in watched(_blocks(pipeline), self._run.config.run.no_progress_s, self._where):
+            for block in watched(iter_blocks(pipeline), self._run.config.run.no_progress_s, self._where):
                 for receipt in read_receipts(block):
                     self._metrics.add(receipt)
                     yield receipt
         except RayError as error:
             raise EngineStopped(describe_failure(error)) from error
         finally:
-            _end_pass(pipeline)
+            end_pass(pipeline)
 
     def _where(self) -> str:
         """How many units are through each stage of the pass, which shows the one that is waited for."""
@@ -206,13 +206,13 @@ class RayEngine:
         """The pools end with each pass; nothing is held between them."""
 
 
-def _blocks(pipeline: Dataset) -> Iterator[pa.Table]:
+def iter_blocks(pipeline: Dataset) -> Iterator[pa.Table]:
     """Not ``iter_batches``, which every five seconds sends what is known of each block so far to an actor of Ray's."""
     for bundle in pipeline.iter_internal_ref_bundles():
         yield from ray.get([entry.ref for entry in bundle.blocks])
 
 
-def _end_pass(pipeline: Dataset) -> None:
+def end_pass(pipeline: Dataset) -> None:
     """Leaves no thread of Ray Data's behind: one that asks Ray for something when Ray is gone starts another Ray, or
     ends the process."""
     name = f"StreamingExecutor-{pipeline.get_dataset_id()}"

@@ -20,7 +20,7 @@ from imgbatch.config import Config
 from imgbatch.core import storage
 from imgbatch.core.machine import num_cpus
 from imgbatch.core.training.checkpoint import read_epochs
-from imgbatch.core.training.crops import CropStore
+from imgbatch.core.training.crops import CropStore, OnPart
 from imgbatch.core.training.job import TrainingJob, load_job
 from imgbatch.errors import ImgbatchError, normalise_message
 from imgbatch.runtime.crop_pool import decode_on_ray
@@ -38,8 +38,8 @@ _MAX_LOADER_PROCESSES = 8
 class RayTrainEngine:
     """Decodes and trains on the connected Ray."""
 
-    def decode(self, store: CropStore, config: Config) -> None:
-        decode_on_ray(store, config)
+    def decode(self, store: CropStore, config: Config, on_part: OnPart) -> None:
+        decode_on_ray(store, config, on_part)
 
     def run(self, job: TrainingJob, on_epoch: OnEpoch) -> None:
         """Raises :class:`ImgbatchError` in one line when the workers fail for good."""
@@ -91,10 +91,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     except ImgbatchError as error:
         # Trying again would not help: workers that start again find this file and leave.
         storage.write_json(job.paths.failure, {"message": str(error)})
-        job.remove_local_copies()
         raise
-    # After any other error workers start again, and need them.
-    job.remove_local_copies()
+    finally:
+        # Workers that start again may do so on another machine, or not at all.
+        job.remove_local_copies()
 
 
 def _node_cores() -> int:
@@ -126,9 +126,7 @@ def _build_trainer(job: TrainingJob) -> ray.train.torch.TorchTrainer:
             storage_path=path,
             storage_filesystem=PyFileSystem(FSSpecHandler(filesystem)),
             # Workers that do not start are counted apart, and tried again for ever unless told otherwise.
-            failure_config=FailureConfig(
-                max_failures=train.max_failures, controller_failure_limit=train.max_failures
-            ),
+            failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=train.max_failures),
         ),
     )
 

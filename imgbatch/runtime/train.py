@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -16,17 +17,24 @@ from rich.console import Console
 
 from imgbatch.config import Config, ResourcesConfig
 from imgbatch.core import storage
+from imgbatch.core.architectures import build_network
+from imgbatch.core.baselines import has_linear_head
+from imgbatch.core.budget import ErrorBudget
 from imgbatch.core.model import DESCRIPTION_FILE, ModelBundle, load_bundle, load_metrics
 from imgbatch.core.plan import DeviceKind
+from imgbatch.core.results import Receipt
 from imgbatch.core.training.checkpoint import json_lines, read_epochs
-from imgbatch.core.training.crops import CropStore, FailedImage, decode_crops
+from imgbatch.core.training.crops import CropStore, FailedImage, OnPart, decode_crops
 from imgbatch.core.training.finish import describe_hardware, save_trained
 from imgbatch.core.training.job import TrainingJob, load_job
+from imgbatch.core.training.labelled import TRAIN
 from imgbatch.core.training.plan import TrainingPlan, plan_training, settle_job, store_start
 from imgbatch.core.training.space import check_space
-from imgbatch.errors import UsageError
+from imgbatch.errors import Status, UsageError
 from imgbatch.runtime.parts import map_parts_of
 from imgbatch.runtime.pools import Machine, choose_device, device_remarks, this_machine
+from imgbatch.runtime.progress import RunProgress
+from imgbatch.runtime.reporter import Reporter
 
 OnEpoch = Callable[[dict[str, Any]], None]
 
@@ -37,8 +45,8 @@ _WORK = re.compile(r"(t|crops-)[0-9a-f]{12}")
 class TrainEngine(Protocol):
     """What runs the two parts of training that take long."""
 
-    def decode(self, store: CropStore, config: Config) -> None:
-        """Decode the parts of a store that are missing."""
+    def decode(self, store: CropStore, config: Config, on_part: OnPart) -> None:
+        """Decode the parts of a store that are missing, calling ``on_part`` with the report of each."""
 
     def run(self, job: TrainingJob, on_epoch: OnEpoch) -> None:
         """Train until outcome.json is there, calling ``on_epoch`` with every record that is new."""
@@ -82,8 +90,7 @@ def train(config: Config, console: Console | None = None, *, overwrite: bool = F
         stores = _choose_stores(plan)
         check_space(plan, stores)
         store_start(plan)
-        for store in stores.values():
-            engine.decode(store, config)
+        _decode(engine, stores, config, console)
         job, failed = settle_job(plan, stores)
         _announce(plan, job, failed, console)
         records = _Records(plan, job, console)
@@ -115,6 +122,32 @@ def _choose_stores(plan: TrainingPlan) -> dict[str, CropStore]:
     return stores
 
 
+def _decode(engine: TrainEngine, stores: dict[str, CropStore], config: Config, console: Console) -> None:
+    """Decode what is missing; raises :class:`ErrorBudgetExceeded` as soon as too many images fail."""
+    budget = ErrorBudget(config.errors)
+    total = sum(store.num_rows for store in stores.values())
+    missing = sum(store.rows_in(part) for store in stores.values() for part in store.missing_parts())
+    reporter = Reporter(console, run_id="", as_json=False)
+    with RunProgress(reporter, total_rows=total, done_rows=total - missing, num_actors={}) as progress:
+
+        def add(report: dict[str, Any]) -> None:
+            receipt = _receipt(report)
+            progress.add(receipt)
+            budget.add(receipt)
+
+        for store in stores.values():
+            engine.decode(store, config, add)
+
+
+def _receipt(report: dict[str, Any]) -> Receipt:
+    """A part's report as that of a unit."""
+    failed = report["failed"]
+    counts = Counter(image["status"] for image in failed)
+    counts[Status.OK.value] = report["num_rows"] - len(failed)
+    examples = {image["status"]: f"{image['uri'] or image['row_id']}: {image['message']}" for image in failed}
+    return Receipt(0, "committed", report["num_rows"], counts, examples)
+
+
 def _remove_work(directory: str) -> None:
     """Jobs and decoded images, also of trainings that were given up; what a person looks at stays."""
     prefix = storage.listing_prefix(directory)
@@ -127,8 +160,8 @@ def _remove_work(directory: str) -> None:
 class LocalTrainEngine:
     """One worker in this process, without Ray: for tests, notebooks and debugging."""
 
-    def decode(self, store: CropStore, config: Config) -> None:
-        decode_crops(store, config)
+    def decode(self, store: CropStore, config: Config, on_part: OnPart) -> None:
+        decode_crops(store, config, on_part)
 
     def run(self, job: TrainingJob, on_epoch: OnEpoch) -> None:
         import torch
@@ -214,6 +247,11 @@ def _announce(plan: TrainingPlan, job: TrainingJob, failed: list[FailedImage], c
     console.print(
         f"{what}: {job.task}, {len(job.class_names)} classes, {counts} images; {job.spec.describe()}", markup=False
     )
+    if job.head_images < len(job.splits[TRAIN]) and not job.keeps_head:
+        network = build_network(job.arch, len(job.class_names), empty=True)
+        if has_linear_head(network, job.arch):
+            chosen = f"{job.head_images:,} training images, evenly of each class"
+            console.print(f"the new head is fitted to {chosen}; then all layers are trained on all", markup=False)
     if plan.labelled.num_unused:
         console.print(f"{plan.labelled.num_unused:,} rows are in no split that training knows", markup=False)
     if failed:

@@ -8,7 +8,15 @@ import pytest
 from imgbatch.config import Config
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.views import open_views
-from tests.core.training.conftest import _one_thread, colour_config, colour_images, colour_manifest, write_manifest
+from tests.conftest import changed
+from tests.core.training.conftest import (
+    WriteManifest,
+    _one_thread,
+    colour_config,
+    colour_images,
+    colour_manifest,
+    write_manifest,
+)
 
 __all__ = ["_one_thread", "colour_config", "colour_images", "colour_manifest", "files_of", "rows_of", "write_manifest"]
 
@@ -24,6 +32,22 @@ def damaged_model(tiny_model: ModelBundle, tmp_path: Path) -> str:
     weights[-1] ^= 1
     (path / "model.safetensors").write_bytes(weights)
     return str(path)
+
+
+@pytest.fixture
+def config_of_nothing(
+    colour_config: Config, write_manifest: WriteManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Config:
+    """Trains on 48 images that are not there, four of them decoded at a time."""
+    monkeypatch.setattr("imgbatch.core.training.crops._PART_BYTES", 4 * 16 * 16 * 3)
+    manifest = write_manifest(
+        "gone.parquet",
+        uri=[str(tmp_path / f"gone{index}.png") for index in range(48)],
+        target=["red", "blue"] * 24,
+        split=["train"] * 40 + ["validation"] * 8,
+    )
+    flags = {"input__manifest": str(manifest), "errors__min_rows": 8, "errors__max_rate": 0.05}
+    return changed(colour_config, augment__min_scale=1.0, **flags)
 
 
 def rows_of(config: Config, sql: str) -> list[tuple[object, ...]]:

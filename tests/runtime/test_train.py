@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,8 +19,9 @@ from imgbatch.core.architectures import build_network
 from imgbatch.core.baselines import BASELINES
 from imgbatch.core.evaluate import evaluate
 from imgbatch.core.model import load_bundle
+from imgbatch.core.training import space
 from imgbatch.core.views import open_views
-from imgbatch.errors import ImgbatchError, UsageError
+from imgbatch.errors import ErrorBudgetExceeded, ImgbatchError, UsageError
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.train import train
 from tests.conftest import changed
@@ -98,6 +101,14 @@ def test_copies_of_images_are_removed_when_a_training_fails(config, s3_bucket, t
     assert not list(tmp_path.glob("imgbatch-crops-*"))
 
 
+def test_no_space_for_copies_of_images_is_one_line(config, s3_bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = changed(config, train__storage=f"{s3_bucket}/work")
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ImgbatchError, match=rf"{tmp_path} of .*: 0\.0 GB free, but the decoded images take 0\.0 GB"):
+        train(config)
+
+
 def test_an_epoch_whose_metric_is_not_defined_has_a_dash(config, colour_images, write_manifest, capsys):
     uris = [uri for name in ("blue", "red") for uri in colour_images[name]]
     split = (["train"] * 10 + ["validation"] * 6) * 2
@@ -166,6 +177,15 @@ def test_what_cannot_be_trained_is_said_before_anything_is_decoded(config, tmp_p
     assert not list((tmp_path / "work").rglob("part-*"))
 
 
+def test_decoding_stops_as_soon_as_too_many_images_fail(config_of_nothing, tmp_path, monkeypatch):
+    monkeypatch.setattr("imgbatch.runtime.progress.PLAIN_EVERY_S", 0.0)
+    printed = io.StringIO()
+    with pytest.raises(ErrorBudgetExceeded, match=r"8 of the last 8 rows failed, .* NOT_FOUND \(.*gone7.png: "):
+        train(config_of_nothing, Console(file=printed, width=200))
+    assert "4 of 48 images, 4 errors" in printed.getvalue()
+    assert len(list((tmp_path / "work").rglob("part-*.json"))) == 2
+
+
 def test_images_that_were_left_out_are_listed(config, colour_images, write_manifest, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
@@ -197,6 +217,15 @@ def test_hand_made_features_need_no_weights(config, baseline):
     assert result.metrics["test"]["top1"] > 0.8
     with pytest.raises(UsageError, match="crop_size 8 must be at least 16"):
         train(changed(config, **flags, preprocess__crop_size=8), overwrite=True)
+
+
+def test_a_head_that_is_fitted_to_some_images_is_told_of(config, tmp_path, monkeypatch, capsys):
+    started = train(config)
+    monkeypatch.setattr("imgbatch.core.training.job._MOST_HEAD_IMAGES", 12)
+    weights = str(Path(started.bundle.path) / "model.safetensors")
+    flags = {"train__weights": weights, "output__path": str(tmp_path / "tuned"), "train__epochs": 1}
+    train(changed(config, **flags), Console(soft_wrap=True))
+    assert "the new head is fitted to 12 training images, evenly of each class;" in capsys.readouterr().out
 
 
 def test_a_forest_is_not_trained_further(config, tmp_path):

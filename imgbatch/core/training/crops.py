@@ -30,6 +30,9 @@ from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import MAY_PASS, Status
 from imgbatch.schema import ROW_ID, URI
 
+OnPart = Callable[[dict[str, Any]], object]
+"""Told of every part's report."""
+
 _PART_BYTES = 64 * 2**20
 
 
@@ -64,6 +67,10 @@ class CropStore:
     def num_parts(self) -> int:
         return -(-self.num_rows // self.part_rows)
 
+    def rows_in(self, part: int) -> int:
+        """Images in one part."""
+        return min(self.part_rows, self.num_rows - part * self.part_rows)
+
     @property
     def rows_file(self) -> str:
         return storage.join(self.directory, "rows.parquet")
@@ -94,6 +101,13 @@ class CropStore:
     def open(self) -> Crops:
         """The crops, mapped; parts that are not on this machine's disks are copied to its temporary directory."""
         return Crops(lambda part: np.load(self._local_part(part), mmap_mode="r"), self.part_rows)
+
+    def bytes_to_copy(self) -> int:
+        """Disk space that :meth:`open` takes at most in the temporary directory, beyond what is there already."""
+        if storage.is_local(self.directory):
+            return 0
+        copied = sum(path.stat().st_size for path in self._copy_directory.glob("part-*"))
+        return max(0, self.num_rows * self.spec.pixel_bytes - copied)
 
     def remove_local_copy(self) -> None:
         """What :meth:`open` copied to this machine; the store itself stays."""
@@ -207,10 +221,10 @@ class CropDecoder:
         self.close()
 
 
-def decode_crops(store: CropStore, config: Config) -> None:
-    """Decode what is missing in a plain loop."""
+def decode_crops(store: CropStore, config: Config, on_part: OnPart = lambda _: None) -> None:
+    """Decode what is missing in a plain loop; what ``on_part`` raises ends it."""
     parts = store.missing_parts()
     if parts:
         with CropDecoder(store, config) as decoder:
             for part in parts:
-                decoder.decode_part(part)
+                on_part(decoder.decode_part(part))

@@ -25,6 +25,9 @@ from imgbatch.core.transforms import PreprocessSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MOST_HEAD_IMAGES = 20_000
+"""Enough to start from, and few enough for fits in float64 that take all images at once."""
+
 
 @dataclass(frozen=True)
 class JobPaths:
@@ -89,6 +92,12 @@ class TrainingJob:
     @property
     def train(self) -> TrainConfig:
         return self.config.train
+
+    @property
+    def head_images(self) -> int:
+        """Training images that a new head is fitted to: of many some, where all layers are trained afterwards."""
+        num_images = len(self.splits[TRAIN])
+        return min(num_images, _MOST_HEAD_IMAGES) if self.method == "fine_tune" else num_images
 
     def store_of(self, split: str) -> CropStore:
         return self.stores["train" if split == TRAIN else "evaluation"]

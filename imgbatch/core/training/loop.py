@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from imgbatch.core import storage
 from imgbatch.core.architectures import build_network, forward_features, head_module_name
-from imgbatch.core.baselines import LOGISTIC_REGRESSION, fit_head
+from imgbatch.core.baselines import LOGISTIC_REGRESSION, fit_head, has_linear_head
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.forest import adopt_forest
 from imgbatch.core.machine import keep_freed_memory
@@ -52,7 +53,8 @@ from imgbatch.core.training.optimisation import (
     shrink_weights,
     warmup_steps,
 )
-from imgbatch.core.training.sampling import BatchPlan, Draw, balancing_weights
+from imgbatch.core.training.sampling import BatchPlan, Draw, balancing_weights, spread_over_classes
+from imgbatch.core.training.space import check_copy_space
 from imgbatch.core.training.workers import Worker
 from imgbatch.errors import ImgbatchError
 
@@ -81,8 +83,9 @@ def run_training(job: TrainingJob, worker: Worker, report: Report) -> None:
     """Train, from the last checkpoint if there is one, and write outcome.json; every worker calls it.
 
     Raises:
-        ImgbatchError: the loss is not finite, or there is no space for a checkpoint.
+        ImgbatchError: the loss is not finite, or there is no space for a checkpoint or for copies of images.
     """
+    check_copy_space(job)
     if job.train.deterministic:
         torch.use_deterministic_algorithms(True)
     trainer = Trainer(job, worker)
@@ -353,11 +356,18 @@ class Trainer:
         logits_NK = self._gather(split, self.network, exact=exact)
         return (logits_NK.sigmoid() if self.job.task == "multilabel" else logits_NK.softmax(dim=1)).numpy()
 
-    def _gather(self, split: str, forward: Callable[[Tensor], Tensor], *, exact: bool = False) -> Tensor:
-        """What ``forward`` makes of every image of a split, float32 on the CPU, computed by all workers together."""
+    def _gather(
+        self, split: str, forward: Callable[[Tensor], Tensor], *, exact: bool = False, job: TrainingJob | None = None
+    ) -> Tensor:
+        """What ``forward`` makes of every image of a split, float32 on the CPU, computed by all workers together.
+
+        Args:
+            job: whose split; none: that of this training.
+        """
+        job = job or self.job
         self.network.eval()
         batch_size = _GPU_BATCH if self.worker.device.type == "cuda" else _CPU_BATCH
-        batches = iter_evaluation_batches(self.job, split, self.worker, batch_size)
+        batches = iter_evaluation_batches(job, split, self.worker, batch_size)
         with nullcontext() if exact else self._autocast():
             mine: list[Tensor] = []
             for images_BCHW in batches:
@@ -366,22 +376,22 @@ class Trainer:
                 mine.append(forward(self.normalise(images_BCHW)).float())
             if not mine:
                 # Fewer images than workers: no rows of this one's, but as wide as the others' are.
-                side = self.job.spec.crop_size
-                blank_BCHW = torch.zeros((1, self.job.spec.num_channels, side, side), dtype=torch.uint8)
+                side = job.spec.crop_size
+                blank_BCHW = torch.zeros((1, job.spec.num_channels, side, side), dtype=torch.uint8)
                 mine = [forward(self.normalise(blank_BCHW)).float()[:0]]
-        return self.worker.gather_rows(torch.cat([rows.cpu() for rows in mine]), len(self.job.splits[split]))
+        return self.worker.gather_rows(torch.cat([rows.cpu() for rows in mine]), len(job.splits[split]))
 
     def _fit_head(self) -> None:
         """Logistic regression, or what the baseline asks for, on the frozen features of plain images.
 
         The first worker fits it and tells the others: it may take much memory. A head that is a convolution stays.
         """
-        job = self.job
-        if not isinstance(self.network.get_submodule(self.head), nn.Linear):
+        job = _with_head_images(self.job)
+        if not has_linear_head(self.network, job.arch):
             return
         with torch.no_grad():
             train_ND, validation_ND = (
-                self._gather(split, lambda images: forward_features(self.network, job.arch, images))
+                self._gather(split, lambda images: forward_features(self.network, job.arch, images), job=job)
                 for split in (TRAIN, VALIDATION)
             )
         if self.worker.is_first:
@@ -396,6 +406,20 @@ class Trainer:
         if not self.worker.is_first:
             adopt_forest(self.network, job.arch, shapes)
         self.worker.agree_on(self.network.get_submodule(self.head).state_dict().values())
+
+
+def _with_head_images(job: TrainingJob) -> TrainingJob:
+    """The job with the training images that its head is fitted to."""
+    images = job.splits[TRAIN]
+    if job.head_images == len(images):
+        return job
+    counts_K = images.class_counts(len(job.class_names))
+    chosen = spread_over_classes(images.truth, counts_K, most=job.head_images, seed=job.train.seed)
+    return replace(
+        job,
+        splits=job.splits | {TRAIN: images.take(chosen)},
+        positions=job.positions | {TRAIN: job.positions[TRAIN][chosen]},
+    )
 
 
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,6 @@ from imgbatch.core.training.augment import derived_seed
 _ORDER = 1
 """Keeps the seed of the order apart from those of other uses."""
 
-
 Draw = tuple[int, int, int]
 """Epoch, position of an image, and how many times the epoch had it before: a sampler draws rare classes again."""
 
@@ -52,6 +51,23 @@ class BatchPlan:
             for part in range(self.accumulate):
                 chosen = [at for pair in pairs[part :: self.accumulate] for at in pair]
                 yield [(epoch, int(order[at]), int(times[at])) for at in chosen]
+
+
+def spread_over_classes(truth: np.ndarray, counts_K: np.ndarray, *, most: int, seed: int) -> np.ndarray:
+    """Positions of at most so many images, rising, of every class as many as of the others while there are any.
+
+    Args:
+        truth: as ``LabelledSplit.truth``; multilabel: an image counts as of its rarest class.
+        counts_K: images of each class.
+    """
+    class_N = truth
+    if truth.ndim == 2:
+        rarest_first_K = np.argsort(counts_K, kind="stable")
+        class_N = np.where(truth.any(axis=1), truth[:, rarest_first_K].argmax(axis=1), -1)
+    order_N = epoch_order(len(truth), seed=seed, epoch=0)
+    chosen = np.argsort(times_before(class_N[order_N]), kind="stable")[:most]
+    positions: np.ndarray = np.sort(order_N[chosen])
+    return positions
 
 
 def times_before(order_N: np.ndarray) -> np.ndarray:

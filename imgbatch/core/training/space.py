@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
+import tempfile
 
 from imgbatch.core import storage
 from imgbatch.core.architectures import build_network
 from imgbatch.core.training.crops import CropStore
+from imgbatch.core.training.job import TrainingJob
 from imgbatch.core.training.plan import TrainingPlan
-from imgbatch.errors import UsageError
+from imgbatch.errors import ImgbatchError, UsageError
 
 _CHECKPOINT_COPIES = 11
 """Weights, their average and two moments of the optimiser, with the next checkpoint beside the last; likewise the best
@@ -40,4 +43,15 @@ def check_space(plan: TrainingPlan, stores: dict[str, CropStore]) -> None:
         raise UsageError(
             f"train.storage {plan.storage}: {free / 1e9:.1f} GB free, but decoded images and checkpoints take "
             f"{needed / 1e9:.1f} GB; make room or choose another place"
+        )
+
+
+def check_copy_space(job: TrainingJob) -> None:
+    """Raise :class:`ImgbatchError` if this machine has too little room for copies of crops on other storage."""
+    needed, place = sum(store.bytes_to_copy() for store in job.stores.values()), tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ImgbatchError(
+            f"training: {place} of {platform.node()}: {free / 1e9:.1f} GB free, but the decoded images take "
+            f"{needed / 1e9:.1f} GB there; make room, or set TMPDIR to a larger disk"
         )

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from imgbatch.core import storage
 from imgbatch.core.architectures import build_network
+from imgbatch.core.baselines import fit_head
 from imgbatch.core.training import checkpoint
 from imgbatch.core.training.checkpoint import load_best, load_last, load_weights, read_epochs, save_best
 from imgbatch.core.training.loop import Trainer, run_training
@@ -170,6 +171,23 @@ def test_fine_tuning_starts_from_a_fitted_head(colour_config, pretrained):
     first = read_epochs(job.paths)[0]
     assert first["stage"] == "head"
     assert first["validation"]["top1"] > 0.8
+
+
+@pytest.mark.parametrize(("method", "num_features"), [("fine_tune", 12), ("linear_probe", 30)])
+def test_a_head_that_is_only_a_start_is_fitted_to_some_images(
+    colour_config, pretrained, method, num_features, monkeypatch
+):
+    monkeypatch.setattr("imgbatch.core.training.job._MOST_HEAD_IMAGES", 12)
+    fitted: list[tuple[int, list[float]]] = []
+
+    def fit(kind, train_ND, train_NK, *rest, **task):
+        fitted.append((len(train_ND), train_NK.sum(dim=0).tolist()))
+        return fit_head(kind, train_ND, train_NK, *rest, **task)
+
+    monkeypatch.setattr("imgbatch.core.training.loop.fit_head", fit)
+    job, _ = train(changed(colour_config, train__weights=pretrained, train__method=method))
+    assert fitted == [(num_features, [num_features / 3] * 3)]
+    assert read_epochs(job.paths)[0]["validation"]["top1"] > 0.6
 
 
 def test_a_linear_probe_leaves_the_backbone_alone(colour_config, pretrained):

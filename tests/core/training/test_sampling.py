@@ -5,7 +5,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from imgbatch.core.training.sampling import BatchPlan, balancing_weights, epoch_order, times_before
+from imgbatch.core.training.sampling import (
+    BatchPlan,
+    balancing_weights,
+    epoch_order,
+    spread_over_classes,
+    times_before,
+)
 
 
 def steps_of(plan: BatchPlan, epoch: int) -> list[list[int]]:
@@ -72,6 +78,24 @@ def test_weights_of_many_classes_take_no_more_memory_than_a_few_times_their_own(
     finally:
         tracemalloc.stop()
     assert peak_bytes < 10e6  # images by classes are 4 GB
+
+
+def test_some_images_are_as_many_of_each_class_as_there_are():
+    truth = np.repeat([0, 1, 2], [80, 15, 3])
+    counts_K = np.bincount(truth)
+    chosen = spread_over_classes(truth, counts_K, most=30, seed=0)
+    assert (np.bincount(truth[chosen]) == [14, 13, 3]).all() or (np.bincount(truth[chosen]) == [13, 14, 3]).all()
+    assert (chosen == spread_over_classes(truth, counts_K, most=30, seed=0)).all()
+    assert (np.diff(chosen) > 0).all()
+    assert (spread_over_classes(truth, counts_K, most=200, seed=0) == np.arange(98)).all()
+
+
+def test_an_image_of_several_labels_is_chosen_for_its_rarest():
+    truth_NK = np.zeros((100, 2), bool)
+    truth_NK[:90, 0] = truth_NK[85:90, 1] = True
+    chosen = spread_over_classes(truth_NK, truth_NK.sum(axis=0), most=15, seed=0)
+    assert truth_NK[chosen, 1].sum() == 5
+    assert (~truth_NK[chosen].any(axis=1)).sum() == 5
 
 
 def test_an_image_that_is_drawn_again_is_told_from_the_first_time():
