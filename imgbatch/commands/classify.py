@@ -123,7 +123,7 @@ def _retry_all(config: Config, out: str) -> None:
             if each.result is not None:
                 told = f"run {each.run_id}, retried as run {each.result.run_id}: {_counted(each.result)}"
                 console.print(told, markup=False)
-                report_after_run(each.result.out, each.result.run_id, keep=False, config=config)
+                report_after_run(each.result.out, each.result.run_id, keep=False, config=config, more_to_do=True)
                 done.append(each.result)
             elif each.error is not None:
                 messages.print(f"run {each.run_id} is passed over: {each.error}", markup=False, style="yellow")

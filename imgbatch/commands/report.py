@@ -50,12 +50,15 @@ def report(
     console.print(written, markup=False)
 
 
-def report_after_run(out: str, run_id: str, *, keep: bool, config: Config | None = None) -> None:
-    """Write the page on a run that has finished; whatever goes wrong is one line and never the run's fault.
+def report_after_run(
+    out: str, run_id: str, *, keep: bool, config: Config | None = None, more_to_do: bool = False
+) -> None:
+    """Write the page on a finished run and its retries; whatever goes wrong is one line and never the run's fault.
 
     Args:
         keep: leave a page alone that is there already.
         config: where images may lie, unless the run's command said; none: as it said.
+        more_to_do: whether an interrupt is to end the command, rather than the page alone.
     """
     from imgbatch.core import storage
     from imgbatch.core.runs import RunPaths
@@ -65,8 +68,12 @@ def report_after_run(out: str, run_id: str, *, keep: bool, config: Config | None
     try:
         page = RunPaths(out, run_id).report
         if not (keep and storage.exists(page)):
-            write_report(out, file=page, config=config)
+            write_report(out, run_id=run_id, file=page, config=config)
         console.print(f"report:  {page}", markup=False)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        if is_interrupt and more_to_do:
+            raise
+        why = "interrupted; the run is finished" if is_interrupt else normalise_message(error)
         as_json = config is not None and config.run.log_format == "json"
-        Reporter(messages, run_id=run_id, as_json=as_json).say(f"no report: {normalise_message(error)}")
+        Reporter(messages, run_id=run_id, as_json=as_json).say(f"no report: {why}")

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgbatch.core import multi_label, single_label, storage
+from imgbatch.core.current import CurrentRun
 from imgbatch.core.metrics.confusion import Cells
 from imgbatch.core.plain import to_plain
 from imgbatch.core.rank_sample import RankSample
@@ -50,6 +51,7 @@ def evaluate(
     split: str | None = None,
     slice_by: Sequence[str] = (),
     target_precision: float = 0.95,
+    runs: Sequence[CurrentRun] | None = None,
 ) -> Evaluation:
     """Measure the current predictions of ``out`` against their targets.
 
@@ -63,11 +65,12 @@ def evaluate(
         split: only rows of this split, by whichever of the names that training knows for it.
         slice_by: manifest columns; the metrics of each of their values, worst first.
         target_precision: multi-label: of each label's operating point ``at_precision``.
+        runs: finished runs of ``out``, the only ones to measure; none: all of them.
 
     Raises:
         UsageError: no finished run, no targets, no such column; see :func:`scored.open_scored`.
     """
-    with open_scored(out, manifest=manifest, split=split, slice_by=slice_by) as scored:
+    with open_scored(out, manifest=manifest, split=split, slice_by=slice_by, runs=runs) as scored:
         labeller = scored.labeller
         directory = storage.absolute(directory or RunPaths(out, labeller.run_ids[-1]).root)
         rows = _count_rows(scored)

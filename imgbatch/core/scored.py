@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgbatch.core import storage
+from imgbatch.core.current import CurrentRun
 from imgbatch.core.database import bounded_memory
 from imgbatch.core.manifest import Manifest, open_manifest
 from imgbatch.core.results import DEFAULT_LABEL_THRESHOLD
@@ -109,6 +110,7 @@ def open_scored(
     split: str | None = None,
     slice_by: Sequence[str] = (),
     all_predictions: bool = False,
+    runs: Sequence[CurrentRun] | None = None,
 ) -> Iterator[Scored]:
     """The current predictions of ``out`` beside their targets.
 
@@ -117,12 +119,13 @@ def open_scored(
         split: only rows of this split, by whichever of the names that training knows for it.
         slice_by: manifest columns to carry along.
         all_predictions: ``scored`` also holds predictions without a target, with a null truth.
+        runs: as of :func:`open_views`.
 
     Raises:
         UsageError: no finished run, runs of different models, no such column, no targets, or contradictory ones.
     """
     out = storage.absolute(out)
-    with open_views(out) as connection, bounded_memory(connection):
+    with open_views(out, runs) as connection, bounded_memory(connection):
         labeller = read_labeller(connection, out)
         slice_by = tuple(dict.fromkeys(slice_by))
         truth = TARGETS if labeller.is_multilabel else TARGET

@@ -35,15 +35,18 @@ _NO_EMBEDDINGS = (
 )
 
 
-def open_views(out: str) -> duckdb.DuckDBPyConnection:
+def open_views(out: str, runs: Sequence[CurrentRun] | None = None) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB with the views over ``out``; close it when done.
+
+    Args:
+        runs: finished runs of it, and the views show no other; none: all of them.
 
     Raises:
         UsageError: no finished run there.
     """
     connection = connect(out)
     try:
-        for statement in view_statements(out, current.load(out)):
+        for statement in view_statements(out, current.load(out) if runs is None else runs):
             connection.execute(statement)
     except BaseException:
         connection.close()

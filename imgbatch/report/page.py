@@ -16,6 +16,7 @@ import duckdb
 
 from imgbatch.config import Config
 from imgbatch.core import current, storage
+from imgbatch.core.current import CurrentRun
 from imgbatch.core.database import bounded_memory
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.scored import Labeller, read_labeller
@@ -59,6 +60,7 @@ class Galleries:
 def write_report(
     out: str,
     *,
+    run_id: str | None = None,
     file: str | None = None,
     manifest: str | None = None,
     split: str | None = None,
@@ -72,7 +74,8 @@ def write_report(
     Where targets are known, the labels are evaluated anew, which writes metrics.json and its tables too.
 
     Args:
-        file: where to write; none: report.html of the newest run.
+        run_id: show only this run, with what it retries and all retries of that; none: everything.
+        file: where to write; none: report.html of the newest run shown.
         manifest: where the targets are; none: the classified manifest's own.
         split: measure only rows of this split.
         slice_by: manifest columns to compare the values of; none: those with few values.
@@ -85,18 +88,21 @@ def write_report(
     """
     check_installed()
     out = storage.absolute(out)
-    with open_views(out) as connection, bounded_memory(connection):
+    runs = current.load(out)
+    if run_id is not None:
+        runs = _with_retries(runs, run_id)
+    with open_views(out, runs) as connection, bounded_memory(connection):
         labeller = _labeller(connection, out)
         is_multilabel = isinstance(labeller, Labeller) and labeller.is_multilabel
         summary = summarise(connection, out, is_multilabel=is_multilabel, price_per_hour=price_per_hour)
         quality: Quality | str = "Not measured: nothing was labelled."
         if isinstance(labeller, Labeller):
-            quality = measure(connection, out, labeller, manifest=manifest, split=split, slice_by=slice_by)
+            quality = measure(connection, out, labeller, manifest=manifest, split=split, slice_by=slice_by, runs=runs)
         elif summary.num_predictions:
             quality = f"Not measured: {labeller}."
         scenes = summarise_scenes(connection)
         galleries = _pick(connection, summary, quality, max_thumbnails, is_multilabel=is_multilabel)
-    run = RunPaths(out, current.load(out)[-1].run_id)
+    run = RunPaths(out, runs[-1].run_id)
     html = render(
         "report.html.j2",
         out=out,
@@ -117,6 +123,18 @@ def write_report(
     file = file or run.report
     storage.replace(file, html.encode())
     return file
+
+
+def _with_retries(runs: Sequence[CurrentRun], run_id: str) -> list[CurrentRun]:
+    """The runs that classified rows of the same first run as ``run_id`` did."""
+    parents = {run.run_id: run.parent for run in runs}
+
+    def first(run_id: str) -> str:
+        while parent := parents.get(run_id):
+            run_id = parent
+        return run_id
+
+    return [run for run in runs if first(run.run_id) == first(run_id)]
 
 
 def _labeller(connection: duckdb.DuckDBPyConnection, out: str) -> Labeller | str:

@@ -12,6 +12,7 @@ import duckdb
 import numpy as np
 
 from imgbatch.core import storage
+from imgbatch.core.current import CurrentRun
 from imgbatch.core.evaluate import Evaluation, evaluate
 from imgbatch.core.scored import Labeller
 from imgbatch.errors import UsageError
@@ -63,11 +64,13 @@ def measure(
     manifest: str | None,
     split: str | None,
     slice_by: Sequence[str],
+    runs: Sequence[CurrentRun] | None = None,
 ) -> Quality | str:
     """Evaluate the current labels; or why that cannot be done.
 
     Args:
         slice_by: columns to compare the values of; none: those with few values.
+        runs: those that ``connection`` has views of; none: all.
 
     Raises:
         UsageError: ``manifest``, ``split`` or ``slice_by`` do not fit.
@@ -78,7 +81,7 @@ def measure(
         return f"The manifest has no column {truth}: nothing to measure against."
     slice_by = slice_by or ([] if manifest else _choose_slices(connection))
     try:
-        evaluation = evaluate(out, manifest=manifest, split=split, slice_by=slice_by)
+        evaluation = evaluate(out, manifest=manifest, split=split, slice_by=slice_by, runs=runs)
     except UsageError as error:
         if asked:
             raise

@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 
 from imgbatch.core import storage
-from imgbatch.core.runs import RunEntry, list_runs
+from imgbatch.core.runs import RunPaths
 
 NUM_BINS = 20
 """Of the confidence histogram, equal in width."""
@@ -172,7 +172,7 @@ def summarise(
         median_confidence=_median(confidence_bins),
         decisions=dict(decisions),
         failures=_failures(connection),
-        sessions=_sessions(out, price_per_hour),
+        sessions=_sessions(connection, out, price_per_hour),
     )
 
 
@@ -212,21 +212,22 @@ def _failures(connection: duckdb.DuckDBPyConnection) -> tuple[FailureReason, ...
     )
 
 
-def _sessions(out: str, price_per_hour: float | None) -> tuple[Session, ...]:
+def _sessions(connection: duckdb.DuckDBPyConnection, out: str, price_per_hour: float | None) -> tuple[Session, ...]:
     sessions = []
-    for run in list_runs(out):
-        if run.finished and storage.exists(run.paths.run_json):
-            record = storage.read_json(run.paths.run_json)
-            sessions += [_session(run, record, entry, price_per_hour) for entry in record["sessions"]]
+    for (run_id,) in connection.execute("select run_id from runs order by predicted_at, run_id").fetchall():
+        paths = RunPaths(out, run_id)
+        if storage.exists(paths.run_json):
+            record = storage.read_json(paths.run_json)
+            sessions += [_session(run_id, record, entry, price_per_hour) for entry in record["sessions"]]
     return tuple(sessions)
 
 
-def _session(run: RunEntry, record: dict[str, Any], entry: dict[str, Any], price_per_hour: float | None) -> Session:
+def _session(run_id: str, record: dict[str, Any], entry: dict[str, Any], price_per_hour: float | None) -> Session:
     machine = record["machine"]
     gpus = f", {machine['gpus']} GPUs" if machine["gpus"] else ""
     own_price = entry["config"].get("report", {}).get("price_per_hour")
     return Session(
-        run_id=run.run_id,
+        run_id=run_id,
         started_at=entry["started_at"],
         machine=entry["pools"] or f"{machine['cpus']} CPUs{gpus}",
         rows=entry["rows"],

@@ -56,6 +56,20 @@ def test_whatever_goes_wrong_with_the_page_is_one_line(tmp_path, capsys):
     assert (record["run_id"], record["message"]) == ("r1", f"no report: {tmp_path}: no finished run there")
 
 
+def test_an_interrupt_of_the_page_leaves_the_run_finished(classify_command, photo_config, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imgbatch.report.page.make_thumbnails", interrupt)
+    assert run(classify_command) == 0
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == "no report: interrupted; the run is finished"
+    assert captured.out.splitlines()[-1].startswith("next:")
+    [run_root] = Path(photo_config.output.path, "runs").iterdir()
+    with pytest.raises(KeyboardInterrupt):
+        report_after_run(photo_config.output.path, run_root.name, keep=False, more_to_do=True)
+
+
 def test_report_of_nothing_is_wrong_usage(tmp_path, capsys):
     assert run(["report", str(tmp_path)]) == 2
     assert "no finished run there" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from imgbatch.core import rank_sample, storage
+from imgbatch.core import current, rank_sample, storage
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.scored import read_labeller
 from imgbatch.core.views import open_views
@@ -278,6 +278,31 @@ def test_an_output_without_one_prediction_has_a_page(store_run, read_page):
     out = store_run(("a", "b"), np.zeros((0, 2), np.float32), failed=failed)
     page = read_page(write_report(str(out), max_thumbnails=0))
     assert "0 of 2 images labelled" in page.text
+
+
+def test_the_page_of_a_run_reads_no_other_night(photo_run, store_run):
+    out = photo_run()
+    alone = Path(write_report(str(out))).read_bytes()
+    store_run(("red", "green"), np.full((2, 2), 0.5), run_id="r000000000002", predicted_at="2026-01-03T00:00:00+00:00")
+    (out / "predictions/run_id=r000000000002/part-00000.parquet").unlink()
+    assert Path(write_report(str(out), run_id="r000000000001")).read_bytes() == alone
+
+
+def test_the_page_of_a_retry_shows_the_run_that_it_completes(store_run, read_page):
+    failed = {"image_id": ["late"], "status": ["NOT_FOUND"]}
+    nights = {"r000000000001": (3, failed), "r000000000002": (1, None), "r000000000003": (20, None)}
+    for day, (run_id, (count, missing)) in enumerate(nights.items(), 1):
+        ids = ["late"] if run_id == "r000000000002" else [f"{run_id}-{i}" for i in range(count)]
+        probs_NK = np.full((count, 2), 0.5, np.float32)
+        at = f"2026-01-0{day}T00:00:00+00:00"
+        out = store_run(("hat", "mug"), probs_NK, run_id=run_id, predicted_at=at, image_ids=ids, failed=missing)
+    plan = RunPaths(str(out), "r000000000002").plan
+    storage.write_json(plan, storage.read_json(plan) | {"parent": "r000000000001"})
+    current.update(str(out))
+    for run_id in ("r000000000001", "r000000000002"):
+        page = write_report(str(out), run_id=run_id, max_thumbnails=0)
+        assert page == RunPaths(str(out), "r000000000002").report
+        assert "All 4 images labelled" in read_page(page).text
 
 
 def test_no_run_is_one_line(tmp_path):
