@@ -67,14 +67,33 @@ def publish(out: str, table: str, run_id: str | None = None) -> list[Published]:
     if not chosen:
         raise UsageError(f"{out}: no finished run there" + (f" of the name {run_id}" if run_id else ""))
     table = storage.absolute(table)
-    return [_publish_run(out, run, table, storage_options(table)) for run in chosen]
+    held = _held(table, chosen)
+    return [_there(run) if run.run_id in held else _publish_run(out, run, table) for run in chosen]
 
 
-def _publish_run(out: str, run: CurrentRun, table: str, options: dict[str, str] | None) -> Published:
+def _held(table: str, runs: list[CurrentRun]) -> set[str]:
+    """run_ids of those that the table holds already, whose files nobody needs to read."""
+    from deltalake.exceptions import DeltaError, TableNotFoundError
+
+    options = storage_options(table)
+    try:
+        opened = _open(table, None, options)
+    except TableNotFoundError:
+        return set()
+    except (DeltaError, OSError, ValueError) as error:
+        raise UsageError(f"{table}: {normalise_message(error)}") from error
+    return {run.run_id for run in runs if _holds(opened, run)}
+
+
+def _there(run: CurrentRun) -> Published:
+    return Published(run.run_id, run.num_predictions, None, already_there=True)
+
+
+def _publish_run(out: str, run: CurrentRun, table: str) -> Published:
     from deltalake import CommitProperties, Transaction, write_deltalake
     from deltalake.exceptions import CommitFailedError, DeltaError
 
-    there = Published(run.run_id, run.num_predictions, None, already_there=True)
+    options = storage_options(table)  # for each, as credentials of a role do not last for many nights
     properties = CommitProperties(
         app_transactions=[Transaction(run.run_id, _app_version(run))],
         custom_metadata={"imgbatch.model_id": run.model_id, "imgbatch.output": storage.absolute(out)},
@@ -87,14 +106,14 @@ def _publish_run(out: str, run: CurrentRun, table: str, options: dict[str, str] 
             # The table as it is now: what others commit from here on is in conflict with this transaction.
             opened = _open(table, rows.schema, options)
             if _holds(opened, run):
-                return there
+                return _there(run)
             how: dict[str, Any] = {"mode": "append"}
             if opened.transaction_version(run.run_id) is not None:  # the rows of before it was cleaned
                 how = {"mode": "overwrite", "predicate": _rows_of(run)}
             write_deltalake(opened, rows, schema_mode="merge", commit_properties=properties, **how)
     except CommitFailedError as error:
         if _holds(_open(table, None, options), run):  # another publisher was first
-            return there
+            return _there(run)
         raise UsageError(f"{table}: {run.run_id}: {normalise_message(error)}; run the same command again") from error
     except (DeltaError, OSError, ValueError) as error:
         raise UsageError(f"{table}: {run.run_id}: {normalise_message(error)}") from error

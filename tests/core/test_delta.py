@@ -56,6 +56,22 @@ def test_every_run_is_one_transaction_and_is_there_once(out: Path, tmp_path: Pat
     assert deltalake.DeltaTable(table).version() == 2
 
 
+def test_a_run_that_is_there_is_not_read_again(out: Path, tmp_path: Path) -> None:
+    table = str(tmp_path / "table")
+    publish(str(out), table, "r000000000001")
+    (out / "predictions/run_id=r000000000001/part-00000.parquet").unlink()
+    assert [(entry.already_there, entry.version) for entry in publish(str(out), table)] == [(True, None), (False, 2)]
+
+
+def test_a_table_that_cannot_be_opened_is_one_line(out: Path, tmp_path: Path) -> None:
+    log = tmp_path / "table" / "_delta_log"
+    log.mkdir(parents=True)
+    (log / "00000000000000000000.json").write_text("no log\n")
+    with pytest.raises(UsageError, match=f"^{tmp_path}/table: ") as raised:
+        publish(str(out), str(tmp_path / "table"))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_run_that_was_cleaned_and_classified_anew_takes_the_place_of_its_rows(
     out: Path, store_run: Callable[..., Path], tmp_path: Path
 ) -> None:
