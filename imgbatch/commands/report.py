@@ -10,6 +10,9 @@ from imgbatch.commands.common import Assignments, ConfigFile, console, messages,
 from imgbatch.config import Config
 from imgbatch.errors import normalise_message
 
+_DUCKDB_INTERRUPTED = "Query interrupted"
+"""What it makes of a ``KeyboardInterrupt``, in a ``RuntimeError``."""
+
 
 def report(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Output directory of classify.")],
@@ -71,9 +74,9 @@ def report_after_run(
             write_report(out, run_id=run_id, file=page, config=config)
         console.print(f"report:  {page}", markup=False)
     except (Exception, KeyboardInterrupt) as error:
-        is_interrupt = isinstance(error, KeyboardInterrupt)
+        is_interrupt = isinstance(error, KeyboardInterrupt) or str(error) == _DUCKDB_INTERRUPTED
         if is_interrupt and more_to_do:
-            raise
+            raise KeyboardInterrupt from error
         why = "interrupted; the run is finished" if is_interrupt else normalise_message(error)
         as_json = config is not None and config.run.log_format == "json"
         Reporter(messages, run_id=run_id, as_json=as_json).say(f"no report: {why}")

@@ -56,11 +56,16 @@ def test_whatever_goes_wrong_with_the_page_is_one_line(tmp_path, capsys):
     assert (record["run_id"], record["message"]) == ("r1", f"no report: {tmp_path}: no finished run there")
 
 
-def test_an_interrupt_of_the_page_leaves_the_run_finished(classify_command, photo_config, monkeypatch, capsys):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    "interrupt", [KeyboardInterrupt(), RuntimeError("Query interrupted")], ids=["here", "in DuckDB"]
+)
+def test_an_interrupt_of_the_page_leaves_the_run_finished(
+    classify_command, photo_config, interrupt, monkeypatch, capsys
+):
+    def stop(*_, **__):
+        raise interrupt
 
-    monkeypatch.setattr("imgbatch.report.page.make_thumbnails", interrupt)
+    monkeypatch.setattr("imgbatch.report.page.make_thumbnails", stop)
     assert run(classify_command) == 0
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1] == "no report: interrupted; the run is finished"
