@@ -70,7 +70,7 @@ def contact_sheet(images_NHWC: np.ndarray, captions: list[str]) -> bytes:
         if index < len(images_NHWC):
             axes.imshow(images_NHWC[index])
             if index == 0 or captions[index] != captions[index - 1] or index % columns == 0:
-                axes.set_title(captions[index], fontsize=7, loc="left")
+                axes.set_title(captions[index], fontsize=7, loc="left", parse_math=False)
     return _png(figure)
 
 

@@ -213,7 +213,7 @@ class _Records:
         """A picture that cannot be drawn is no reason to lose a training."""
         try:
             action()
-        except (UsageError, OSError) as error:
+        except Exception as error:
             self._console.print(str(error), markup=False)
 
     def _line(self, record: dict[str, Any]) -> str:
