@@ -315,7 +315,7 @@ class RunConfig(Section):
     the last time, the run ends with exit code 4. A unit's files and pixels may take 0.8 of it; the rows left fail."""
     stop_after_s: float | None = Field(None, gt=0)
     """Seconds from its start after which a command (``classify``, ``retry``, ``repair``) finishes the units in flight
-    and ends with exit code 4, to be continued by the same command; none: never."""
+    and ends with exit code 4, to be continued by the same command; none: never. ``train`` refuses it."""
 
 
 class StorageConfig(Section):

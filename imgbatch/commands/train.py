@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from imgbatch.commands.common import Assignments, ConfigFile, console, messages, read_config
+from imgbatch.errors import UsageError
 
 if TYPE_CHECKING:
     from imgbatch.runtime.train import TrainResult
@@ -57,7 +58,13 @@ def train(
         "train.seed": seed,
         "classify.engine": engine,
     }
-    _report(run_training(read_config(config_file, assignments, flags), messages, overwrite=overwrite))
+    config = read_config(config_file, assignments, flags)
+    if config.run.stop_after_s is not None:
+        raise UsageError(
+            "run.stop_after_s: training ends with its last epoch; leave it out, or --set run.stop_after_s=null where "
+            "the file serves other commands too"
+        )
+    _report(run_training(config, messages, overwrite=overwrite))
 
 
 def _report(result: TrainResult) -> None:

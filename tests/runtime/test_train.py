@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import save_file
 
+from imgbatch.cli import run
 from imgbatch.config import Config
 from imgbatch.core import storage
 from imgbatch.core.architectures import build_network
@@ -21,7 +22,7 @@ from imgbatch.core.evaluate import evaluate
 from imgbatch.core.model import load_bundle
 from imgbatch.core.training import space
 from imgbatch.core.views import open_views
-from imgbatch.errors import ErrorBudgetExceeded, ImgbatchError, UsageError
+from imgbatch.errors import ErrorBudgetExceeded, ExitCode, ImgbatchError, UsageError
 from imgbatch.runtime.job import classify
 from imgbatch.runtime.train import train
 from tests.conftest import changed
@@ -54,6 +55,25 @@ def test_a_training_leaves_a_bundle_that_says_what_it_is_worth(config, capsys):
     printed = capsys.readouterr().out
     assert "epoch 4 of 4, loss" in printed
     assert "0:00:00 left" in printed
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_training(config, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no such colour")
+
+    for name in ("contact_sheet", "training_curves"):
+        monkeypatch.setattr(f"imgbatch.report.plots.{name}", fail)
+    assert train(config, Console(soft_wrap=True)).metrics["test"]["images"] == 9
+    assert capsys.readouterr().out.count("no such colour\n") == 2
+
+
+def test_a_training_is_not_asked_to_end_by_itself(capsys):
+    command = ["train", "--manifest", "m.parquet", "-o", "out", "--set", "run.stop_after_s=60"]
+    assert run(command) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run.stop_after_s: training ends with its last epoch; leave it out, or --set run.stop_after_s=null" in line
+    assert run([*command, "--set", "run.stop_after_s=null", "--engine", "local"]) == ExitCode.USAGE
+    assert "stop_after_s" not in capsys.readouterr().err
 
 
 def test_what_was_measured_is_what_classification_gives(config, colour_manifest, tmp_path):
