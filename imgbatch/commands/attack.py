@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
-from imgbatch.commands.common import AsJson, console, print_json, print_table
+from imgbatch.commands.common import AsJson, console, messages, print_json, print_table
+from imgbatch.commands.evaluate import OTHER_SPLITS, warn_of_train
 from imgbatch.config import Config
+from imgbatch.errors import UsageError
 
 CURVES_FILE = "robustness.png"
 
@@ -29,7 +31,12 @@ def attack(
     from imgbatch.report.plots import robustness_curves
 
     result = measure_robustness(model, manifest, directory, limit=limit, seed=seed, config=config)
-    storage.replace(storage.join(directory, CURVES_FILE), robustness_curves(result.rows))
+    written = [storage.join(directory, TABLE_FILE)]
+    try:
+        storage.replace(storage.join(directory, CURVES_FILE), robustness_curves(result.rows))
+        written.append(storage.join(directory, CURVES_FILE))
+    except UsageError as error:
+        messages.print(f"no curves: {error}", markup=False)
     if as_json:
         print_json([asdict(row) for row in result.rows])
         return
@@ -37,6 +44,7 @@ def attack(
     console.print(f"{clean.images:,} images, {clean.accuracy:.1%} right ({clean.low:.1%} to {clean.high:.1%})")
     if result.num_failed:
         console.print(f"{result.num_failed:,} images could not be decoded and are left out")
+    warn_of_train(result.of_train_split, None, OTHER_SPLITS)
     by_name = {
         row.perturbation: [each for each in perturbed if each.perturbation == row.perturbation] for row in perturbed
     }
@@ -45,5 +53,4 @@ def attack(
         ["accuracy at severity", *severities],
         [[name, *(f"{row.accuracy:.1%}" for row in rows)] for name, rows in by_name.items()],
     )
-    where = ", ".join(storage.join(directory, name) for name in (TABLE_FILE, CURVES_FILE))
-    console.print(f"written to {where}", markup=False)
+    console.print(f"written to {', '.join(written)}", markup=False)

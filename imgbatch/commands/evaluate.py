@@ -20,6 +20,8 @@ SplitOption = Annotated[str | None, typer.Option("--split", help="Only rows of t
 
 SHOWN = 10
 """Rows of a table in the summary; the files hold all."""
+OTHER_SPLITS = "of a manifest with enough others, those alone are measured"
+"""What :func:`warn_of_train` advises where no ``--split`` is taken."""
 
 
 def evaluate(
@@ -54,7 +56,7 @@ def evaluate(
         return
     rows = result.metrics["rows"]
     _print_rows(rows, split)
-    _warn_of_train(rows["of_train_split"], split, "--split test measures those that it has not seen")
+    warn_of_train(rows["of_train_split"], split, "--split test measures those that it has not seen")
     _print_figures(result.metrics)
     worst = sorted(result.metrics["per_class"], key=lambda entry: entry["f1"] or 0)
     measured = [entry for entry in worst if entry["support"] or entry["predicted"]]
@@ -112,7 +114,7 @@ def calibrate(
         ]
         rows = result.report["rows"]
         _print_table(f"Temperature, fitted on {rows['fitted']:,} of {rows['of']:,} rows", changes)
-    _warn_of_train(result.report["of_train_split"], split, "--split validation fits to rows that it has not seen")
+    warn_of_train(result.report["of_train_split"], split, "--split validation fits to rows that it has not seen")
     accept = result.report.get("accept")
     if accept:
         columns = ("class_name", "threshold", "precision", "accepted", "rows")
@@ -161,7 +163,7 @@ def compare(
         f"{images['both']:,} images in both ({images['in_a']:,} in A, {images['in_b']:,} in B); "
         f"{figures['agreement']:.1%} labelled alike"
     )
-    _warn_of_train(images["of_train_split"], split, "--split test compares those that it has not seen")
+    warn_of_train(images["of_train_split"], split, "--split test compares those that it has not seen")
     names = [name for name in ("top1", "exact_match", "balanced_accuracy", "macro_f1") if name in figures]
     _print_table("B less A", [{"": name, **figures[name]} for name in names])
     if "mcnemar" in figures:
@@ -198,7 +200,7 @@ def _print_rows(rows: Mapping[str, Any], split: str | None) -> None:
         console.print(f"{rows['predicted_without_target']:,} predictions {why}")
 
 
-def _warn_of_train(num_rows: int, split: str | None, advice: str) -> None:
+def warn_of_train(num_rows: int, split: str | None, advice: str) -> None:
     """A line where rows that the model was trained on are among those used without being asked for."""
     if num_rows and split is None:
         console.print(f"{num_rows:,} rows are of split train, which a model may know by heart; {advice}")

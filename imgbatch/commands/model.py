@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from imgbatch.commands.common import AsJson, console, print_json
+from imgbatch.commands.common import AsJson, console, messages, print_json
+from imgbatch.commands.evaluate import OTHER_SPLITS, warn_of_train
 from imgbatch.config import Config, PreprocessConfig
 from imgbatch.errors import UsageError
 
@@ -51,6 +52,7 @@ def init(
 ) -> None:
     """Make a model bundle from weights and class names."""
     from imgbatch.core.model import init_bundle
+    from imgbatch.core.weights import published_name
 
     sizes = {"resize_size": resize_size, "crop_size": crop_size}
     overrides = preprocess.model_dump() | {name: size for name, size in sizes.items() if size is not None}
@@ -66,8 +68,16 @@ def init(
         overwrite=overwrite,
     )
     console.print(
-        f"{bundle.path}: {bundle.arch}, {bundle.num_classes} classes, model_id {bundle.model_id}", markup=False
+        f"{bundle.path}: {bundle.arch}, {bundle.num_classes} classes, model_id {bundle.model_id}; "
+        f"{bundle.preprocess.describe()}",
+        markup=False,
     )
+    if published_name(weights) is None and overrides["resize_size"] is None:
+        messages.print(
+            f"the file does not say at which sizes its weights were trained, so those usual for {arch} are assumed; "
+            f"--resize-size and --crop-size give others",
+            markup=False,
+        )
 
 
 def _parse_range(text: str) -> tuple[float, float]:
@@ -150,6 +160,7 @@ def optimize(
             f"{variant.batch_size}, torch {variant.images_per_s['original']:,.1f}",
             markup=False,
         )
+        warn_of_train(variant.provenance["measured_of_train_split"], None, OTHER_SPLITS)
         floor = config.classify.min_agreement
         if variant.agreement.labels < floor:
             console.print(

@@ -79,6 +79,8 @@ def optimize_bundle(
 ) -> tuple[ModelBundle, Variant]:
     """Make a variant and measure it: every second image calibrates, the others are held out to measure with.
 
+    Images of the split that training takes do neither, where there are enough others.
+
     Args:
         calibration: a manifest of images like those that will be classified; with targets, the accuracy is measured
             too, and int8 is made with accuracy control.
@@ -96,7 +98,8 @@ def optimize_bundle(
     device = _device(target, config.resources.device)
     if part := without_bfloat16(target, device):
         raise UsageError(f"{target}: this {part} has no bfloat16 arithmetic; make the variant on one that has")
-    pictures = load_pictures(open_manifest(calibration), bundle.preprocess, config, limit=limit)
+    manifest = open_manifest(calibration)
+    pictures = load_pictures(manifest, bundle.preprocess, config, limit=limit, min_unseen=MIN_IMAGES)
     num_images = len(pictures.images_NHWC)
     if num_images < MIN_IMAGES:
         others = f" (the others: {pictures.reasons})" if pictures.failed else ""
@@ -125,6 +128,7 @@ def optimize_bundle(
             "made_by": "imgbatch model optimize",
             "calibration": calibration.rstrip("/").rpartition("/")[2],
             "calibration_images": len(pictures.images_NHWC[::2]),
+            "measured_of_train_split": int(pictures.of_train_N[1::2].sum()),
             **built.how,
             "versions": _versions(),
         },

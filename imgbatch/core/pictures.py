@@ -16,9 +16,10 @@ from imgbatch.config import Config
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.row_decoder import RowDecoder, image_columns
 from imgbatch.core.rows import take_rows
+from imgbatch.core.training.labelled import TRAIN, names_of_split
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.errors import RowError, UsageError
-from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, TARGET, TARGETS, URI, WINDOW
+from imgbatch.schema import BANDS, IMAGE_ID, ROW_ID, SPLIT, TARGET, TARGETS, URI, WINDOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Pictures:
     """uint8."""
     failed: dict[str, RowError]
     """By image_id, why the others could not."""
+    of_train_N: np.ndarray
+    """bool: whether it is of the split that training takes."""
 
     @property
     def reasons(self) -> str:
@@ -47,6 +50,7 @@ def load_pictures(
     limit: int | None = None,
     image_ids: Sequence[str] | None = None,
     known_targets: Collection[str] | None = None,
+    min_unseen: int | None = None,
 ) -> Pictures:
     """Fetch and decode some rows of a manifest.
 
@@ -55,11 +59,12 @@ def load_pictures(
         limit: at most so many, spread evenly over the rows, because manifests are often sorted by class.
         image_ids: these and no others, in this order.
         known_targets: only rows that have a target, all of these classes.
+        min_unseen: no rows of the split that training takes, if there are so many others; none: of all splits.
 
     Raises:
         UsageError: an image_id that the manifest does not have, or no row with a known target.
     """
-    rows = _choose(manifest, limit, image_ids, known_targets)
+    rows = _choose(manifest, limit, image_ids, known_targets, min_unseen)
     images = rows.select(image_columns(rows.column_names))
     embedded = manifest if manifest.has_bytes else None
     with RowDecoder(spec, config, columns=images.column_names, embedded=embedded) as decoder:
@@ -67,23 +72,37 @@ def load_pictures(
     ids, targets = rows[IMAGE_ID].to_pylist(), rows[TARGETS].to_pylist()
     ok = [index for index, error in enumerate(decoded.errors) if error is None]
     failed = {ids[index]: error for index, error in enumerate(decoded.errors) if error is not None}
-    return Pictures([ids[index] for index in ok], [targets[index] for index in ok], decoded.pixels_NHWC[ok], failed)
+    return Pictures(
+        [ids[index] for index in ok],
+        [targets[index] for index in ok],
+        decoded.pixels_NHWC[ok],
+        failed,
+        _is_of_train(rows)[ok],
+    )
 
 
 def _choose(
-    manifest: Manifest, limit: int | None, image_ids: Sequence[str] | None, known_targets: Collection[str] | None
+    manifest: Manifest,
+    limit: int | None,
+    image_ids: Sequence[str] | None,
+    known_targets: Collection[str] | None,
+    min_unseen: int | None = None,
 ) -> pa.Table:
-    """row_id, image_id, uri and targets (a list of names, or null) of the rows wanted; never the whole manifest."""
+    """row_id, image_id, uri, split and targets (a list of names, or null) of the rows wanted, not of the manifest."""
     known = None if known_targets is None else frozenset(known_targets)
     if image_ids is not None:
         return _find(manifest, pa.array(image_ids, pa.string()), known).slice(0, limit)
-    known_N = None if known is None else _known_row_ids(manifest, known)
-    num_rows = manifest.num_rows if known_N is None else len(known_N)
+    wanted_N = None if known is None else _known_row_ids(manifest, known)
+    if min_unseen is not None and SPLIT in manifest.schema.names:
+        unseen_N = _unseen_row_ids(manifest)
+        unseen_N = unseen_N if wanted_N is None else np.intersect1d(wanted_N, unseen_N, assume_unique=True)
+        wanted_N = unseen_N if len(unseen_N) >= min_unseen else wanted_N
+    num_rows = manifest.num_rows if wanted_N is None else len(wanted_N)
     if num_rows == 0:
         raise UsageError(f"manifest {manifest.path}: no row has a target that the model knows ({TARGET} or {TARGETS})")
     count = min(limit or num_rows, num_rows)
     chosen = np.linspace(0, num_rows - 1, count).round().astype(np.int64)
-    return take_rows(_iter_slim(manifest), chosen if known_N is None else known_N[chosen])
+    return take_rows(_iter_slim(manifest), chosen if wanted_N is None else wanted_N[chosen])
 
 
 def _find(manifest: Manifest, wanted: pa.Array, known: frozenset[str] | None) -> pa.Table:
@@ -109,6 +128,18 @@ def _known_row_ids(manifest: Manifest, known: frozenset[str]) -> np.ndarray:
     return np.flatnonzero(np.concatenate(flags)) if flags else np.zeros(0, np.int64)
 
 
+def _unseen_row_ids(manifest: Manifest) -> np.ndarray:
+    """int64, ascending: the rows that are not of the split that training takes."""
+    return np.flatnonzero(~np.concatenate([_is_of_train(batch) for batch in manifest.iter_batches([SPLIT])]))
+
+
+def _is_of_train(rows: pa.Table) -> np.ndarray:
+    """bool per row."""
+    if SPLIT not in rows.column_names:
+        return np.zeros(rows.num_rows, bool)
+    return pc.is_in(rows[SPLIT], value_set=pa.array(names_of_split(TRAIN))).to_numpy()
+
+
 def _is_known(targets: pa.ChunkedArray, known: frozenset[str]) -> np.ndarray:
     """bool per row, of a column of names or of lists of them."""
     lists = ([names] if isinstance(names, str) else names for names in targets.to_pylist())
@@ -122,7 +153,7 @@ def _iter_slim(manifest: Manifest) -> Iterator[pa.Table]:
         first_row += batch.num_rows
 
 
-_COLUMNS = (URI, IMAGE_ID, WINDOW, BANDS, TARGET, TARGETS)
+_COLUMNS = (URI, IMAGE_ID, WINDOW, BANDS, TARGET, TARGETS, SPLIT)
 
 
 def _slim(table: pa.Table, first_row: int) -> pa.Table:
@@ -139,7 +170,7 @@ def _slim(table: pa.Table, first_row: int) -> pa.Table:
             IMAGE_ID: table[IMAGE_ID],
             URI: table[URI] if URI in table.column_names else pa.nulls(num_rows, pa.string()),
             TARGETS: targets,
-            **{name: table[name] for name in (WINDOW, BANDS) if name in table.column_names},
+            **{name: table[name] for name in (WINDOW, BANDS, SPLIT) if name in table.column_names},
         }
     )
 

@@ -74,6 +74,8 @@ class RobustnessResult:
     rows: list[RobustnessRow]
     num_failed: int
     """Images that could not be decoded; they are left out."""
+    of_train_split: int
+    """Images that training may have seen; 0 where the manifest has others."""
 
 
 def measure_robustness(
@@ -86,6 +88,8 @@ def measure_robustness(
     config: Config | None = None,
 ) -> RobustnessResult:
     """Label images with a known target as they are, attacked and corrupted, and write the table to ``directory``.
+
+    Images of the split that training takes are left out, where there are others.
 
     Args:
         limit: at most so many images, spread over the manifest.
@@ -106,6 +110,7 @@ def measure_robustness(
         config or Config(),
         limit=limit,
         known_targets=set(bundle.class_names),
+        min_unseen=1,
     )
     if not pictures.image_ids:
         raise UsageError(f"manifest {manifest}: none of the images could be decoded ({pictures.reasons})")
@@ -117,7 +122,7 @@ def measure_robustness(
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
     with storage.staged_file(storage.join(directory, TABLE_FILE)) as staged:
         pq.write_table(table, staged)
-    return RobustnessResult(rows, len(pictures.failed))
+    return RobustnessResult(rows, len(pictures.failed), int(pictures.of_train_N.sum()))
 
 
 _SCHEMA = pa.schema(

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -28,7 +30,19 @@ def test_init_makes_a_model_and_says_which(
     assert run([*arguments, "-o", path, "--task", "multilabel", "--resize-size", "40", "--crop-size", "32"]) == 0
     bundle = load_bundle(path)
     assert (bundle.task, bundle.preprocess.resize_size, bundle.preprocess.crop_size) == ("multilabel", 40, 32)
-    assert capsys.readouterr().out == f"{path}: simple_cnn, 2 classes, model_id {bundle.model_id}\n"
+    described = f"{path}: simple_cnn, 2 classes, model_id {bundle.model_id}; {bundle.preprocess.describe()}\n"
+    printed = capsys.readouterr()
+    assert "resize(40, bilinear) | center_crop(32)" in described
+    assert (printed.out, printed.err) == (described, "")
+
+
+@pytest.mark.parametrize("given", [[], ["--crop-size", "32"]])
+def test_init_says_where_sizes_are_assumed(
+    tmp_path: Path, arguments: list[str], given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*arguments, "-o", str(tmp_path / "model"), *given]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("usual for simple_cnn are assumed; --resize-size and --crop-size give others")
 
 
 def test_init_takes_preprocessing_from_the_configuration_too(tmp_path: Path, arguments: list[str]) -> None:
@@ -112,6 +126,28 @@ def test_inspect_as_json(make_bundle: Callable[..., ModelBundle], capsys: pytest
 def test_inspect_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["model", "inspect", str(tmp_path)]) == 2
     assert "there is no model; make one with imgbatch model init" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("openvino")
+@pytest.mark.parametrize(("num_train", "measured", "of_train"), [(60, 28, 0), (90, 57, 42), (120, 57, 57)])
+def test_optimize_measures_what_training_has_not_seen_where_that_is_enough(
+    make_bundle: Callable[..., ModelBundle],
+    photo_manifest: Path,
+    num_train: int,
+    measured: int,
+    of_train: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = pq.read_table(photo_manifest)
+    split = ["train"] * num_train + ["val"] * (len(rows) - num_train)
+    pq.write_table(rows.append_column("split", pa.array(split)), tmp_path / "m.parquet")
+    command = ["model", "optimize", make_bundle().path, "--target", "openvino-fp32"]
+    assert run([*command, "--calibration", str(tmp_path / "m.parquet")]) == 0
+    printed = capsys.readouterr().out
+    assert f"of {measured} images" in printed
+    warned = f"{of_train} rows are of split train, which a model may know by heart; of a manifest with enough others"
+    assert (warned in printed) == (of_train > 0) == ("split train" in printed)
 
 
 @pytest.mark.usefixtures("openvino")

@@ -90,3 +90,25 @@ def test_embedded_images(photos, tmp_path):
     assert found.image_ids == ["0", "2"]
     assert found.targets == [None, None]
     assert found.failed["1"].status == "EMPTY"
+
+
+def test_rows_of_the_train_split_are_left_out_if_there_are_enough_others(photos, tmp_path):
+    path = tmp_path / "split.parquet"
+    columns = {
+        "uri": [str(photo) for photo in photos[:5]],
+        "split": ["train", "test", "training", None, "val"],
+        "target": ["red", "green", "blue", "red", None],
+    }
+    pq.write_table(pa.table(columns), path)
+    manifest = open_manifest(str(path))
+    for options, rows, of_train in (
+        ({}, [0, 1, 2, 3, 4], [0, 2]),
+        ({"min_unseen": 3}, [1, 3, 4], []),
+        ({"min_unseen": 4}, [0, 1, 2, 3, 4], [0, 2]),
+        ({"min_unseen": 1, "known_targets": ["red", "blue"]}, [3], []),
+        ({"min_unseen": 1, "known_targets": ["blue"]}, [2], [2]),
+        ({"min_unseen": 1, "image_ids": [str(photos[2])]}, [2], [2]),
+    ):
+        found = load_pictures(manifest, SPEC, Config(), **options)
+        assert found.image_ids == [str(photos[row]) for row in rows]
+        assert np.array(rows)[found.of_train_N].tolist() == of_train

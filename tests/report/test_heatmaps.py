@@ -28,7 +28,7 @@ class Fixed:
 
 def drawn(bundle, probs: list[float], targets: list[str] | None):
     images_NHWC = np.full((1, SIDE, SIDE, 3), 100, np.uint8)
-    pictures = Pictures(["one"], [targets], images_NHWC, {})
+    pictures = Pictures(["one"], [targets], images_NHWC, {}, np.zeros(1, bool))
     [heat_map] = draw_heat_maps(Fixed(np.array([probs], np.float32)), bundle, pictures)
     return heat_map
 
@@ -105,6 +105,6 @@ def test_captions_mark_what_is_true():
 @pytest.mark.parametrize("num_bands", [1, 2, 4, 13])
 def test_any_number_of_bands_is_drawn(make_bundle, num_bands):
     images_NHWC = np.full((1, SIDE, SIDE, num_bands), 100, np.uint8)
-    pictures = Pictures(["one"], [None], images_NHWC, {})
+    pictures = Pictures(["one"], [None], images_NHWC, {}, np.zeros(1, bool))
     [heat_map] = draw_heat_maps(Fixed(np.array([[0.125, 0.75, 0.125]], np.float32)), make_bundle(), pictures)
     assert heat_map.picture_HWC.shape[2] == 3
