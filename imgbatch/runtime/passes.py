@@ -21,7 +21,7 @@ from imgbatch.runtime.watchdog import Stalled
 MAX_PASS_UNITS = 20_000
 """Units of one pass: keeps the driver small, and lets pools be sized anew between passes."""
 MAX_INNOCENT = 3
-"""Units in a row whose isolation speaks against the engine, before one through which nothing ever came is taken for
+"""Units whose isolation speaks against the engine, nothing having come through it meanwhile, before it is taken for
 broken."""
 _AT_FAULT = {Status.CLASSIFY_FAILED.value, Status.NON_FINITE.value, Status.OUT_OF_MEMORY.value, Status.TIMEOUT.value}
 
@@ -71,7 +71,7 @@ class Passes:
         self._any_passed = False
         """Whether the engine got any unit through by itself, in this command."""
         self._innocent = 0
-        """Units isolated in a row that speak for a broken engine."""
+        """Units isolated since anything came through the engine that speak for a broken one."""
         self._last_end = ""
         """What a pass or an isolation that ended early said."""
         self._progress = RunProgress(
@@ -95,7 +95,11 @@ class Passes:
                     units = self._suspects.choose(pending, self._deferred, MAX_PASS_UNITS)
                     ended_early = self._one_pass(units, defer=defer)
                 left = self._find_pending()
-                if left and self._innocent >= MAX_INNOCENT and not self._any_passed:
+                if left and self._innocent >= MAX_INNOCENT:
+                    # Units beside each other may be alike: the last ones are the furthest from those that were tried.
+                    self._one_pass(left[-self._engine.window :], defer=defer)
+                    left = self._find_pending()
+                if left and self._innocent >= MAX_INNOCENT:
                     raise Interrupted(
                         f"the engine stops whatever the unit, the last time with: {self._last_end}; put it right and "
                         f"run the same command again to continue"
@@ -175,7 +179,8 @@ class Passes:
         self._progress.add(receipt)
         if receipt.outcome != "deferred":
             self._any_committed = self._came_since_stall = True
-        self._any_passed |= not receipt.isolated
+        if not receipt.isolated:
+            self._any_passed, self._innocent = True, 0
         self._num_changed += receipt.num_changed
         if receipt.unit not in self._deferred:  # a unit that is tried again failed already
             self._budget.add(receipt)

@@ -13,10 +13,12 @@ class Suspects:
 
     def __init__(self, before: Iterable[int] = ()) -> None:
         self._groups = [group] if (group := list(before)) else []
-        """The newest last; a unit is in one at most."""
+        """The newest last."""
         self._known = set(group)
         self._alone: list[int] = []
         self._died_alone: set[int] = set()
+        self._outlived: set[int] = set()
+        """Of these, the ones after which more came of the engine: it was not to blame."""
         self._is_barren = False
         """Whether the last pass ended early before anything came of it."""
 
@@ -43,8 +45,8 @@ class Suspects:
         return [unit for unit in self._alone if unit in wanted]
 
     def died_alone(self, unit: int) -> bool:
-        """Whether nothing else was under way when the unit was found out."""
-        return unit in self._died_alone
+        """Whether nothing else was under way when the engine stopped at the unit, and nothing came of it since."""
+        return unit in self._died_alone - self._outlived
 
     def hold(self, units: Iterable[int]) -> bool:
         """Whether all of these were under way before when a pass ended early."""
@@ -54,9 +56,11 @@ class Suspects:
         """Split what was under way; what was alone, or is first where nothing ever comes, is to be isolated."""
         left = list(under_way)
         self._known.update(left)
+        if anything_came:
+            self._outlived |= self._died_alone
+        if len(left) == 1:
+            self._died_alone.add(left[0])
         if left and (len(units) == 1 or (self._is_barren and not anything_came)):
-            if len(left) == 1:
-                self._died_alone.add(left[0])
             self._alone.append(left.pop(0))
         self._is_barren = not anything_came
         half = len(left) // 2
@@ -64,4 +68,5 @@ class Suspects:
 
     def pass_ended(self) -> None:
         """As it should."""
+        self._outlived |= self._died_alone
         self._is_barren = False

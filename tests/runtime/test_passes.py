@@ -135,6 +135,27 @@ def test_once_something_passed_units_without_a_prediction_end_nothing(run: Run) 
     assert set(engine.isolated) == set(range(20, 60))
 
 
+@pytest.mark.parametrize(("streams", "window"), [(1, 1), (4, 16), (20, 40)])
+def test_an_engine_that_breaks_after_some_units_ends_the_job(run: Run, streams: int, window: int) -> None:
+    """Nothing comes of it any more, while isolation works: row by row, the rest would take for ever."""
+    engine = stopping(run, range(20, 60), streams=streams, window=window)
+    engine.isolated_counts = {"OK": 2}
+    with pytest.raises(Interrupted, match="the engine stops whatever the unit, the last time with: the machine went"):
+        passes(run, engine).run_all()
+    assert len(engine.isolated) <= 4 * MAX_INNOCENT
+
+
+@pytest.mark.parametrize(("streams", "window"), [(1, 1), (4, 16), (20, 40)])
+@pytest.mark.parametrize("poison", [range(3, 60, 8), (20, 21, 22, 23, 24)])
+def test_units_that_stop_the_engine_and_pass_alone_end_nothing_while_others_come(
+    run: Run, poison: Iterable[int], streams: int, window: int
+) -> None:
+    engine = stopping(run, poison, streams=streams, window=window)
+    engine.isolated_counts = {"OK": 2}
+    passes(run, engine).run_all()
+    assert not engine.left
+
+
 def test_what_stood_still_is_remembered_until_it_came(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a command that ends before it looks at anything, and by one that is interrupted."""
 
