@@ -58,6 +58,10 @@ class CheckFailed(ImgbatchError):
     exit_code = ExitCode.CHECK_FAILED
 
 
+class RowsDiffer(ImgbatchError):
+    """Output files would hold other rows than were planned for them."""
+
+
 class CannotWrite(ImgbatchError):
     """What was worked out cannot be stored, which trying again from the start would not change."""
 

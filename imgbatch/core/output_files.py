@@ -17,7 +17,7 @@ from imgbatch.core import storage
 from imgbatch.core.failpoints import failpoint
 from imgbatch.core.geoparquet import METADATA_KEY, FileGeometry
 from imgbatch.core.runs import RunPaths
-from imgbatch.errors import ImgbatchError, Status
+from imgbatch.errors import ImgbatchError, RowsDiffer, Status
 
 PREDICTIONS, ERRORS, EMBEDDINGS = KINDS = ("predictions", "errors", "embeddings")
 
@@ -106,7 +106,7 @@ class OutputFileWriter:
     def _check_rows(self) -> None:
         rows = sum(self._counts.values())
         if rows != self._file.rows:
-            raise ImgbatchError(f"{self._file.path}: {rows} rows where finalize.json has {self._file.rows}")
+            raise RowsDiffer(f"{self._file.path}: {rows} rows where finalize.json has {self._file.rows}")
 
     def entry(self) -> dict[str, Any]:
         """What files.json says of the file."""

@@ -14,7 +14,7 @@ from imgbatch.core.output_files import OutputFile, find_strays
 from imgbatch.core.plan import Run
 from imgbatch.core.runs import RunPaths, find_run
 from imgbatch.core.verify import check_rows
-from imgbatch.errors import ImgbatchError, UsageError
+from imgbatch.errors import RowsDiffer, UsageError
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def rebuild(run: Run, damage: Damage) -> None:
     the last digits of probabilities, and in why a row failed: files.json then records what is there now.
 
     Raises:
-        ImgbatchError: a unit file is missing or damaged, or holds other rows than the files did.
+        RowsDiffer: the unit files hold other rows than the files did.
+        ImgbatchError: a unit file is missing or damaged, or cannot be read now.
     """
     damaged = {file.path for file in damage.files}
     written = []
@@ -91,13 +92,13 @@ def rebuild(run: Run, damage: Damage) -> None:
 
 
 def _check_rows(run: Run, files: Sequence[OutputFile]) -> None:
-    """Raise :class:`ImgbatchError` where a row came out twice or not at all, as one that went from prediction to error
+    """Raise :class:`RowsDiffer` where a row came out twice or not at all, as one that went from prediction to error
     while another went the other way: then each file has as many rows as ever."""
     failed = [check.detail for check in check_rows(find_run(run.paths.out, run.run_id), None) if not check.ok]
     if failed:
         for file in files:  # no reader is to take them for whole
             storage.remove(storage.join(run.paths.out, file.path))
-        raise ImgbatchError(f"run {run.run_id}: {', '.join(failed)}")
+        raise RowsDiffer(f"run {run.run_id}: {', '.join(failed)}")
 
 
 def missing_units(run: Run, units: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from imgbatch.core.plan import Run, open_inputs, open_run, read_plan
 from imgbatch.core.repair import Damage, find_damage, missing_units, rebuild
 from imgbatch.core.runs import RunEntry, heartbeat
 from imgbatch.core.verify import run_chain
-from imgbatch.errors import ImgbatchError, UsageError
+from imgbatch.errors import RowsDiffer, UsageError
 from imgbatch.runtime.interrupts import StopSwitch
 from imgbatch.runtime.job import open_engine
 from imgbatch.runtime.passes import Passes
@@ -42,7 +42,7 @@ def repair(config: Config, run_id: str | None, console: Console | None = None) -
 
     Raises:
         UsageError: the run is unfinished, or its model or manifest is not what it was.
-        ImgbatchError: rows that were classified again came out otherwise than then.
+        RowsDiffer: rows that were classified again came out otherwise than then.
         Interrupted: the engine stops whatever the unit, or does nothing in isolation, or ``run.stop_after_s`` is over.
     """
     console = console or Console(quiet=True)
@@ -89,19 +89,20 @@ def _repair(run: Run, damage: Damage, console: Console, stop: StopSwitch) -> Rep
     if missing:
         console.print(f"run {run.run_id}: {len(missing):,} units have no file any more and are classified again")
         _classify(run, missing, console, stop)
+    keep_units = run.plan.config.output.keep_units
     try:
         rebuild(run, damage)
-    except ImgbatchError as error:
-        if not missing:
+    except RowsDiffer as error:
+        if keep_units and not missing:
             raise
-        for index in missing:  # as when images could not be fetched now: the next repair must not take these for good
-            storage.remove(run.paths.unit_file(index))
-        raise ImgbatchError(
+        # As when images could not be fetched now: the next repair must not take these for good.
+        for uri in map(run.paths.unit_file, missing) if keep_units else [run.paths.units]:
+            storage.remove(uri)
+        raise RowsDiffer(
             f"{error}: some images came out otherwise than then; classify the manifest anew with --new-run"
         ) from error
-    finally:
-        if not run.plan.config.output.keep_units:
-            storage.remove(run.paths.units)
+    if not keep_units:  # what else ended the block leaves them to the next repair
+        storage.remove(run.paths.units)
     return RepairedRun(run.run_id, [file.path for file in damage.files], len(damage.strays), len(missing))
 
 

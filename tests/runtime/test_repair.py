@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,11 @@ import pytest
 from imgbatch.cli import run as command
 from imgbatch.config import Config
 from imgbatch.core import current, stages, storage
-from imgbatch.core.failpoints import parse_failpoints
+from imgbatch.core.failpoints import FailpointHit, parse_failpoints
 from imgbatch.core.model import ModelBundle
 from imgbatch.core.runs import RunPaths
 from imgbatch.core.verify import verify
-from imgbatch.errors import ImgbatchError, UsageError
+from imgbatch.errors import ImgbatchError, RowsDiffer, UsageError
 from imgbatch.runtime.job import RunResult, classify, retry
 from imgbatch.runtime.repair import repair
 from tests.conftest import changed
@@ -156,6 +157,56 @@ def test_rows_that_come_out_otherwise_are_one_line(
         repair(config, None)
     moving.write_bytes(photos[1].read_bytes())
     assert len(repair(config, None)) == 1
+    assert verify(result.out).ok
+
+
+@pytest.mark.parametrize("at_reading", [False, True])
+def test_what_was_classified_again_outlasts_a_storage_that_is_away(
+    config: Config, monkeypatch: pytest.MonkeyPatch, at_reading: bool
+) -> None:
+    result = classify(config)
+    damage(result)
+    read_bytes = storage.read_bytes
+
+    def away(uri: str) -> bytes:
+        if "/units/" in uri:
+            raise OSError("503 Slow Down")
+        return read_bytes(uri)
+
+    with monkeypatch.context() as patched:
+        if at_reading:
+            patched.setattr(storage, "read_bytes", away)
+        else:
+            patched.setattr("imgbatch.core.output_files.failpoint", parse_failpoints("finalize.mid_file=raise@1"))
+        with pytest.raises(ImgbatchError if at_reading else FailpointHit) as failed:
+            repair(config, None)
+    assert "came out otherwise" not in str(failed.value)
+    (done,) = repair(config, None)
+    assert done.num_units_classified == 0
+    assert verify(result.out).ok
+    assert not Path(RunPaths(result.out, result.run_id).units).exists()
+
+
+def test_a_repair_that_goes_on_says_which_rows_came_out_otherwise(
+    config: Config, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the one before left has no better claim than what it classified itself."""
+    moving, manifest = tmp_path / "moving.jpg", tmp_path / "moving.parquet"
+    moving.write_bytes(photos[1].read_bytes())
+    pq.write_table(pa.table({"uri": [str(moving), str(photos[2])], "shop": ["a", "a"]}), manifest)
+    config = changed(config, input__manifest=str(manifest))
+    result = classify(config)
+    next(Path(result.out, "predictions").rglob("*.parquet")).unlink()
+    moving.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("imgbatch.runtime.repair.rebuild", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            repair(config, None)
+    with pytest.raises(RowsDiffer, match="some images came out otherwise"):
+        repair(config, None)
+    moving.write_bytes(photos[1].read_bytes())
+    (done,) = repair(config, None)
+    assert done.num_units_classified == 1
     assert verify(result.out).ok
 
 
