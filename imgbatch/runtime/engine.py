@@ -32,7 +32,7 @@ class Engine(Protocol):
         ``CannotWrite`` if no pass could.
         """
 
-    def classify_isolated(self, unit: int) -> Receipt:
+    def classify_isolated(self, unit: int, *, defer: bool) -> Receipt:
         """The last resort for one unit; raises :class:`EngineStopped` when what looked after it died, ``Stalled`` when
         it does nothing.
         """

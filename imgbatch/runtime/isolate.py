@@ -36,19 +36,22 @@ _PR_SET_PDEATHSIG = 1
 _classify: Callable[[pa.Table], pa.Table] | None = None
 
 
-def classify_isolated(run: Run, unit_index: int) -> Receipt:
+def classify_isolated(run: Run, unit_index: int, *, defer: bool) -> Receipt:
     """Decode, classify row by row in a process of its own, and commit; always ends with every row's outcome.
+
+    Args:
+        defer: as for :class:`CommitStage`.
 
     Raises:
         ImgbatchError: in a fresh process the model does not load, or not even a blank image gets through it; that
             very error, where one was raised.
     """
-    *_, receipt = classify_row_by_row(run, unit_index, watched=False)
+    *_, receipt = classify_row_by_row(run, unit_index, defer=defer, watched=False)
     assert receipt is not None
     return receipt
 
 
-def classify_row_by_row(run: Run, unit_index: int, *, watched: bool = True) -> Iterator[Receipt | None]:
+def classify_row_by_row(run: Run, unit_index: int, *, defer: bool, watched: bool = True) -> Iterator[Receipt | None]:
     """As :func:`classify_isolated`: nothing for each step that is done, and the receipt at the end."""
     with DecodeStage(run, on_cpu=True, watched=watched) as decode:
         block = decode(unit_index)
@@ -62,7 +65,7 @@ def classify_row_by_row(run: Run, unit_index: int, *, watched: bool = True) -> I
     for name in DECODE_COLUMNS:
         classified = classified.append_column(name, block[name])
     seconds = pa.nulls(block.num_rows, pa.float64()).fill_null(0.0)
-    commit = CommitStage(run, defer=False)
+    commit = CommitStage(run, defer=defer)
     try:
         receipt = commit(classified.append_column("classify_s", seconds))
     finally:

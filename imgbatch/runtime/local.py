@@ -58,9 +58,9 @@ class LocalEngine:
         except Exception as error:
             raise EngineStopped(f"{type(error).__name__}: {error}") from error
 
-    def classify_isolated(self, unit: int) -> Receipt:
+    def classify_isolated(self, unit: int, *, defer: bool) -> Receipt:
         """The last resort for a unit that does not get through."""
-        return classify_isolated(self._run, unit)
+        return classify_isolated(self._run, unit, defer=defer)
 
     @property
     def map_parts(self) -> MapParts:

@@ -90,7 +90,7 @@ class Passes:
                 self._stop.check()
                 num_deferred = len(self._deferred)
                 if alone := self._suspects.alone(pending):
-                    ended_early = self._isolate(alone[0])
+                    ended_early = self._isolate(alone[0], defer=defer)
                 else:
                     units = self._suspects.choose(pending, self._deferred, MAX_PASS_UNITS)
                     ended_early = self._one_pass(units, defer=defer)
@@ -141,11 +141,14 @@ class Passes:
         failpoint("job.after_pass")
         return False
 
-    def _isolate(self, unit: int) -> bool:
-        """Whether the engine stopped before the unit was committed."""
+    def _isolate(self, unit: int, *, defer: bool) -> bool:
+        """Whether the engine stopped before the unit came.
+
+        Where its rows fail for reasons that may pass it is deferred, once: it may always need isolation.
+        """
         self._reporter.say(f"unit {unit}: classified row by row, in processes of their own", unit_id=unit)
         try:
-            receipt = self._engine.classify_isolated(unit)
+            receipt = self._engine.classify_isolated(unit, defer=defer and unit not in self._deferred)
         except EngineStopped as error:
             # As when the node dies that it is done on.
             self._last_end = normalise_message(error)
@@ -158,6 +161,7 @@ class Passes:
             return True
         self._take(receipt)
         self._judge(receipt)
+        self._suspects.came(unit)
         return False
 
     def _judge(self, receipt: Receipt) -> None:

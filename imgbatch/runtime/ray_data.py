@@ -163,7 +163,7 @@ class RayEngine:
             )
         )
 
-    def classify_isolated(self, unit: int) -> Receipt:
+    def classify_isolated(self, unit: int, *, defer: bool) -> Receipt:
         """The last resort for a unit that does not get through; runs where the model runs."""
         isolated = ray.remote(
             num_cpus=0,
@@ -172,7 +172,7 @@ class RayEngine:
             max_retries=0,
             num_returns="streaming",
         )(classify_row_by_row)
-        steps = isolated.remote(self._run, unit)
+        steps = isolated.remote(self._run, unit, defer=defer)
         try:
             for reference in watched(steps, max(self._run.config.run.no_progress_s, LONGEST_STEP_S), self._where):
                 receipt = ray.get(reference)

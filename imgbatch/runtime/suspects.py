@@ -44,6 +44,11 @@ class Suspects:
         wanted = set(pending)
         return [unit for unit in self._alone if unit in wanted]
 
+    def came(self, unit: int) -> None:
+        """The unit was isolated: if it is pending yet, it goes with the others again."""
+        self._alone = [other for other in self._alone if other != unit]
+        self._died_alone.discard(unit)
+
     def died_alone(self, unit: int) -> bool:
         """Whether nothing else was under way when the engine stopped at the unit, and nothing came of it since."""
         return unit in self._died_alone - self._outlived

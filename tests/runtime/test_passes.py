@@ -32,6 +32,8 @@ class StoppingEngine:
         self.isolated: list[int] = []
         self.isolated_counts = {"OK": 1, "CLASSIFY_FAILED": 1}
         """Of a poisonous unit; the others have nothing but predictions."""
+        self.away: set[int] = set()
+        """Units whose images cannot be fetched in isolation."""
         self._streams = streams
         self._window = window
         self._poison = set(poison)
@@ -65,9 +67,11 @@ class StoppingEngine:
                 del self.left[unit]
                 yield Receipt(unit, "committed", 2, {"OK": 2})
 
-    def classify_isolated(self, unit: int) -> Receipt:
-        del self.left[unit]
+    def classify_isolated(self, unit: int, *, defer: bool) -> Receipt:
         self.isolated.append(unit)
+        if defer and unit in self.away:
+            return Receipt(unit, "deferred", 2, {"FETCH_FAILED": 2}, isolated=True)
+        del self.left[unit]
         return Receipt(unit, "committed", 2, self.isolated_counts if unit in self._poison else {"OK": 2}, isolated=True)
 
     def close(self) -> None:
@@ -156,6 +160,15 @@ def test_units_that_stop_the_engine_and_pass_alone_end_nothing_while_others_come
     assert not engine.left
 
 
+def test_a_unit_whose_images_are_away_while_it_is_isolated_comes_again_after_the_others(run: Run) -> None:
+    """And then whatever comes of it is kept, where it stops the engine again."""
+    engine = stopping(run, [7, 40])
+    engine.away = {40}
+    passes(run, engine).run_all()
+    assert not engine.left
+    assert [unit for unit in engine.isolated if unit in (7, 40)] == [40, 7, 40]
+
+
 def test_what_stood_still_is_remembered_until_it_came(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a command that ends before it looks at anything, and by one that is interrupted."""
 
@@ -172,7 +185,7 @@ def test_what_stood_still_is_remembered_until_it_came(run: Run, monkeypatch: pyt
     RunLog(run).write("failed")
     assert suspects() == list(range(16))
 
-    def interrupt(_: int) -> Receipt:
+    def interrupt(*_: object, **_options: object) -> Receipt:
         raise KeyboardInterrupt
 
     log = RunLog(run)
