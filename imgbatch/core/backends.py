@@ -86,7 +86,7 @@ def choose_backend(
         return Backend(device=device)
     left_out: list[str] = []
     for variant in load_variants(bundle):
-        if wanted != "auto" and not variant.backend.startswith(wanted):
+        if not _is_meant(wanted, variant.backend):
             continue
         reason = _why_not(variant, config, bundle, spec, device, gpus)
         if reason is None and wanted == "auto" and variant.speedup < 1:
@@ -130,6 +130,26 @@ def planned_backend(fields: dict[str, Any], bundle: ModelBundle, device: str) ->
     raise UsageError(
         f"{bundle.path}: {planned}, which is not there any more; put it back, or classify anew with --new-run"
     )
+
+
+def begun_backend(
+    config: Config, bundle: ModelBundle, spec: PreprocessSpec, fields: dict[str, Any], device: str
+) -> Backend | None:
+    """As :func:`planned_backend`; none where ``config`` rules it out, whatever the machines are.
+
+    What machines have it, they tell when they load the model.
+    """
+    try:
+        backend = planned_backend(fields, bundle, device)
+    except UsageError:
+        return None
+    is_ruled_out = backend.variant is not None and _why_unfit(backend.variant, config, bundle, spec, device) is not None
+    return None if is_ruled_out or not _is_meant(config.classify.backend, backend.name) else backend
+
+
+def _is_meant(wanted: str, name: str) -> bool:
+    """Whether ``classify.backend`` allows the backend of that name."""
+    return wanted in ("auto", name) or (wanted != TORCH and name.startswith(wanted))
 
 
 def build_predictor(
@@ -270,6 +290,15 @@ def _why_not(
     gpus: Sequence[Gpu] | None,
 ) -> str | None:
     """Why a variant does not serve, and what to do about it; none if it does."""
+    if reason := _why_unfit(variant, config, bundle, spec, device):
+        return reason
+    # A cluster's machines may have what it takes, and tell when they load the model.
+    is_named = config.on_cluster and config.classify.backend == variant.backend
+    return (None if is_named else _missing_arithmetic(variant, device, gpus, config)) or _missing_tool(variant)
+
+
+def _why_unfit(variant: Variant, config: Config, bundle: ModelBundle, spec: PreprocessSpec, device: str) -> str | None:
+    """As :func:`_why_not`, whatever the machines have."""
     again = f"make it again with `imgbatch model optimize {bundle.path} --target {variant.target}`"
     if variant.weights_sha256 != bundle.weights_sha256:
         return f"it was made from other weights; {again}"
@@ -287,9 +316,7 @@ def _why_not(
             f"its labels agree with torch on {variant.agreement.labels:.2%} of {variant.agreement.images:,} images, "
             f"below classify.min_agreement {min_agreement:g}"
         )
-    # A cluster's machines may have what it takes, and tell when they load the model.
-    is_named = config.on_cluster and config.classify.backend == variant.backend
-    return (None if is_named else _missing_arithmetic(variant, device, gpus, config)) or _missing_tool(variant)
+    return None
 
 
 def _missing_arithmetic(variant: Variant, device: str, gpus: Sequence[Gpu] | None, config: Config) -> str | None:

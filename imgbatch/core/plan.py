@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow as pa
 from imgbatch.config import Config, parse_config
 from imgbatch.core import storage
 from imgbatch.core.architectures import check_crop_size
-from imgbatch.core.backends import Backend, choose_backend, planned_backend
+from imgbatch.core.backends import Backend, begun_backend, choose_backend, planned_backend
 from imgbatch.core.bands import require_rasterio
 from imgbatch.core.database import spilling
 from imgbatch.core.failpoints import failpoint
@@ -29,7 +29,7 @@ from imgbatch.core.model import ModelBundle, load_bundle
 from imgbatch.core.partitions import Partition, PartitionCheck, check_class_names, parse_partitions
 from imgbatch.core.row_decoder import reads_rasters
 from imgbatch.core.rows import RowsReader, normalise_columns, read_selected, write_rows
-from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, heartbeat, list_runs, utc_now
+from imgbatch.core.runs import RunEntry, RunPaths, choose_run_id, heartbeat, list_runs, runs_in_the_way, utc_now
 from imgbatch.core.transforms import PreprocessSpec
 from imgbatch.core.units import UnitLayout
 from imgbatch.errors import NothingToDo, UsageError
@@ -107,6 +107,8 @@ class Run:
     spec: PreprocessSpec
     partitions: tuple[Partition, ...]
     backend: Backend = field(default_factory=Backend)
+    remark: str = ""
+    """What a person should know of how it was planned, in a line."""
 
     @property
     def run_id(self) -> str:
@@ -154,11 +156,12 @@ def plan_run(config: Config, device: DeviceKind, gpus: Sequence[Gpu] | None = No
     """
     manifest, bundle, spec = open_inputs(config)
     backend = choose_backend(config, bundle, spec, device, gpus)
-    fields = result_fields(config, manifest, bundle, spec, device, backend)
-    fingerprint = fingerprint_of(fields)
+    now = Settled(device, backend, result_fields(config, manifest, bundle, spec, device, backend))
     out = storage.absolute(str(config.output.path))
     _check_readable(out)
     storage.check_writable(out)
+    device, backend, fields, remark = as_begun(config, manifest, bundle, spec, now, out)
+    fingerprint = fingerprint_of(fields)
     new_run = wants_new_run(config, manifest, bundle, out, fingerprint)
     abandon = config.run.on_unfinished == "abandon"
     paths = RunPaths(out, choose_run_id(out, fingerprint, fields, new_run=new_run, abandon=abandon))
@@ -170,7 +173,42 @@ def plan_run(config: Config, device: DeviceKind, gpus: Sequence[Gpu] | None = No
             config, fields, paths.run_id, layout, bundle, has_bytes=manifest.has_bytes, parent=None, device=device
         )
         _create(paths, plan, tables, check_duplicates=config.input.duplicates == "error")
-    return replace(open_run(paths, config, bundle, spec), backend=backend)
+    return replace(open_run(paths, config, bundle, spec), backend=backend, remark=remark)
+
+
+class Settled(NamedTuple):
+    """What a run has for device and backend, and is the same run by."""
+
+    device: DeviceKind
+    backend: Backend
+    fields: dict[str, Any]
+    """For its fingerprint."""
+    remark: str = ""
+
+
+def as_begun(
+    config: Config, manifest: Manifest, bundle: ModelBundle, spec: PreprocessSpec, now: Settled, out: str
+) -> Settled:
+    """``now``, or what the unfinished run has that ``config`` means but for what ``auto`` would be now.
+
+    Only of a run of which something is done, and on a cluster, whose nodes come and go; what is named is no ``auto``.
+    """
+    if not config.on_cluster:
+        return now
+    for entry in runs_in_the_way(list_runs(out), fingerprint_of(now.fields)):
+        device = entry.plan["device"]
+        backend = begun_backend(config, bundle, spec, entry.plan["fields"], device)
+        if backend is None or config.resources.device not in ("auto", device):
+            continue
+        fields = result_fields(config, manifest, bundle, spec, device, backend)
+        is_same = fingerprint_of(fields) == entry.plan["fingerprint"]
+        if is_same and entry.paths.committed_units(entry.plan["num_units"]):
+            remark = (
+                f"the run goes on as it was begun, on {device} with {backend.name}, though auto would now be "
+                f"{now.device} with {now.backend.name}; to have that, name it and give --set run.on_unfinished=abandon"
+            )
+            return Settled(device, backend, fields, remark)
+    return now
 
 
 def _check_readable(out: str) -> None:

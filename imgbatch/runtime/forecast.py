@@ -18,7 +18,7 @@ from imgbatch.core.layout import choose_layout, estimate_row_bytes
 from imgbatch.core.machine import Gpu, local_gpus
 from imgbatch.core.manifest import Manifest
 from imgbatch.core.model import ModelBundle, float32_bytes
-from imgbatch.core.plan import DeviceKind, open_inputs, read_plan, wanted_rows, wants_new_run
+from imgbatch.core.plan import DeviceKind, Settled, as_begun, open_inputs, read_plan, wanted_rows, wants_new_run
 from imgbatch.core.regions import region_warnings
 from imgbatch.core.runs import list_runs, run_id_of, runs_in_the_way, why_in_the_way
 from imgbatch.core.sample import DecodedSample, classify_sample, decode_sample, sample_rows
@@ -100,9 +100,10 @@ def forecast(config: Config) -> Forecast:
     with _place(config) as place:
         machine, regions, warnings = place.machine, place.regions, place.warnings
         device = choose_device(config.resources, machine)
+        backend = choose_backend(config, bundle, spec, device, place.gpus)
+        now = Settled(device, backend, result_fields(config, manifest, bundle, spec, device, backend))
+        device, backend, fields, remark = as_begun(config, manifest, bundle, spec, now, out)
         pools = choose_pools(config.resources, device, machine)
-    backend = choose_backend(config, bundle, spec, device, place.gpus)
-    fields = result_fields(config, manifest, bundle, spec, device, backend)
     run_id, state, layout, done = _run_ahead(config, manifest, bundle, spec, device, fields, out)
     sample, stage_s = _measure(config, manifest, bundle, spec, device, pools, backend, layout.unit_rows)
     rates = stage_rates(stage_s, pools, device, machine)
@@ -111,7 +112,8 @@ def forecast(config: Config) -> Forecast:
     hours = (left / rates[limit] + _START_UP_S) / 3600 if limit and state != "finished" else None
     statuses = Counter(error.status.value for error in sample.decoded.errors if error) if sample else Counter()
     warnings += [*device_remarks(config.resources, machine), *gpu_warnings(pools, machine)]
-    warnings += [*_blocked(config, fields, out), *backend.left_out, *input_warnings(sample, bundle, spec)]
+    warnings += [*_blocked(config, fields, out), *filter(None, [remark]), *backend.left_out]
+    warnings += [*input_warnings(sample, bundle, spec)]
     if rates and limit is None:
         warnings.append(
             "the model was not measured: no GPU here, so there is no limit, time or cost to tell; on one of a cluster: "

@@ -270,6 +270,8 @@ def _classify_pending(run: Run, console: Console, stop: StopSwitch) -> RunResult
     layout = run.plan.layout
     reporter = Reporter(console, run_id=run.run_id, as_json=run.config.run.log_format == "json")
     reporter.say(f"run {run.run_id}: {layout.num_rows:,} images in {layout.num_units:,} units of {layout.unit_rows:,}")
+    if run.remark:
+        reporter.say(run.remark)
     log = RunLog(run)
     state = "failed"
     try:

@@ -312,6 +312,69 @@ def test_a_run_is_planned_with_what_all_of_its_gpus_run(photo_config: Config, ma
     assert run.backend.left_out[0].startswith("torch-bf16 is left out: ")
 
 
+@pytest.fixture
+def nightly(photo_config: Config) -> Config:
+    """On a cluster, with everything that hangs on its nodes left to them."""
+    return changed(photo_config, classify__engine="ray", classify__backend="auto", ray__address="10.0.0.1:6379")
+
+
+def begin(config: Config, device: plan.DeviceKind, gpus: list[Gpu] | None = None) -> plan.Run:
+    """A run of which one unit is done."""
+    run = plan_run(config, device, gpus)
+    storage.create_if_absent(run.paths.unit_file(0), b"done")
+    return run
+
+
+@pytest.mark.parametrize("on_unfinished", ["stop", "abandon"])
+@pytest.mark.parametrize(("begun", "now"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_where_it_was_begun_whatever_nodes_are_up(
+    nightly: Config, begun: plan.DeviceKind, now: plan.DeviceKind, on_unfinished: str
+) -> None:
+    nightly = changed(nightly, run__on_unfinished=on_unfinished)
+    first = begin(nightly, begun)
+    run = plan_run(nightly, now)
+    assert (run.run_id, run.plan.device, run.backend.device) == (first.run_id, begun, begun)
+    assert run.remark.startswith(
+        f"the run goes on as it was begun, on {begun} with torch, though auto would now be {now}"
+    )
+    assert (first.remark, plan_run(nightly, begun).remark) == ("", "")
+    assert not storage.exists(run.paths.abandoned)
+
+
+def test_what_is_named_differs_from_what_a_run_was_begun_with(nightly: Config, photo_config: Config) -> None:
+    begin(nightly, "cuda")
+    device = "device: cuda -> cpu"
+    for other, differing in [
+        (changed(nightly, resources__device="cpu"), device),
+        (changed(nightly, output__top_k=1), rf"{device}, output\.top_k: 5 -> 1"),
+        (photo_config, device),  # this machine has its GPUs, or not
+    ]:
+        with pytest.raises(UsageError, match=rf"unfinished .* other settings \({differing}\)"):
+            plan_run(other, "cpu")
+
+
+def test_of_a_run_of_which_nothing_is_done_nothing_is_lost(nightly: Config) -> None:
+    plan_run(nightly, "cpu")
+    with pytest.raises(UsageError, match="device: cpu -> cuda"):
+        plan_run(nightly, "cuda")
+
+
+def test_a_run_goes_on_with_the_backend_that_it_was_begun_with(
+    nightly: Config, make_bundle: Callable[..., ModelBundle]
+) -> None:
+    bundle = make_bundle()
+    variant = plant_variant(bundle, "torch-bf16", device="cuda", labels=0.995)
+    newer, older = Gpu("A100", (8, 0)), Gpu("V100", (7, 0))
+    config = changed(nightly, model__path=bundle.path, resources__device="cuda")
+    first = begin(config, "cuda", [newer])
+    for device, gpus in [("cuda", [newer, older]), ("cuda", []), ("cpu", None)]:
+        run = plan_run(changed(config, resources__device="auto"), device, gpus)
+        assert (run.run_id, run.backend.fields["variant"]) == (first.run_id, variant.variant_id)
+    for other in ({"classify__backend": "torch"}, {"classify__min_agreement": 0.999}):
+        with pytest.raises(UsageError, match="backend: torch_bf16 -> torch, variant: "):
+            plan_run(changed(config, **other), "cuda", [newer])
+
+
 def test_what_cannot_be_done_is_refused(photo_config: Config) -> None:
     for partition_by, words in [(("colour",), "no column 'colour'"), (("price",), "'price' is float")]:
         with pytest.raises(UsageError, match=words):
