@@ -315,7 +315,8 @@ def test_a_run_is_planned_with_what_all_of_its_gpus_run(photo_config: Config, ma
 @pytest.fixture
 def nightly(photo_config: Config) -> Config:
     """On a cluster, with everything that hangs on its nodes left to them."""
-    return changed(photo_config, classify__engine="ray", classify__backend="auto", ray__address="10.0.0.1:6379")
+    on_cluster = changed(photo_config, classify__engine="ray", ray__address="10.0.0.1:6379")
+    return changed(on_cluster, classify__backend="auto", resources__device="auto")
 
 
 def begin(config: Config, device: plan.DeviceKind, gpus: list[Gpu] | None = None) -> plan.Run:
